@@ -1,0 +1,160 @@
+"""LatentAttention, the one attention module of all families, and the choice of how attention is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedConfig
+
+from kvlatent.rope import rotate
+from kvlatent.spec import LatentSpec
+
+
+class LatentAttention(nn.Module):
+    """Grouped-query attention with queries and keys of d_qk dims and values of d_vo dims per head.
+
+    Replaces the stock module of a decoder layer and keeps its parameter names. `q_proj` and `k_proj` give d_qk dims
+    per head when the reduction is folded into them; otherwise head_dim dims, and the per-head maps `q_map`
+    (q_heads, head_dim, d_qk) and `k_map` (kv_heads, head_dim, d_qk) reduce them before or after RoPE. Only reduced
+    keys and values enter the cache (KV-Latent, arXiv:2507.11273, Section 3.1).
+    """
+
+    q_map: Tensor | None
+    k_map: Tensor | None
+    freq_index: Tensor | None
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, stock: nn.Module, spec: LatentSpec) -> None:
+        """Build the module for layer `layer_idx` with the biases and QK-norms of `stock`; weights stay unset."""
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.is_causal = True
+        self.q_heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.group_size = self.q_heads // self.kv_heads
+        self.d_qk, self.d_vo = spec.d_qk[layer_idx], spec.d_vo[layer_idx]
+        self.scale, self.qk_map = spec.scale, spec.qk_map
+        projected = self.d_qk if spec.qk_map == "folded" else spec.head_dim
+        rotated = spec.head_dim if spec.qk_map == "after_rope" else self.d_qk
+
+        def linear(name: str, inputs: int, outputs: int) -> nn.Linear:
+            old = getattr(stock, name)
+            where = {"device": old.weight.device, "dtype": old.weight.dtype}
+            return nn.Linear(inputs, outputs, bias=old.bias is not None, **where)
+
+        hidden = config.hidden_size
+        self.q_proj = linear("q_proj", hidden, self.q_heads * projected)
+        self.k_proj = linear("k_proj", hidden, self.kv_heads * projected)
+        self.v_proj = linear("v_proj", hidden, self.kv_heads * self.d_vo)
+        self.o_proj = linear("o_proj", self.q_heads * self.d_vo, hidden)
+        self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
+        weight = self.q_proj.weight
+        if spec.qk_map == "folded":
+            self.q_map = self.k_map = None
+        else:
+            std = spec.head_dim**-0.5
+            self.q_map = nn.Parameter(weight.new_empty(self.q_heads, spec.head_dim, self.d_qk).normal_(std=std))
+            self.k_map = nn.Parameter(weight.new_empty(self.kv_heads, spec.head_dim, self.d_qk).normal_(std=std))
+        # Which entries of the ladder each KV head rotates by; without it, all of them in order.
+        index = torch.arange(rotated // 2, device=weight.device).repeat(self.kv_heads, 1)
+        self.register_buffer("freq_index", index if spec.per_head_frequencies else None)
+
+    def queries_keys_values(
+        self, hidden_states: Float[Tensor, "batch seq hidden"], cos: Tensor, sin: Tensor
+    ) -> tuple[
+        Float[Tensor, "batch q_heads seq d_qk"],
+        Float[Tensor, "batch kv_heads seq d_qk"],
+        Float[Tensor, "batch kv_heads seq d_vo"],
+    ]:
+        """Project, normalise, reduce and rotate, in the order the spec says; keys and values come out as cached.
+
+        Args:
+            hidden_states: The layer's normalised input.
+            cos: Cosines of `LatentRotaryEmbedding`, (batch, seq, pairs).
+            sin: Sines, likewise.
+        """
+        q = self._unrotated(self.q_proj, self.q_norm, self.q_map, hidden_states, self.q_heads)
+        k = self._unrotated(self.k_proj, self.k_norm, self.k_map, hidden_states, self.kv_heads)
+        v = self.v_proj(hidden_states).unflatten(-1, (self.kv_heads, self.d_vo)).transpose(1, 2)
+        if self.freq_index is None:
+            cos, sin = cos[:, None], sin[:, None]  # (batch, 1, seq, pairs)
+        else:
+            cos, sin = (x[..., self.freq_index].transpose(1, 2) for x in (cos, sin))  # (batch, kv_heads, seq, pairs)
+        k = rotate(k, cos, sin)
+        if self.freq_index is not None and self.group_size > 1:
+            cos, sin = (x.repeat_interleave(self.group_size, dim=1) for x in (cos, sin))
+        q = rotate(q, cos, sin)
+        if self.qk_map == "after_rope":
+            assert self.q_map is not None and self.k_map is not None
+            q, k = q @ self.q_map.to(q.dtype), k @ self.k_map.to(k.dtype)
+        return q, k, v
+
+    def _unrotated(
+        self, proj: nn.Linear, norm: nn.Module | None, reduction: Tensor | None, x: Tensor, heads: int
+    ) -> Tensor:
+        """Queries or keys before RoPE, (batch, heads, seq, dim)."""
+        x = proj(x).unflatten(-1, (heads, -1))
+        if norm is not None:
+            x = norm(x)
+        x = x.transpose(1, 2)
+        return x @ reduction.to(x.dtype) if self.qk_map == "before_rope" and reduction is not None else x
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend; same contract as the stock module, except that attention weights are never returned."""
+        q, k, v = self.queries_keys_values(hidden_states, *position_embeddings)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        out = latent_attention(q, k, v, mask=attention_mask, scale=self.scale)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def latent_attention(
+    q: Float[Tensor, "batch q_heads q_len d_qk"],
+    k: Float[Tensor, "batch kv_heads kv_len d_qk"],
+    v: Float[Tensor, "batch kv_heads kv_len d_vo"],
+    *,
+    scale: float,
+    mask: Bool[Tensor, "batch 1 q_len kv_len"] | Float[Tensor, "batch 1 q_len kv_len"] | None = None,
+) -> Float[Tensor, "batch q_heads q_len d_vo"]:
+    """Attend causally with grouped heads (KV-Latent, arXiv:2507.11273, Eq. 1), d_qk and d_vo independent.
+
+    Args:
+        q: Rotated queries.
+        k: Rotated keys, as cached.
+        v: Values, as cached.
+        scale: Logit multiplier; the paper uses `d_qk ** -0.5`, our presets keep the teacher's `head_dim ** -0.5`.
+        mask: True (or 0.0) where a query may look, False (or -inf) elsewhere. Without one, a single query sees all
+            keys and several see the causal triangle.
+
+    Returns:
+        Per-head outputs before `o_proj`, in the dtype and device of `q`.
+
+    Raises:
+        ValueError: `q_heads` is not a multiple of `kv_heads`.
+    """
+    batch, q_heads, q_len, d_qk = q.shape
+    kv_heads, d_vo = k.shape[1], v.shape[-1]
+    if q_heads % kv_heads:
+        raise ValueError(f"{q_heads} query heads can't share {kv_heads} key/value heads evenly")
+    group_size = q_heads // kv_heads
+    if q_len == 1:  # decode: read the cache once per KV head instead of repeating it per query head
+        grouped = q.view(batch, kv_heads, group_size, d_qk)
+        logits = (grouped @ k.transpose(-1, -2)).float() * scale  # (batch, kv_heads, group, kv_len)
+        if mask is not None:
+            logits = torch.where(mask, logits, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        return (logits.softmax(-1).to(v.dtype) @ v).view(batch, q_heads, 1, d_vo)
+    if group_size > 1:
+        k, v = (x.repeat_interleave(group_size, dim=1) for x in (k, v))
+    width = max(d_qk, d_vo)  # the flash kernels want equal dims; zeros change nothing
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return out[..., :d_vo]

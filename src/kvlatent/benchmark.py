@@ -1,0 +1,223 @@
+"""What a model costs: cache bytes from the live tensors, TTFT, TPOT, throughput and peak memory, side by side."""
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm import tqdm
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+
+from kvlatent.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One prefill and the decode steps after it."""
+
+    ttft_ms: float
+    tpot_ms: float
+    """Median over the decode steps."""
+    peak_memory_bytes: int
+    cache_bytes: int
+    cache_bytes_predicted: int
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Return the bytes of all keys and values a cache holds, from its tensors (`element_size * numel`).
+
+    Raises:
+        TypeError: A layer is quantised: it keeps most of its content outside `keys` and `values`.
+    """
+    total = 0
+    for layer in cache.layers:
+        if hasattr(layer, "_quantized_keys"):
+            raise TypeError(f"{type(layer).__name__} keeps quantised content that cache_bytes can't see")
+        for tensor in (layer.keys, layer.values):
+            if tensor is not None:
+                total += tensor.element_size() * tensor.numel()
+    return total
+
+
+def predicted_cache_bytes(
+    *, kv_heads: int, d_qk: Sequence[int], d_vo: Sequence[int], batch: int, tokens: int, element_size: int
+) -> int:
+    """Return the bytes of keys and values of `tokens` tokens in every layer.
+
+    Args:
+        kv_heads: Key/value heads per layer.
+        d_qk: Key dims per head, one entry per layer.
+        d_vo: Value dims per head, one entry per layer.
+        batch: Sequences.
+        tokens: Cached tokens per sequence.
+        element_size: Bytes per number.
+    """
+    return batch * tokens * kv_heads * (sum(d_qk) + sum(d_vo)) * element_size
+
+
+def cache_dims(config: PreTrainedConfig) -> tuple[list[int], list[int]]:
+    """Return d_qk and d_vo of every layer: a student's from `config.latent`, a stock model's `head_dim` for both."""
+    latent = getattr(config, "latent", None)
+    if latent is not None:
+        return list(latent["d_qk"]), list(latent["d_vo"])
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dims = [head_dim] * config.num_hidden_layers
+    return dims, list(dims)
+
+
+def benchmark(
+    models: Mapping[str, PreTrainedModel],
+    *,
+    context: int,
+    batch: int,
+    new_tokens: int,
+    repeats: int = 5,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Time models on the same random tokens, in turns (A B A B), so that a drifting machine slows them alike.
+
+    TTFT is the prefill of `context` tokens with the logits of the last position, up to the first token. TPOT is the
+    median of the `new_tokens` greedy cached decode steps that follow. Both are medians over the repeats, with the
+    lowest and highest repeat as range; one warm-up round is not counted.
+
+    Args:
+        models: Name to model; each on its device, all of them resident throughout.
+        context: Tokens per sequence before decoding.
+        batch: Sequences.
+        new_tokens: Decode steps; the cache ends with `context + new_tokens` tokens.
+        repeats: Counted rounds.
+        seed: Chooses the tokens.
+
+    Returns:
+        A row per model: `model, context, batch, new_tokens, dtype, cache_bytes` (at the end, from the live tensors),
+        `cache_bytes_predicted, cache_bytes_per_token` (one token of one sequence in all layers), `ttft_ms,
+        ttft_ms_range, tpot_ms, tpot_ms_range, tokens_per_s` (`batch / TPOT`) and `peak_memory_bytes`: on a GPU what
+        torch allocated on it, on a CPU the resident memory of the process; the weights of every model count in both,
+        so the difference between rows is what tells.
+
+    Raises:
+        UserError: A size is not positive, or `context + new_tokens` exceeds a model's positions.
+        RuntimeError: A live cache is not of the predicted size.
+    """
+    for name, value in {"context": context, "batch": batch, "new_tokens": new_tokens, "repeats": repeats}.items():
+        if value < 1:
+            raise UserError(f"{name} must be at least 1; got {value}")
+    for name, model in models.items():
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None and context + new_tokens > positions:
+            raise UserError(
+                f"context {context} + {new_tokens} new tokens exceed the {positions} positions of {name} "
+                "(max_position_embeddings)"
+            )
+    vocab_size = min(model.config.vocab_size for model in models.values())
+    ids = torch.randint(vocab_size, (batch, context), generator=torch.Generator().manual_seed(seed))
+
+    measured: dict[str, list[Measurement]] = {name: [] for name in models}
+    turns = [name for _ in range(repeats + 1) for name in models]
+    for turn, name in enumerate(tqdm(turns, desc=f"bench {batch} x {context}", unit="runs")):
+        measurement = _measure(models[name], ids, new_tokens=new_tokens)
+        if turn >= len(models):  # the first round is the warm-up
+            measured[name].append(measurement)
+    return [
+        {
+            "model": name,
+            "context": context,
+            "batch": batch,
+            "new_tokens": new_tokens,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            **_summary(measured[name], batch=batch),
+            "cache_bytes_per_token": _predicted_bytes(model, batch=1, tokens=[1] * model.config.num_hidden_layers),
+        }
+        for name, model in models.items()
+    ]
+
+
+@torch.no_grad()
+def _measure(model: PreTrainedModel, ids: Int[Tensor, "batch context"], *, new_tokens: int) -> Measurement:
+    device = model.device
+    ids = ids.to(device)
+    model.eval()
+    _reset_peak_memory(device)
+
+    start = _now(device)
+    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    token = output.logits[:, -1:].argmax(dim=-1)  # (batch, 1)
+    ttft = _now(device) - start
+
+    cache = output.past_key_values
+    steps = []
+    for _ in range(new_tokens):
+        start = _now(device)
+        logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        token = logits[:, -1:].argmax(dim=-1)
+        steps.append(_now(device) - start)
+
+    tokens = ids.shape[1] + new_tokens
+    # Dynamic sliding layers keep the window less the token that will attend next.
+    held = [min(tokens, layer.sliding_window - 1) if layer.is_sliding else tokens for layer in cache.layers]
+    live, predicted = cache_bytes(cache), _predicted_bytes(model, batch=len(ids), tokens=held)
+    if live != predicted:
+        raise RuntimeError(f"the live cache holds {live} bytes, but {predicted} were predicted")
+    return Measurement(
+        ttft_ms=1000 * ttft,
+        tpot_ms=1000 * statistics.median(steps),
+        peak_memory_bytes=_peak_memory(device),
+        cache_bytes=live,
+        cache_bytes_predicted=predicted,
+    )
+
+
+def _predicted_bytes(model: PreTrainedModel, *, batch: int, tokens: Sequence[int]) -> int:
+    """Return the cache bytes of a model whose layers hold `tokens` tokens each."""
+    config = model.config
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return sum(
+        predicted_cache_bytes(
+            kv_heads=kv_heads, d_qk=[d_qk], d_vo=[d_vo], batch=batch, tokens=held, element_size=model.dtype.itemsize
+        )
+        for d_qk, d_vo, held in zip(*cache_dims(config), tokens, strict=True)
+    )
+
+
+def _summary(measured: Sequence[Measurement], *, batch: int) -> dict[str, Any]:
+    ttft = [measurement.ttft_ms for measurement in measured]
+    tpot = [measurement.tpot_ms for measurement in measured]
+    return {
+        "cache_bytes": measured[-1].cache_bytes,
+        "cache_bytes_predicted": measured[-1].cache_bytes_predicted,
+        "ttft_ms": statistics.median(ttft),
+        "ttft_ms_range": [min(ttft), max(ttft)],
+        "tpot_ms": statistics.median(tpot),
+        "tpot_ms_range": [min(tpot), max(tpot)],
+        "tokens_per_s": 1000 * batch / statistics.median(tpot),
+        "peak_memory_bytes": max(measurement.peak_memory_bytes for measurement in measured),
+    }
+
+
+def _now(device: torch.device) -> float:
+    """Return seconds, once all work queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # Linux forgets the peak of the process; elsewhere it stays the highest so far
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,190 @@
+"""One pass over text: second moments of queries, keys and head outputs, layer by layer, saved as safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from kvlatent.attention import LatentAttention
+from kvlatent.errors import UserError
+from kvlatent.modeling import graft
+from kvlatent.rope import rotate
+
+NAMES = ("q", "k", "q_unrotated", "k_unrotated", "o")
+"""The moments kept of each layer: queries (q_heads), keys (kv_heads), both again before RoPE, head outputs (q_heads)."""
+
+
+@dataclass
+class LayerStatistics:
+    """Sums over tokens of x xᵀ, each (heads, head_dim, head_dim) float64, and the number of tokens."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+
+    def mean(self, name: str) -> Tensor:
+        """The second moment E[x xᵀ] of one of `NAMES`."""
+        return self.sums[name] / self.tokens
+
+    @torch.no_grad()
+    def update(self, attention: LatentAttention, x: Tensor, kwargs: dict[str, Any], *, rope_scaling: float) -> None:
+        """Add one batch, seen by an unreduced attention.
+
+        Rotated keys count with the attention they get and are centred on each query's mean key: to second order, the
+        KL between softmaxes is half the variance of the logit error under the attention.
+
+        Args:
+            attention: The layer's attention, all dims kept.
+            x: Normalised inputs, (batch, seq, hidden).
+            kwargs: The layer's other arguments: position embeddings and mask.
+            rope_scaling: Multiplier inside cos and sin.
+        """
+        cos, sin = kwargs["position_embeddings"]
+        q, k, v = (t.float() for t in attention.queries_keys_values(x, cos, sin))
+        batch, kv_heads, seq, _ = k.shape
+        grouped = q.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # (batch, kv_heads, group·seq, dim)
+        logits = (grouped @ k.transpose(-1, -2)).mul_(attention.scale).unflatten(2, (-1, seq))
+        visible = kwargs.get("attention_mask")
+        if visible is None:
+            visible = torch.ones(seq, seq, dtype=torch.bool, device=x.device).tril()[None, None]
+        probs = logits.masked_fill_(~visible[:, :, None], -torch.inf).softmax(-1).flatten(2, 3)
+        mean_key = probs @ k
+        weighted = k * probs.sum(2)[..., None]
+        # Every query contributes once, so the group's heads are averaged.
+        k_centred = (torch.einsum("bhsd,bhse->hde", k, weighted) - _moment(mean_key)) / attention.group_size
+        unscale = 1 / rope_scaling**2
+        q_unrotated, k_unrotated = (rotate(t, cos[:, None], -sin[:, None]) * unscale for t in (q, k))
+        out = (probs @ v).unflatten(2, (-1, seq)).flatten(1, 2)
+        moments = (_moment(q), k_centred, _moment(q_unrotated), _moment(k_unrotated), _moment(out))
+        for name, moment in zip(NAMES, moments, strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + moment.double()
+        self.tokens += batch * seq
+
+
+def _moment(x: Tensor) -> Tensor:
+    """Sum over batch and tokens of x xᵀ: (batch, heads, seq, dim) → (heads, dim, dim)."""
+    return torch.einsum("bhsd,bhse->hde", x, x)
+
+
+@dataclass
+class Statistics:
+    """Calibration statistics of a model: what any preset and budget is derived from."""
+
+    layers: list[LayerStatistics]
+    about: dict[str, Any]
+    """Model, sources, tokens and fingerprints of the text."""
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file; `about` goes into its metadata."""
+        tensors = {f"layers.{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.sums.items()}
+        meta = {"about": json.dumps(self.about), "tokens": json.dumps([layer.tokens for layer in self.layers])}
+        partial = path.with_name(path.name + ".partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, partial, metadata=meta)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: The file is missing, cut off, or something else.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata() or {}
+                tokens, about = json.loads(meta["tokens"]), json.loads(meta["about"])
+                layers = [
+                    LayerStatistics({name: file.get_tensor(f"layers.{i}.{name}") for name in NAMES}, count)
+                    for i, count in enumerate(tokens)
+                ]
+        except Exception as error:
+            raise UserError(f"{path} holds no calibration statistics of kvlatent: {error}") from None
+        return cls(layers, about)
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Statistics of both texts together, as if calibrated in one pass."""
+        if len(self.layers) != len(other.layers):
+            raise UserError(f"can't merge statistics of {len(self.layers)} and {len(other.layers)} layers")
+        layers = [
+            LayerStatistics({n: a.sums[n] + b.sums[n] for n in NAMES}, a.tokens + b.tokens)
+            for a, b in zip(self.layers, other.layers, strict=True)
+        ]
+        both = {"fingerprints": sorted({*self.about.get("fingerprints", ()), *other.about.get("fingerprints", ())})}
+        return Statistics(layers, {**self.about, **both, "tokens": layers[0].tokens})
+
+
+def calibrate(
+    teacher: PreTrainedModel, ids: Int[Tensor, "blocks block_size"], *, batch_size: int = 4, about: dict[str, Any]
+) -> Statistics:
+    """Run the teacher once over `ids` and collect the statistics of every layer.
+
+    Args:
+        teacher: A stock model of a supported family.
+        ids: Token blocks.
+        batch_size: Blocks per forward.
+        about: Stored with the statistics.
+    """
+    model = graft(teacher)
+    statistics = [LayerStatistics() for _ in model.model.layers]
+    arguments = layer_arguments(model, ids[:batch_size])
+    with torch.no_grad(), tqdm(total=ids.numel(), unit="tok", unit_scale=True, desc="calibrate") as bar:
+        for batch in ids.split(batch_size):
+            hidden = model.model.embed_tokens(batch.to(model.device))
+            for layer, kwargs, stats in zip(model.model.layers, arguments, statistics, strict=True):
+                kwargs = fit_batch(kwargs, len(batch))
+                scaling = model.model.rotary_emb.scaling
+                stats.update(layer.self_attn, layer.input_layernorm(hidden), kwargs, rope_scaling=scaling)
+                hidden = layer(hidden, **kwargs)
+            bar.update(batch.numel())
+    return Statistics(statistics, {**about, "tokens": ids.numel()})
+
+
+def layer_arguments(model: PreTrainedModel, ids: Int[Tensor, "batch block_size"]) -> list[dict[str, Any]]:
+    """What the model's body passes to each decoder layer besides hidden states, for full blocks of this size.
+
+    The stock body decides on masks and position embeddings; asking it keeps windows and mixed layer types right.
+    """
+    arguments: list[dict[str, Any]] = []
+    with torch.no_grad(), hooks(
+        layer.register_forward_pre_hook(lambda _m, _a, kwargs: arguments.append(kwargs), with_kwargs=True)
+        for layer in model.model.layers
+    ):
+        model.model(ids[:1].to(model.device), use_cache=False)
+    return [{name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")} for kwargs in arguments]
+
+
+def fit_batch(kwargs: dict[str, Any], batch: int) -> dict[str, Any]:
+    """Arguments of `layer_arguments` (made for one block) as a decoder layer of `batch` blocks takes them."""
+    mask = kwargs["attention_mask"]
+    return {**kwargs, "attention_mask": None if mask is None else mask.expand(batch, -1, -1, -1)}
+
+
+@contextmanager
+def hooks(handles: Iterator[Any]) -> Iterator[None]:
+    """Keep torch hooks for the body of a `with`, and remove them whatever happens there."""
+    registered = list(handles)
+    try:
+        yield
+    finally:
+        for handle in registered:
+            handle.remove()
+
+
+def input_of(module: nn.Module, run: Any) -> Tensor:
+    """Call `run()` and return the tensor that `module` was given meanwhile."""
+    seen: list[Tensor] = []
+    with hooks(iter([module.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))])):
+        run()
+    return seen[0]

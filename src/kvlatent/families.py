@@ -1,0 +1,54 @@
+"""Supported architectures: one row each. What differs between them is data; attention is one module for all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvlatent.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose frequencies don't depend on the length of the input."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """An architecture: the stock classes that are grafted on, and what is special about its attention.
+
+    Biases, windows and grouped heads are read off the stock modules; they need no entry here.
+    """
+
+    name: str
+    """Stem of the transformers class names, as in `LlamaForCausalLM`."""
+    qk_norm: bool = False
+    """Queries and keys pass an RMSNorm over head_dim, so their reduction can't be folded into W_Q and W_K."""
+
+
+FAMILIES = {
+    "llama": Family(name="Llama"),
+    "mistral": Family(name="Mistral"),
+    "qwen2": Family(name="Qwen2"),
+    "qwen3": Family(name="Qwen3", qk_norm=True),
+}
+"""Family by the `model_type` of the stock config."""
+
+PREFIX = "kvlatent_"
+"""Converted checkpoints have model_type `kvlatent_<family>`."""
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """Return the row for a stock or converted config.
+
+    Raises:
+        UserError: The architecture, or its kind of RoPE, is not supported.
+    """
+    family = FAMILIES.get(config.model_type.removeprefix(PREFIX))
+    if family is None:
+        raise UserError(f"{config.model_type!r} models are not supported; supported are {', '.join(FAMILIES)}")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ROPE_TYPES:
+        raise UserError(f"rope_type {rope!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
+    return family

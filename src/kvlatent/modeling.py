@@ -1,0 +1,111 @@
+"""Graft latent attention onto the stock model classes and register them with the Auto classes."""
+
+from __future__ import annotations
+
+import copy
+from importlib import import_module
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+
+from kvlatent.attention import LatentAttention
+from kvlatent.config import CONFIGS
+from kvlatent.errors import UserError
+from kvlatent.families import FAMILIES, PREFIX, Family, family_of
+from kvlatent.rope import LatentRotaryEmbedding
+from kvlatent.spec import LatentSpec
+
+
+class KVLatentForCausalLM:
+    """Mixed into a stock `…ForCausalLM`: every decoder layer gets a `LatentAttention`, the body a latent RoPE.
+
+    Everything else (generation, tying, checkpointing, parallel plans) is the stock class's.
+    """
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if config.latent is None:
+            raise UserError(f"a {config.model_type} config needs its latent spec; convert a model to get one")
+        spec = LatentSpec.from_dict(config.latent)
+        if len(spec.d_qk) != config.num_hidden_layers:
+            raise UserError(f"the latent spec names {len(spec.d_qk)} layers; the model has {config.num_hidden_layers}")
+        set_spec(self, spec)  # type: ignore[arg-type]
+
+
+def _model_class(model_type: str, family: Family) -> type[PreTrainedModel]:
+    module = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    stock = getattr(module, f"{family.name}ForCausalLM")
+    body = {"__module__": __name__, "config_class": CONFIGS[model_type]}
+    return type(f"KVLatent{family.name}ForCausalLM", (KVLatentForCausalLM, stock), body)
+
+
+MODELS = {model_type: _model_class(model_type, family) for model_type, family in FAMILIES.items()}
+"""Model class of converted models by the stock model_type."""
+
+globals().update({model.__name__: model for model in MODELS.values()})
+
+for _model_type, _model in MODELS.items():
+    AutoModelForCausalLM.register(CONFIGS[_model_type], _model)
+
+
+def set_spec(model: PreTrainedModel, spec: LatentSpec) -> None:
+    """Give every layer of `model` a fresh `LatentAttention` shaped by `spec`, and its body the matching RoPE."""
+    model.config.latent = spec.to_dict()
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn = LatentAttention(model.config, index, layer.self_attn, spec)
+    model.model.rotary_emb = LatentRotaryEmbedding(spec.inv_freq, spec.rope_scaling).to(model.device)
+
+
+def spec_of(model: PreTrainedModel) -> LatentSpec | None:
+    """The latent spec of a converted model; None for a stock model."""
+    latent = getattr(model.config, "latent", None)
+    return None if latent is None else LatentSpec.from_dict(latent)
+
+
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """The teacher's dims per head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def identity_spec(teacher: PreTrainedModel) -> LatentSpec:
+    """The spec that keeps every dim and the teacher's own frequencies: the graft it describes equals the teacher."""
+    config, rotary = teacher.config, teacher.model.rotary_emb
+    head_dim = head_dim_of(config)
+    return LatentSpec(
+        preset="best",
+        head_dim=head_dim,
+        d_qk=(head_dim,) * config.num_hidden_layers,
+        d_vo=(head_dim,) * config.num_hidden_layers,
+        qk_map="folded",
+        inv_freq=tuple(rotary.inv_freq.float().tolist()),
+        per_head_frequencies=False,
+        scale=head_dim**-0.5,
+        rope_scaling=rotary.attention_scaling,
+    )
+
+
+def graft(teacher: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of `teacher` on our classes, equal to it in every logit; conversion then reduces it in place.
+
+    Raises:
+        UserError: The architecture is not supported, or the model is a converted one already.
+    """
+    family_of(teacher.config)
+    model_type = teacher.config.model_type
+    if model_type.startswith(PREFIX):
+        raise UserError("the model is converted already; start from the original checkpoint")
+    fields = copy.deepcopy(teacher.config.to_dict())
+    for key in ("model_type", "architectures", "transformers_version"):
+        fields.pop(key, None)
+    spec = identity_spec(teacher)
+    config = CONFIGS[model_type](**fields, latent=spec.to_dict())
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"), init.no_init_weights():
+        student = MODELS[model_type](config)
+    student.load_state_dict({name: value.clone() for name, value in teacher.state_dict().items()}, assign=True)
+    student.model.rotary_emb = LatentRotaryEmbedding(spec.inv_freq, spec.rope_scaling).to(teacher.device)
+    student.tie_weights()
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student.requires_grad_(True).eval()

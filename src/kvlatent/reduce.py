@@ -1,0 +1,238 @@
+"""Head reductions: every one is a pair of per-head linear maps from head_dim to d_qk (queries, keys) or d_vo (values).
+
+Covariances are second moments E[x xᵀ] in float64, (heads, head_dim, head_dim). Channels are in the half-split layout:
+rotary pair j is (j, j + head_dim/2), read as the complex number x_j + i·x_{j + head_dim/2}.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kvlatent.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class QKReduction:
+    """Maps for queries and keys of one layer, and the frequencies that their pairs rotate by."""
+
+    q_map: Float[Tensor, "q_heads head_dim d_qk"]
+    k_map: Float[Tensor, "kv_heads head_dim d_qk"]
+    freq_index: Int[Tensor, "kv_heads pairs"] | None = None
+    """Entries of the teacher's ladder, when every KV head keeps its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VOReduction:
+    """Maps for values and for the output projection of one layer: v' = v·v_map, W_O' = o_map·W_O."""
+
+    v_map: Float[Tensor, "kv_heads head_dim d_vo"]
+    o_map: Float[Tensor, "kv_heads d_vo head_dim"]
+
+
+def stride_channels(head_dim: int, d: int, name: str) -> Int[Tensor, "d"]:
+    """Every (head_dim/d)-th channel (Eq. 5).
+
+    Raises:
+        UserError: `d` does not divide `head_dim`.
+    """
+    if head_dim % d:
+        raise UserError(f"the paper keeps every r-th channel, so {name} must divide head_dim {head_dim}; got {d}")
+    return torch.arange(0, head_dim, head_dim // d)
+
+
+def select(channels: Int[Tensor, "heads d"], head_dim: int) -> Float[Tensor, "heads head_dim d"]:
+    """The map that keeps `channels` of each head."""
+    return torch.nn.functional.one_hot(channels, head_dim).double().transpose(1, 2)
+
+
+def pair_channels(pairs: Int[Tensor, "heads pairs"], head_dim: int) -> Int[Tensor, "heads d_qk"]:
+    """Both channels of each rotary pair, first halves before second halves."""
+    return torch.cat((pairs, pairs + head_dim // 2), dim=-1)
+
+
+def keep_pairs(q_cov: Tensor, k_cov: Tensor, d_qk: int) -> QKReduction:
+    """Keep, per KV head, the rotary pairs that carry the most logit energy, at their original frequencies.
+
+    Pair j of KV head g scores Σ_{i in g} E‖q_ij‖² · E‖k_gj‖² (A³, arXiv:2505.12942, for the criterion).
+
+    Args:
+        q_cov: (q_heads, head_dim, head_dim).
+        k_cov: (kv_heads, head_dim, head_dim).
+        d_qk: Dims kept.
+    """
+    kv_heads, head_dim = k_cov.shape[:2]
+    score = _pair_energy(q_cov).view(kv_heads, -1, head_dim // 2).sum(1) * _pair_energy(k_cov)
+    pairs = score.topk(d_qk // 2, dim=-1).indices.sort(-1).values
+    k_map = select(pair_channels(pairs, head_dim), head_dim)
+    return QKReduction(
+        q_map=k_map.repeat_interleave(q_cov.shape[0] // kv_heads, dim=0), k_map=k_map, freq_index=pairs
+    )
+
+
+def project(q_cov: Tensor, k_cov: Tensor, d_qk: int) -> QKReduction:
+    """The rank-d_qk maps after RoPE with the least expected squared error of the logits.
+
+    With C_q^½ C_k^½ = UΣVᵀ: k' = Σ^½ Vᵀ C_k^-½ k and q' = Σ^-½ Vᵀ C_k^½ q. Keys are
+    centred by the caller: softmax ignores what all keys share.
+
+    Args:
+        q_cov: Rotated queries, (q_heads, head_dim, head_dim); a group's heads are pooled.
+        k_cov: Rotated keys, (kv_heads, head_dim, head_dim).
+        d_qk: Dims kept.
+    """
+    kv_heads, head_dim = k_cov.shape[:2]
+    group_size = q_cov.shape[0] // kv_heads
+    pooled = q_cov.view(kv_heads, group_size, head_dim, head_dim).sum(1)
+    q_map, k_map = _joint_svd(pooled, k_cov, d_qk)
+    return QKReduction(q_map=q_map.repeat_interleave(group_size, dim=0), k_map=k_map)
+
+
+def fold(q_cov: Tensor, k_cov: Tensor, groups: list[tuple[int, int, int]]) -> QKReduction:
+    """Merge neighbouring rotary pairs into fewer, per head, for a frequency list that all heads share.
+
+    Maps that treat a pair as one complex number commute with a rotation common to the pairs they mix, so within a
+    group of near frequencies the reduction is the complex joint SVD of queries and keys before RoPE. It is exact as
+    frequency difference × distance → 0.
+
+    Args:
+        q_cov: Queries before RoPE, (q_heads, head_dim, head_dim).
+        k_cov: Keys before RoPE, (kv_heads, head_dim, head_dim).
+        groups: (first pair, pairs, slots) of each group, in order; the slots add up to d_qk / 2.
+    """
+    kv_heads, head_dim = k_cov.shape[:2]
+    half, group_size = head_dim // 2, q_cov.shape[0] // kv_heads
+    q_complex = complex_covariance(q_cov).view(kv_heads, group_size, half, half).sum(1)
+    k_complex = complex_covariance(k_cov)
+    slots = sum(rank for _, _, rank in groups)
+    maps = torch.zeros(2, kv_heads, half, slots, dtype=torch.complex128)
+    at = 0
+    for first, size, rank in groups:
+        inside = slice(first, first + size)
+        q_part, k_part = _joint_svd(q_complex[:, inside, inside], k_complex[:, inside, inside], rank)
+        maps[0, :, inside, at : at + rank], maps[1, :, inside, at : at + rank] = q_part, k_part
+        at += rank
+    q_map, k_map = (_real_map(x) for x in maps)
+    return QKReduction(q_map=q_map.repeat_interleave(group_size, dim=0), k_map=k_map)
+
+
+def choose_groups(
+    q_covs: list[Tensor], k_covs: list[Tensor], inv_freq: Tensor, slots: int, distances: Tensor
+) -> tuple[list[tuple[int, int, int]], tuple[float, ...]]:
+    """Split the ladder into groups of neighbours and share `slots` among them, for the least total logit error.
+
+    A group's error is what its complex SVD drops plus what its pairs lose by rotating at the group's mean frequency,
+    E‖q_j‖²·E‖k_j‖²·2(1 - cos((ω_j - ω)Δ)) averaged over distances Δ. Dynamic programming over all heads and layers.
+
+    Args:
+        q_covs: Per layer, queries before RoPE.
+        k_covs: Per layer, keys before RoPE.
+        inv_freq: The ladder, (head_dim/2,) in radians per token.
+        slots: d_qk / 2.
+        distances: Tokens between query and key, any number of samples.
+
+    Returns:
+        Groups as `fold` takes them, and the frequency of each slot.
+    """
+    half = len(inv_freq)
+    kv_heads, head_dim = k_covs[0].shape[:2]
+    group_size = q_covs[0].shape[0] // kv_heads
+    q = torch.cat([x.view(kv_heads, group_size, head_dim, head_dim).sum(1) for x in q_covs])
+    k = torch.cat(k_covs)
+    energy = (_pair_energy(q) * _pair_energy(k)).sum(0)  # (half,) over all heads
+    q, k = complex_covariance(q), complex_covariance(k)
+    widest = max(2, -(-2 * half // slots) + 1)
+    cost: dict[tuple[int, int, int], float] = {}
+    centre: dict[tuple[int, int], float] = {}
+    for first in range(half):
+        for size in range(1, min(widest, half - first) + 1):
+            inside = slice(first, first + size)
+            weight = energy[inside] / energy[inside].sum()
+            omega = float((weight * inv_freq[inside].double().log()).sum().exp())
+            centre[first, size] = omega
+            drift = (inv_freq[inside].double() - omega)[:, None] * distances.double()
+            blur = float((energy[inside, None] * 2 * (1 - drift.cos())).mean(1).sum())
+            tail = _singular_values(q[:, inside, inside], k[:, inside, inside]).square().sum(0)  # (size,)
+            for rank in range(min(size, slots) + 1):
+                cost[first, size, rank] = float(tail[rank:].sum()) + (blur if rank else 0.0)
+    best: dict[tuple[int, int], tuple[float, list[tuple[int, int, int]]]] = {(0, 0): (0.0, [])}
+    for end in range(1, half + 1):
+        for used in range(slots + 1):
+            options = [
+                (best[end - size, used - rank][0] + cost[end - size, size, rank], size, rank)
+                for size in range(1, min(widest, end) + 1)
+                for rank in range(min(size, used) + 1)
+                if (end - size, used - rank) in best
+            ]
+            if options:
+                total, size, rank = min(options)
+                best[end, used] = (total, [*best[end - size, used - rank][1], (end - size, size, rank)])
+    groups = [group for group in best[half, slots][1] if group[2]]
+    return groups, tuple(centre[first, size] for first, size, rank in groups for _ in range(rank))
+
+
+def value_output_svd(
+    o_cov: Tensor, o_weight: Float[Tensor, "hidden q_heads*head_dim"], d_vo: int, *, kv_heads: int
+) -> VOReduction:
+    """The rank-d_vo value subspace of each KV head with the least expected error of the layer's attention output.
+
+    Whitened joint SVD over the group's query heads: C^½·[W_O,1 … W_O,G] ≈ U_r(…), C = E[o oᵀ] of the group's
+    attention-weighted values. Exact when C or the stacked W_O has rank ≤ d_vo.
+
+    Args:
+        o_cov: Attention-weighted values per query head, (q_heads, head_dim, head_dim).
+        o_weight: The stock output projection.
+        d_vo: Dims kept.
+        kv_heads: Heads that share a value subspace with their group.
+    """
+    q_heads, head_dim = o_cov.shape[:2]
+    group_size = q_heads // kv_heads
+    pooled = o_cov.view(kv_heads, group_size, head_dim, head_dim).mean(1)
+    w = o_weight.double().T.reshape(kv_heads, group_size, head_dim, -1).transpose(1, 2).flatten(2)  # (kv, D, G·hidden)
+    root, inverse = _roots(pooled)
+    u = torch.linalg.svd(root @ w, full_matrices=False).U[..., :d_vo]
+    return VOReduction(v_map=inverse @ u, o_map=u.mT @ root)
+
+
+def complex_covariance(cov: Float[Tensor, "heads head_dim head_dim"]) -> Tensor:
+    """E[z zᴴ] of the rotary pairs read as complex numbers, (heads, head_dim/2, head_dim/2) complex128."""
+    half = cov.shape[-1] // 2
+    xx, xy, yx, yy = cov[:, :half, :half], cov[:, :half, half:], cov[:, half:, :half], cov[:, half:, half:]
+    return torch.complex((xx + yy).double(), (yx - xy).double())
+
+
+def _pair_energy(cov: Tensor) -> Tensor:
+    """E‖x_j‖² of each rotary pair, (heads, head_dim/2)."""
+    first, second = cov.diagonal(dim1=-2, dim2=-1).chunk(2, dim=-1)
+    return first + second
+
+
+def _real_map(a: Tensor) -> Tensor:
+    """The real (head_dim, d) form of z' = aᴴz for complex `a` (heads, half, slots)."""
+    return torch.cat((torch.cat((a.real, -a.imag), dim=-1), torch.cat((a.imag, a.real), dim=-1)), dim=-2)
+
+
+def _roots(cov: Tensor) -> tuple[Tensor, Tensor]:
+    """Hermitian square root and its pseudo-inverse; directions without energy are left out."""
+    values, vectors = torch.linalg.eigh(cov)
+    floor = values[..., -1:].clamp_min(torch.finfo(torch.float64).tiny) * 1e-9
+    alive = values > floor
+    root = torch.where(alive, values.clamp_min(0).sqrt(), 0.0)
+    inverse = torch.where(alive, values.clamp_min(floor).rsqrt(), 0.0)
+    return (vectors * root[..., None, :]) @ vectors.mH, (vectors * inverse[..., None, :]) @ vectors.mH
+
+
+def _singular_values(q_cov: Tensor, k_cov: Tensor) -> Tensor:
+    return torch.linalg.svdvals(_roots(q_cov)[0] @ _roots(k_cov)[0])
+
+
+def _joint_svd(q_cov: Tensor, k_cov: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Maps (heads, dim, rank) for queries and keys that keep the best rank-`rank` part of E|qᴴk|²."""
+    k_root, k_inverse = _roots(k_cov)
+    _, s, vh = torch.linalg.svd(_roots(q_cov)[0] @ k_root)
+    s, v = s[..., :rank], vh.mH[..., :rank]
+    balance = s.clamp_min(s[..., :1] * 1e-6).clamp_min(torch.finfo(torch.float64).tiny).sqrt()[..., None, :]
+    return (k_root @ v) / balance, (k_inverse @ v) * balance

@@ -1,0 +1,88 @@
+"""Rotary frequencies: the plain ladder, the paper's frequency-aware list, and the stability curve that motivates it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kvlatent.errors import UserError
+
+
+def plain_exponents(d: int) -> list[int]:
+    """Exponents e of `theta ** (-e / d)` in ordinary RoPE: 0, 2, …, d - 2."""
+    return list(range(0, d, 2))
+
+
+def frequency_aware_exponents(d: int) -> list[int]:
+    """Exponents of the paper's list (Eq. 11, as its authors coded it), d / 2 of them.
+
+    The highest-frequency quarter is dropped and the lowest-frequency quarter sampled twice as densely;
+    d = 16 gives 4, 6, 8, 10, 12, 13, 14, 15.
+
+    Raises:
+        UserError: `d` is not a multiple of 4, so the quarters are not whole.
+    """
+    if d < 4 or d % 4:
+        raise UserError(f"frequency-aware RoPE needs a d_qk that is a multiple of 4; got {d}")
+    exponents = list(range(d // 4, 3 * d // 4, 2)) + list(range(3 * d // 4, d))
+    # From d = 4k with odd k the first range takes one more than a quarter; the paper's dims are all multiples of 8.
+    return exponents[len(exponents) - d // 2 :]
+
+
+def inverse_frequencies(exponents: list[int], *, d: int, theta: float) -> tuple[float, ...]:
+    """`theta ** (-e / d)` in radians per token, rounded to float32 as transformers computes it."""
+    powers = theta ** (torch.tensor(exponents, dtype=torch.float32) / d)
+    return tuple((1.0 / powers).tolist())
+
+
+def stability(inv_freq: tuple[float, ...], distances: Tensor) -> Tensor:
+    """Mean cosine over rotary pairs at each distance: (1/d)·1ᵀR(x)1 (Eq. 10).
+
+    Args:
+        inv_freq: Frequencies in radians per token.
+        distances: Distances in tokens, any shape.
+
+    Returns:
+        Values in [-1, 1], float64, of the shape of `distances`. Negative values and wide swings mean that a key's
+        weight depends on where it stands more than on what it says.
+    """
+    return torch.cos(distances.double()[..., None] * torch.tensor(inv_freq, dtype=torch.float64)).mean(-1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (j, j + d/2) of `x` (batch, heads, seq, d) by angles given as cos, sin (…, seq, d/2)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class LatentRotaryEmbedding(nn.Module):
+    """cos and sin of `position × frequency` for the whole ladder, once per forward; heads pick their own entries.
+
+    `rope_type`, `config`, `original_inv_freq` and `compute_default_rope_parameters` are what transformers asks of a
+    rotary embedding when it fills the buffers of a model built on the meta device.
+    """
+
+    rope_type, config = "default", None
+
+    def __init__(self, inv_freq: tuple[float, ...], scaling: float) -> None:
+        super().__init__()
+        self.ladder, self.scaling = inv_freq, scaling
+        self.inv_freq = nn.Buffer(torch.tensor(inv_freq, dtype=torch.float32), persistent=False)
+        self.original_inv_freq = nn.Buffer(self.inv_freq.clone(), persistent=False)
+
+    def compute_default_rope_parameters(self, config: None) -> tuple[Tensor, float]:
+        """Return the ladder (pairs,) in radians per token and the multiplier of cos and sin."""
+        return torch.tensor(self.ladder, dtype=torch.float32), self.scaling
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        super()._apply(fn, recurse)  # model.to(bfloat16) must not round the frequencies: follow its device only
+        if self.inv_freq.dtype != torch.float32:
+            self.inv_freq = torch.tensor(self.ladder, dtype=torch.float32, device=self.inv_freq.device)
+        return self
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin, each (batch, seq, pairs), in the dtype of `x`; `position_ids` is (batch, seq)."""
+        with torch.autocast(x.device.type, enabled=False):
+            angles = position_ids[..., None].float() * self.inv_freq
+            return (angles.cos() * self.scaling).to(x.dtype), (angles.sin() * self.scaling).to(x.dtype)

@@ -1,0 +1,95 @@
+"""What a converted model keeps of each attention head, and how; stored in `config.json` under `latent`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from kvlatent.errors import UserError
+
+Preset = Literal["best", "portable", "paper"]
+"""How heads are reduced: our measured best, one shared frequency list for stock engines, or the paper's own recipe."""
+QKMap = Literal["folded", "before_rope", "after_rope"]
+"""Where queries and keys go from head_dim to d_qk: inside W_Q and W_K, or by a per-head map before or after RoPE."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSpec:
+    """Per-head dims after conversion, layer by layer, and the rotary frequencies that go with them."""
+
+    preset: Preset
+    """The recipe that made it."""
+    head_dim: int
+    """The teacher's dims per head, for queries, keys and values alike."""
+    d_qk: tuple[int, ...]
+    """Query/key dims per head of each layer; even, because RoPE rotates pairs."""
+    d_vo: tuple[int, ...]
+    """Value/output dims per head of each layer."""
+    qk_map: QKMap
+    """Where queries and keys become d_qk wide."""
+    inv_freq: tuple[float, ...]
+    """The frequency ladder in radians per token, one entry per rotary pair."""
+    per_head_frequencies: bool
+    """Whether every KV head holds its own choice from `inv_freq`; otherwise all heads use the whole list in order."""
+    scale: float
+    """Multiplier of the attention logits."""
+    rope_scaling: float = 1.0
+    """Multiplier of cos and sin (the attention factor of YaRN; 1 elsewhere)."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_qk", "d_vo", "inv_freq"):  # JSON gives lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_dims(self.head_dim, self.d_qk, self.d_vo)
+        for name, allowed in (("preset", Preset), ("qk_map", QKMap)):
+            if getattr(self, name) not in get_args(allowed):
+                raise UserError(f"{name} must be one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")
+        rotated = {self.head_dim} if self.qk_map == "after_rope" else set(self.d_qk)
+        if not self.per_head_frequencies and rotated != {2 * len(self.inv_freq)}:
+            raise UserError(
+                f"a shared list of {len(self.inv_freq)} frequencies rotates {2 * len(self.inv_freq)} dims; "
+                f"the layers rotate {sorted(rotated)}"
+            )
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every layer has the same dims."""
+        return len(set(self.d_qk)) == len(set(self.d_vo)) == 1
+
+    @property
+    def layout(self) -> Literal["portable", "best"]:
+        """`portable` exports as a stock checkpoint (same dims and one frequency list everywhere); `best` needs us."""
+        return "portable" if self.uniform and self.qk_map == "folded" and not self.per_head_frequencies else "best"
+
+    def cache_bytes_per_token(self, kv_heads: int, element_size: int) -> int:
+        """Bytes one token adds to the cache of a sequence, all layers together."""
+        return kv_heads * (sum(self.d_qk) + sum(self.d_vo)) * element_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, as in `config.json`."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LatentSpec:
+        """Read `to_dict`'s form; unknown or missing entries are refused."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(data) - known):
+            raise UserError(f"unknown entries in the checkpoint's latent spec: {', '.join(unknown)}")
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise UserError(f"the checkpoint's latent spec is incomplete: {error}") from None
+
+
+def check_dims(head_dim: int, d_qk: Sequence[int], d_vo: Sequence[int]) -> None:
+    """Raise `UserError` unless every layer's dims are possible for the teacher's `head_dim`."""
+    if len(d_qk) != len(d_vo) or not d_qk:
+        raise UserError(f"d_qk and d_vo must name every layer; got {len(d_qk)} and {len(d_vo)} entries")
+    for d in d_qk:
+        if d < 2 or d % 2:
+            raise UserError(f"d_qk must be even and at least 2, because RoPE rotates pairs; got {d}")
+        if d > head_dim:
+            raise UserError(f"d_qk must be at most the model's head_dim {head_dim}; got {d}")
+    for d in d_vo:
+        if not 1 <= d <= head_dim:
+            raise UserError(f"d_vo must be between 1 and the model's head_dim {head_dim}; got {d}")
