@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from kvlatent.modeling import graft
 from kvlatent.rope import rotate
 
 NAMES = ("q", "k", "q_unrotated", "k_unrotated", "o")
-"""The moments kept of each layer: queries (q_heads), keys (kv_heads), both again before RoPE, head outputs (q_heads)."""
+"""The moments kept of each layer: queries, keys (per KV head), both again before RoPE, and head outputs."""
 
 
 @dataclass
@@ -157,9 +157,12 @@ def layer_arguments(model: PreTrainedModel, ids: Int[Tensor, "batch block_size"]
     The stock body decides on masks and position embeddings; asking it keeps windows and mixed layer types right.
     """
     arguments: list[dict[str, Any]] = []
-    with torch.no_grad(), hooks(
-        layer.register_forward_pre_hook(lambda _m, _a, kwargs: arguments.append(kwargs), with_kwargs=True)
-        for layer in model.model.layers
+    with (
+        torch.no_grad(),
+        hooks(
+            layer.register_forward_pre_hook(lambda _m, _a, kwargs: arguments.append(kwargs), with_kwargs=True)
+            for layer in model.model.layers
+        ),
     ):
         model.model(ids[:1].to(model.device), use_cache=False)
     return [{name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")} for kwargs in arguments]
@@ -182,9 +185,9 @@ def hooks(handles: Iterator[Any]) -> Iterator[None]:
             handle.remove()
 
 
-def input_of(module: nn.Module, run: Any) -> Tensor:
-    """Call `run()` and return the tensor that `module` was given meanwhile."""
+def input_and_output(module: nn.Module, run: Callable[[], Any]) -> tuple[Tensor, Any]:
+    """Call `run` and return the tensor that `module` was given meanwhile, and the result of `run`."""
     seen: list[Tensor] = []
     with hooks(iter([module.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))])):
-        run()
-    return seen[0]
+        result = run()
+    return seen[0], result

@@ -1,4 +1,4 @@
-"""Configs of converted models: the family's stock config plus the latent spec. Registered without importing torch models."""
+"""Configs of converted models: the family's stock config plus the latent spec, registered with `AutoConfig`."""
 
 from __future__ import annotations
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.nn.functional import linear
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kvlatent import reduce
 from kvlatent.attention import LatentAttention
-from kvlatent.calibrate import LayerStatistics, Statistics, calibrate, fit_batch, input_of, layer_arguments
+from kvlatent.calibrate import LayerStatistics, Statistics, calibrate, fit_batch, input_and_output, layer_arguments
 from kvlatent.errors import UserError
 from kvlatent.families import family_of
-from kvlatent.modeling import graft, head_dim_of, identity_spec, set_spec
+from kvlatent.modeling import check_teacher, graft, head_dim_of, identity_spec, set_spec
 from kvlatent.refit import Ridge
 from kvlatent.rope import LatentRotaryEmbedding, frequency_aware_exponents, inverse_frequencies
 from kvlatent.spec import LatentSpec, Preset, check_dims
@@ -53,6 +53,7 @@ def convert(
     Raises:
         UserError: Dims the preset or the model doesn't allow, or neither statistics nor text where needed.
     """
+    check_teacher(teacher.config)
     layers = teacher.config.num_hidden_layers
     check_dims(head_dim_of(teacher.config), (d_qk,) * layers, (d_vo,) * layers)
     if preset != "paper" and statistics is None and ids is None:
@@ -126,6 +127,10 @@ def reductions(
         qk = reduce.fold(stats.mean("q_unrotated"), stats.mean("k_unrotated"), groups)
         to_scale = head_dim**-0.5 / spec.scale  # the teacher's logit scale, folded into the queries
         return reduce.QKReduction(q_map=qk.q_map * to_scale, k_map=qk.k_map), vo
+    if spec.qk_map == "folded":  # full d_qk: only the identity can go before RoPE and change nothing
+        every = torch.arange(head_dim).expand(kv_heads, -1)
+        kept = reduce.select(every, head_dim)
+        return reduce.QKReduction(q_map=kept.repeat_interleave(q_heads // kv_heads, dim=0), k_map=kept), vo
     return reduce.project(stats.mean("q"), stats.mean("k"), d_qk), vo
 
 
@@ -169,54 +174,56 @@ def _convert_in_order(
     ids: Tensor,
     batch_size: int,
 ) -> PreTrainedModel:
-    """Reduce and refit layer after layer; `student` comes in unreduced and is changed in place."""
-    device, scaling = student.device, spec.rope_scaling
+    """Reduce and refit layer after layer; `student` comes in unreduced and is changed in place.
+
+    Hidden states of all tokens wait in host memory, twice (batch_size, block_size, hidden) per batch.
+    """
+    device = student.device
     batches = ids.split(batch_size)
-    whole_arguments = layer_arguments(student, ids)
-    teacher_arguments = layer_arguments(teacher, ids)
-    cos_sin = LatentRotaryEmbedding(spec.inv_freq, scaling).to(device)
-    positions = torch.arange(ids.shape[1], device=device)[None]
-    student_hidden = [student.model.embed_tokens(batch.to(device)).cpu() for batch in batches]
-    teacher_hidden = [x.clone() for x in student_hidden]
+    whole_arguments, teacher_arguments = layer_arguments(student, ids), layer_arguments(teacher, ids)
+    rotary = LatentRotaryEmbedding(spec.inv_freq, spec.rope_scaling).to(device)
+    position_embeddings = rotary(student.model.embed_tokens.weight, torch.arange(ids.shape[1], device=device)[None])
+    student_states = [student.model.embed_tokens(batch.to(device)).cpu() for batch in batches]
+    teacher_states = list(student_states)
     for index, layer in enumerate(tqdm(student.model.layers, unit="layer", desc="convert")):
-        stats, whole, original = LayerStatistics(), layer.self_attn, teacher.model.layers[index]
-        for hidden in student_hidden:
-            kwargs = fit_batch(whole_arguments[index], len(hidden))
-            stats.update(whole, layer.input_layernorm(hidden.to(device)), kwargs, rope_scaling=scaling)
+        whole, original = layer.self_attn, teacher.model.layers[index]
+        arguments = [fit_batch(whole_arguments[index], len(batch)) for batch in batches]
+
+        stats = LayerStatistics()
+        for state, kwargs in zip(student_states, arguments, strict=True):
+            x = layer.input_layernorm(state.to(device))
+            stats.update(whole, x, kwargs, rope_scaling=spec.rope_scaling)
         layer.self_attn = LatentAttention(student.config, index, whole, spec)
         fill(layer.self_attn, whole, *reductions(spec, index, whole, stats, groups))
 
-        # W_O: give the teacher's residual stream after attention, from the student's head outputs.
-        ridge, middle = Ridge(), []
-        for b, hidden in enumerate(student_hidden):
-            kwargs = fit_batch(teacher_arguments[index], len(hidden))
-            incoming = teacher_hidden[b].to(device)
-            attended: list[Tensor] = []
-            handle = original.post_attention_layernorm.register_forward_pre_hook(lambda _m, a, s=attended: s.append(a[0]))
-            teacher_hidden[b] = original(incoming, **kwargs).cpu()
-            handle.remove()
-            middle.append(attended[0].cpu())
-        heads = []
-        for b, hidden in enumerate(student_hidden):
-            hidden = hidden.to(device)
-            kwargs = fit_batch(whole_arguments[index], len(hidden))
-            kwargs["position_embeddings"] = cos_sin(hidden, positions)
-            x = input_of(layer.self_attn.o_proj, lambda: layer.self_attn(layer.input_layernorm(hidden), **kwargs))  # noqa: B023
-            ridge.add(x, middle[b].to(device) - hidden - (0 if layer.self_attn.o_proj.bias is None else layer.self_attn.o_proj.bias))
-            heads.append(x.cpu())
-        ridge.solve(layer.self_attn.o_proj, strength=RIDGE)
+        # W_O: with the student's head outputs, give the teacher's residual stream after attention.
+        ridge = Ridge(layer.self_attn.o_proj)
+        for b, kwargs in enumerate(arguments):
+            layer_input = teacher_states[b].to(device)
+            run = partial(original, layer_input, **fit_batch(teacher_arguments[index], len(layer_input)))
+            after_attention, after_layer = input_and_output(original.post_attention_layernorm, run)
+            teacher_states[b] = after_layer.cpu()
+            state = student_states[b].to(device)
+            attend = partial(layer.self_attn, layer.input_layernorm(state))
+            kwargs["position_embeddings"] = position_embeddings
+            heads, _ = input_and_output(layer.self_attn.o_proj, partial(attend, **kwargs))
+            ridge.add(heads, after_attention - state, size=after_attention)
+        ridge.solve(strength=RIDGE)
 
         # The FFN's down projection: give the teacher's residual stream after the layer.
-        ridge, activations = Ridge(), []
-        for b, hidden in enumerate(student_hidden):
-            student_hidden[b] = hidden + layer.self_attn.o_proj(heads[b].to(device)).cpu()
-            normed = layer.post_attention_layernorm(student_hidden[b].to(device))
-            x = layer.mlp.act_fn(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
-            ridge.add(x, (teacher_hidden[b] - student_hidden[b]).to(device))
-            activations.append(x.cpu())
-        ridge.solve(layer.mlp.down_proj, strength=RIDGE)
-        for b, x in enumerate(activations):
-            student_hidden[b] += linear(x.to(device), layer.mlp.down_proj.weight).cpu()
+        ridge = Ridge(layer.mlp.down_proj)
+        for b, kwargs in enumerate(arguments):
+            state = student_states[b].to(device)
+            state = state + layer.self_attn(layer.input_layernorm(state), **kwargs)[0]
+            student_states[b] = state.cpu()
+            feed = partial(layer.mlp, layer.post_attention_layernorm(state))
+            activations, _ = input_and_output(layer.mlp.down_proj, feed)
+            after_layer = teacher_states[b].to(device)
+            ridge.add(activations, after_layer - state, size=after_layer)
+        ridge.solve(strength=RIDGE)
+        for b, state in enumerate(student_states):
+            x = state.to(device)
+            student_states[b] = (x + layer.mlp(layer.post_attention_layernorm(x))).cpu()
     student.config.latent = spec.to_dict()
-    student.model.rotary_emb = cos_sin
+    student.model.rotary_emb = rotary
     return student

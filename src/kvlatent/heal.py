@@ -91,11 +91,13 @@ class HealConfig:
 class Stage(nn.Module):
     """The student with the loss of one stage on top, so that data-parallel wrappers see one forward per step."""
 
-    def __init__(self, student: nn.Module, body: nn.Module, teacher: PreTrainedModel, stage: int, config: HealConfig):
+    def __init__(
+        self, trained: nn.Module, student: PreTrainedModel, teacher: PreTrainedModel, stage: int, config: HealConfig
+    ) -> None:
         super().__init__()
-        self.student = student
+        self.trained = trained  # the student, possibly inside its LoRA wrapper
         self.stage, self.config = stage, config
-        self._unowned = (body, teacher)  # a tuple hides modules: the teacher is neither trained nor saved
+        self._unowned = (student, teacher)  # a tuple hides modules: the teacher is neither trained nor saved
 
     def forward(self, ids: Int[Tensor, "batch seq"]) -> tuple[Tensor, Tensor | None]:
         """Return the loss and, in stage 1, each layer's share of it (layers,)."""
@@ -119,7 +121,7 @@ class Stage(nn.Module):
         return loss, None
 
 
-def in_layer_losses(student: nn.Module, teacher: PreTrainedModel, ids: Tensor, *, relative: bool) -> Tensor:
+def in_layer_losses(student: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor, *, relative: bool) -> Tensor:
     """Error of each student layer on the teacher's hidden states (Eq. 6-7): layer l gets H^(l-1) and is held to H^l.
 
     Args:
@@ -148,8 +150,9 @@ def in_layer_losses(student: nn.Module, teacher: PreTrainedModel, ids: Tensor, *
         losses.append(error(output, states[len(losses) + 1]))
 
     layers = student.model.layers
-    with hooks(layer.register_forward_pre_hook(feed) for layer in layers), hooks(
-        layer.register_forward_hook(judge) for layer in layers
+    with (
+        hooks(layer.register_forward_pre_hook(feed) for layer in layers),
+        hooks(layer.register_forward_hook(judge) for layer in layers),
     ):
         student.model(ids, use_cache=False)
     return torch.stack(losses)
@@ -178,23 +181,34 @@ def heal(
         UserError: Too few blocks, a state of another run, or a loss that is not finite.
     """
     block_size = ids.shape[1]
-    accelerator = Accelerator(mixed_precision=_mixed_precision(student.device), cpu=student.device.type == "cpu")
+    accelerator = Accelerator(
+        mixed_precision=_mixed_precision(student.device),
+        cpu=student.device.type == "cpu",
+        step_scheduler_with_optimizer=False,  # else it would step once per process
+    )
     per_step = config.batch_size * accelerator.num_processes
     steps = [math.ceil(n / (per_step * block_size)) for n in (config.stage1_tokens, config.stage2_tokens)]
     if sum(steps) * per_step > len(ids):
-        raise UserError(f"healing needs {sum(steps) * per_step} blocks of {block_size} tokens; the text gives {len(ids)}")
-    _prepare_folder(work, config, resume)
+        needed = sum(steps) * per_step
+        raise UserError(f"healing needs {needed} blocks of {block_size} tokens; the text gives {len(ids)}")
+    if accelerator.is_main_process:
+        _prepare_folder(work, config, resume)
+    accelerator.wait_for_everyone()
     set_seed(config.seed)
     teacher.requires_grad_(False).eval()
     trained = _with_adapters(student, config)
     checkpoint, metrics = work / "state", work / "metrics.jsonl"
-    progress = json.loads((checkpoint / "progress.json").read_text()) if checkpoint.is_dir() else {"stage": 1, "step": 0}
-    _forget_after(metrics, progress)
+    progress = {"stage": 1, "step": 0}
+    if checkpoint.is_dir():
+        progress = json.loads((checkpoint / "progress.json").read_text())
+    if accelerator.is_main_process:
+        _forget_after(metrics, progress)
     with interruptible() as interrupted:
         for stage in (1, 2):
             if stage < progress["stage"] or steps[stage - 1] == 0:
                 continue
             module = Stage(trained, student, teacher, stage, config).train()
+            student.model.norm.requires_grad_(config.train_norms and stage == 2)  # no single layer's error sees it
             rate = config.stage1_learning_rate if stage == 1 else config.learning_rate
             parameters = [p for p in module.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(
@@ -204,10 +218,11 @@ def heal(
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(total, math.ceil(config.warmup * total)))
             module, optimizer, schedule = accelerator.prepare(module, optimizer, schedule)
             first = 0
-            if checkpoint.is_dir():
+            if stage == progress["stage"] and checkpoint.is_dir():
                 accelerator.load_state(str(checkpoint))
-                if stage == progress["stage"]:
-                    first = progress["step"]
+                first = progress["step"]
+            elif stage == 2 and steps[0]:  # with stage 2's own optimizer and schedule, so that it can be resumed here
+                _save_state(accelerator, checkpoint, {"stage": 2, "step": 0})
             saved = time.monotonic()
             offset = 0 if stage == 1 else steps[0] * per_step
             bar = tqdm(
@@ -226,10 +241,15 @@ def heal(
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
-                mean = accelerator.reduce(loss.detach(), reduction="mean").item()
+                # Processes save and stop together, as soon as one of them is due or interrupted.
+                due = time.monotonic() - saved > 60 * config.save_minutes
+                mine = torch.tensor([loss.item(), due, bool(interrupted)], device=accelerator.device)
+                mean, save, stop = accelerator.reduce(mine, reduction="mean").tolist()
+                if by_layer is not None:
+                    by_layer = accelerator.reduce(by_layer, reduction="mean")
                 if not math.isfinite(mean):
                     raise UserError(
-                        f"the loss is {mean} at stage {stage}, step {step} (blocks {start} to {start + len(batch) - 1}); "
+                        f"the loss is {mean} at stage {stage}, step {step} (blocks from {start}); "
                         f"lower the learning rate and --resume from the last good state in {work}"
                     )
                 tokens = (step + 1) * per_step * block_size
@@ -244,14 +264,12 @@ def heal(
                         file.write(json.dumps(line) + "\n")
                     bar.update(per_step * block_size)
                     bar.set_postfix(loss=f"{mean:.4f}")
-                if interrupted or time.monotonic() - saved > 60 * config.save_minutes:
+                if save or stop:
                     _save_state(accelerator, checkpoint, {"stage": stage, "step": step + 1})
                     saved = time.monotonic()
-                if interrupted:
+                if stop:
                     raise KeyboardInterrupt
             bar.close()
-            if stage == 1 and steps[1]:
-                _save_state(accelerator, checkpoint, {"stage": 2, "step": 0})
             accelerator.free_memory()
     return _merged(trained, student).eval()
 
@@ -305,7 +323,7 @@ def _prepare_folder(work: Path, config: HealConfig, resume: bool) -> None:
     settings = work / "heal.json"
     if resume and settings.is_file():
         if settings.read_text() != asked:
-            raise UserError(f"{work} holds a run with other settings; resume with the same ones, or start without --resume")
+            raise UserError(f"{work} holds a run with other settings; use the same ones, or start without --resume")
         return
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -324,6 +342,7 @@ def _save_state(accelerator: Accelerator, checkpoint: Path, progress: dict[str, 
     """Write the state beside the old one, then swap."""
     partial = checkpoint.with_name("state.partial")
     accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (partial / "progress.json").write_text(json.dumps(progress))
         old = checkpoint.with_name("state.old")

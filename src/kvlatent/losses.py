@@ -69,7 +69,7 @@ class _HeadLoss(torch.autograd.Function):
     """Sum over positions of a loss of the logits; each chunk's gradient is taken at once and its logits dropped."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, chunk_loss: Callable[[Tensor, slice], Tensor]) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, hidden: Tensor, head: Tensor, chunk_loss: Callable[[Tensor, slice], Tensor]) -> Tensor:  # type: ignore[no-untyped-def]
         total = torch.zeros((), device=hidden.device, dtype=torch.float32)
         gradient = torch.empty_like(hidden)
         wanted = ctx.needs_input_grad[0]
@@ -85,6 +85,6 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
         (gradient,) = ctx.saved_tensors
         return gradient * grad_output.to(gradient.dtype), None, None

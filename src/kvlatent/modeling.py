@@ -25,13 +25,13 @@ class KVLatentForCausalLM:
     """
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if config.latent is None:
             raise UserError(f"a {config.model_type} config needs its latent spec; convert a model to get one")
         spec = LatentSpec.from_dict(config.latent)
         if len(spec.d_qk) != config.num_hidden_layers:
             raise UserError(f"the latent spec names {len(spec.d_qk)} layers; the model has {config.num_hidden_layers}")
-        set_spec(self, spec)  # type: ignore[arg-type]
+        set_spec(self, spec)
 
 
 def _model_class(model_type: str, family: Family) -> type[PreTrainedModel]:
@@ -69,6 +69,13 @@ def head_dim_of(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def check_teacher(config: PreTrainedConfig) -> None:
+    """Raise `UserError` unless the model is of a supported architecture and not converted yet."""
+    family_of(config)
+    if config.model_type.startswith(PREFIX):
+        raise UserError("the model is converted already; start from the original checkpoint")
+
+
 def identity_spec(teacher: PreTrainedModel) -> LatentSpec:
     """The spec that keeps every dim and the teacher's own frequencies: the graft it describes equals the teacher."""
     config, rotary = teacher.config, teacher.model.rotary_emb
@@ -92,10 +99,8 @@ def graft(teacher: PreTrainedModel) -> PreTrainedModel:
     Raises:
         UserError: The architecture is not supported, or the model is a converted one already.
     """
-    family_of(teacher.config)
+    check_teacher(teacher.config)
     model_type = teacher.config.model_type
-    if model_type.startswith(PREFIX):
-        raise UserError("the model is converted already; start from the original checkpoint")
     fields = copy.deepcopy(teacher.config.to_dict())
     for key in ("model_type", "architectures", "transformers_version"):
         fields.pop(key, None)

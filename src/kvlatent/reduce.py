@@ -68,9 +68,7 @@ def keep_pairs(q_cov: Tensor, k_cov: Tensor, d_qk: int) -> QKReduction:
     score = _pair_energy(q_cov).view(kv_heads, -1, head_dim // 2).sum(1) * _pair_energy(k_cov)
     pairs = score.topk(d_qk // 2, dim=-1).indices.sort(-1).values
     k_map = select(pair_channels(pairs, head_dim), head_dim)
-    return QKReduction(
-        q_map=k_map.repeat_interleave(q_cov.shape[0] // kv_heads, dim=0), k_map=k_map, freq_index=pairs
-    )
+    return QKReduction(q_map=k_map.repeat_interleave(q_cov.shape[0] // kv_heads, dim=0), k_map=k_map, freq_index=pairs)
 
 
 def project(q_cov: Tensor, k_cov: Tensor, d_qk: int) -> QKReduction:
@@ -175,7 +173,11 @@ def choose_groups(
 
 
 def value_output_svd(
-    o_cov: Tensor, o_weight: Float[Tensor, "hidden q_heads*head_dim"], d_vo: int, *, kv_heads: int
+    o_cov: Float[Tensor, "q_heads head_dim head_dim"],
+    o_weight: Float[Tensor, "hidden q_heads*head_dim"],
+    d_vo: int,
+    *,
+    kv_heads: int,
 ) -> VOReduction:
     """The rank-d_vo value subspace of each KV head with the least expected error of the layer's attention output.
 
@@ -183,7 +185,7 @@ def value_output_svd(
     attention-weighted values. Exact when C or the stacked W_O has rank ≤ d_vo.
 
     Args:
-        o_cov: Attention-weighted values per query head, (q_heads, head_dim, head_dim).
+        o_cov: Attention-weighted values per query head.
         o_weight: The stock output projection.
         d_vo: Dims kept.
         kv_heads: Heads that share a value subspace with their group.

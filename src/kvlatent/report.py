@@ -46,6 +46,7 @@ class _Score(_Section):
     perplexity: float | None = None
     perplexity_stderr: float | None = None
     perplexity_ratio: float | None = None
+    perplexity_ratio_stderr: float | None = None
     bits_per_byte: float | None = None
 
 
@@ -242,7 +243,7 @@ class _Metric(NamedTuple):
     lower_is_better: bool
     teacher: _Cell
     student: _Cell
-    ratio: float | None
+    ratio: _Cell
 
     @property
     def better(self) -> str:
@@ -262,10 +263,16 @@ def _bits_cell(score: _Score) -> _Cell:
     return _Cell(score.bits_per_byte, _fixed(score.bits_per_byte, 3))
 
 
-def _score_ratio(score: _Score, teacher: _Score) -> float | None:
-    if score.perplexity_ratio is not None:
-        return score.perplexity_ratio
-    return _divide(score.perplexity, teacher.perplexity)
+def _score_ratio(score: _Score, teacher: _Score) -> _Cell:
+    ratio, error = score.perplexity_ratio, score.perplexity_ratio_stderr
+    if ratio is None:
+        ratio, error = _divide(score.perplexity, teacher.perplexity), None
+    return _Cell(ratio, _ratio(ratio), f"± {_fixed(error, 3 if error < 0.1 else 2)}" if error else "")
+
+
+def _quotient(student: _Cell, teacher: _Cell) -> _Cell:
+    ratio = _divide(student.value, teacher.value)
+    return _Cell(ratio, _ratio(ratio))
 
 
 def _bench_cell(row: _BenchRow | None, field: str, show: Callable[[float | None], str]) -> _Cell:
@@ -282,7 +289,7 @@ def _summary(results: _Results) -> list[_Metric]:
     bits = _bits_cell(teacher), _bits_cell(student)
     rows = [
         _Metric("Perplexity", "", "held-out text", True, *perplexities, _score_ratio(student, teacher)),
-        _Metric("Bits per byte", "", "held-out text", True, *bits, _divide(bits[1].value, bits[0].value)),
+        _Metric("Bits per byte", "", "held-out text", True, *bits, _quotient(bits[1], bits[0])),
     ]
     pair = results.bench_pair
     for field, name, unit, lower, show in (
@@ -296,7 +303,7 @@ def _summary(results: _Results) -> list[_Metric]:
         if pair:
             row = next(iter(pair.values()))
             condition = row.dtype if field == "cache_bytes_per_token" else f"context {row.context:,}, batch {row.batch}"
-        rows.append(_Metric(name, unit, condition, lower, *cells, _divide(cells[1].value, cells[0].value)))
+        rows.append(_Metric(name, unit, condition, lower, *cells, _quotient(cells[1], cells[0])))
     return [row for row in rows if row.teacher.value is not None or row.student.value is not None]
 
 
@@ -316,11 +323,13 @@ def _headline(results: _Results) -> str:
     metrics = {metric.name: metric for metric in _summary(results)}
     parts = []
     cache, quality = metrics.get("KV cache"), metrics.get("Perplexity")
-    if cache and cache.ratio is not None:
-        parts.append(f"{_share_of_cache(cache.ratio)} ({cache.teacher.text} → {cache.student.text} bytes per token)")
-    if quality and quality.ratio is not None:
+    if cache and cache.ratio.value is not None:
+        parts.append(
+            f"{_share_of_cache(cache.ratio.value)} ({cache.teacher.text} → {cache.student.text} bytes per token)"
+        )
+    if quality and quality.ratio.value is not None:
         untrained = ", before any training" if "no training" in (results.student or "") else ""
-        parts.append(f"{'at ' if parts else 'At '}{_ratio(quality.ratio)} the teacher's perplexity{untrained}")
+        parts.append(f"{'at ' if parts else 'At '}{quality.ratio.text} the teacher's perplexity{untrained}")
     return " ".join(parts)
 
 
@@ -414,7 +423,7 @@ def _wide(values: Iterable[float], times: float) -> bool:
 
 def _perplexity_bars(results: _Results) -> Iterator[_Picture]:
     teacher = results.evaluate.models.get("teacher", _Score())
-    ratios = {name: _score_ratio(score, teacher) for name, score in results.evaluate.models.items()}
+    ratios = {name: _score_ratio(score, teacher).value for name, score in results.evaluate.models.items()}
     bars = {name: ratio for name, ratio in ratios.items() if ratio is not None and math.isfinite(ratio)}
     if len(bars) < 2:
         return
@@ -582,6 +591,7 @@ def _latency_bars(results: _Results, field: str, title: str) -> Iterator[_Pictur
         ax.set_ylim(0, ax.get_ylim()[1])
         ax.set_xlabel("Context (tokens) × batch")
         ax.set_ylabel(f"{title} (ms)")
+        _plain_axis(ax.yaxis)
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
     words = {"TTFT": "Time to first token", "TPOT": "Time per output token"}[title]
@@ -679,8 +689,9 @@ def _texts(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, lis
 def _notes(results: _Results) -> list[str]:
     """What a reader should know before believing the numbers; only what the results say."""
     notes = []
-    evaluate, trained = results.evaluate, dict(_texts(results.recipe))
+    evaluate = results.evaluate
     held_out = [evaluate.text] if isinstance(evaluate.text, str) else evaluate.text
+    trained = {where: sources for where, sources in _texts(results.recipe) if not re.match(r"(held_out|eval)", where)}
     for where, sources in trained.items():
         notes.append(f"Text named by the recipe under {where}: {', '.join(sources)}.")
     if held_out:
@@ -689,12 +700,7 @@ def _notes(results: _Results) -> list[str]:
         )
         size = f" ({size})" if size else ""
         notes.append(f"Perplexity and bits per byte on held-out text: {', '.join(held_out)}{size}.")
-        used = {
-            source
-            for where, sources in trained.items()
-            if not re.search(r"held_?out|eval", where)
-            for source in sources
-        }
+        used = {source for sources in trained.values() for source in sources}
         if shared := sorted(used.intersection(held_out)):
             notes.append(f"Caution: {', '.join(shared)} is both held-out text and calibration or training text.")
         elif used:
@@ -776,7 +782,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(fixed=_fixed, ratio=_ratio, count=_count, mib=_mib, ms=_milliseconds)
+    environment.filters.update(fixed=_fixed, count=_count, mib=_mib, ms=_milliseconds)
     template = environment.from_string((files("kvlatent") / "report.html.j2").read_text(encoding="utf-8"))
     metrics = list({metric.name: metric for context in contexts for metric in context["summary"]}.values())
     page = template.render(
@@ -814,13 +820,13 @@ def summary_table(results: Mapping[str, Any]) -> str:
         blocks.append(
             _aligned(
                 ["", "teacher", "student", "ratio", ""],
-                [[m.label, m.teacher.text, m.student.text, _ratio(m.ratio), m.better] for m in metrics],
+                [[m.label, m.teacher.text, m.student.text, m.ratio.text, m.better] for m in metrics],
             )
         )
     if len(parsed.evaluate.models) > 2:
         teacher = parsed.evaluate.models.get("teacher", _Score())
         rows = [
-            [name, str(_perplexity_cell(score)), _ratio(_score_ratio(score, teacher)), _fixed(score.bits_per_byte, 3)]
+            [name, str(_perplexity_cell(score)), str(_score_ratio(score, teacher)), _fixed(score.bits_per_byte, 3)]
             for name, score in parsed.evaluate.models.items()
         ]
         blocks.append(_aligned(["", "perplexity", "ratio", "bits per byte"], rows))
@@ -876,8 +882,8 @@ def model_card(results: Mapping[str, Any], spec: Mapping[str, Any]) -> str:
         f"{_headline(parsed)}." if _headline(parsed) else "No measurements came with this model.",
         "",
         f"This decoder language model was made{f' from `{_code(teacher)}`' if teacher else ''} with kvlatent: its "
-        "attention keeps fewer key and value dims per head than its teacher, so that its KV cache takes fewer bytes per "
-        "token"
+        "attention keeps fewer key and value dims per head than its teacher, so that its KV cache takes fewer "
+        "bytes per token"
         f"{f' ({dims})' if dims else ''}. The method starts from KV-Latent (arXiv:2507.11273).",
         "",
         "## How to load it",
@@ -896,7 +902,7 @@ def model_card(results: Mapping[str, Any], spec: Mapping[str, Any]) -> str:
         lines += ["", "## Measured", "", "| | teacher | this model | ratio | |", "|---|--:|--:|--:|---|"]
         for m in metrics:
             name = ", ".join(filter(None, (m.label, m.condition)))
-            lines.append(f"| {_markdown(name)} | {m.teacher} | {m.student} | {_ratio(m.ratio)} | {m.better} |")
+            lines.append(f"| {_markdown(name)} | {m.teacher} | {m.student} | {m.ratio} | {m.better} |")
     measured = [_markdown(note) for note in _notes(parsed)]
     measured += [f"{key}: `{_code(value)}`" for key, value in _flatten(parsed.record)]
     measured += [f"{step}: {_fixed(seconds, 1)} s" for step, seconds in parsed.seconds.items()]

@@ -24,9 +24,7 @@ def frequency_aware_exponents(d: int) -> list[int]:
     """
     if d < 4 or d % 4:
         raise UserError(f"frequency-aware RoPE needs a d_qk that is a multiple of 4; got {d}")
-    exponents = list(range(d // 4, 3 * d // 4, 2)) + list(range(3 * d // 4, d))
-    # From d = 4k with odd k the first range takes one more than a quarter; the paper's dims are all multiples of 8.
-    return exponents[len(exponents) - d // 2 :]
+    return list(range(d // 4, 3 * d // 4, 2)) + list(range(3 * d // 4, d))
 
 
 def inverse_frequencies(exponents: list[int], *, d: int, theta: float) -> tuple[float, ...]:
@@ -63,6 +61,8 @@ class LatentRotaryEmbedding(nn.Module):
     """
 
     rope_type, config = "default", None
+    inv_freq: Tensor
+    original_inv_freq: Tensor
 
     def __init__(self, inv_freq: tuple[float, ...], scaling: float) -> None:
         super().__init__()

@@ -1,0 +1,463 @@
+"""`run`: a recipe file, and every step from teacher to report in one folder, resumable."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from jaxtyping import Int64
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kvlatent.benchmark import benchmark
+from kvlatent.checkpoints import environment, load_model, pick_device, pick_dtype, record_of
+from kvlatent.data import TokenBlocks, check_held_out
+from kvlatent.errors import UserError
+from kvlatent.evaluate import Perplexity, compare, perplexity
+from kvlatent.heal import HealConfig
+from kvlatent.report import model_card, write_report
+from kvlatent.spec import Preset
+from kvlatent.verbs import (
+    BATCH_SIZE,
+    check_teacher,
+    complete,
+    convert_loaded,
+    heal_config,
+    heal_student,
+    healing_blocks,
+    load_config,
+    load_tokenizer,
+    read_text,
+    scores_of,
+    stored_dtype,
+)
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Sources(_Entry):
+    """Text whose length follows from what it is used for."""
+
+    text: list[str] = Field(min_length=1)
+
+
+class Text(Sources):
+    """Text and how much of it."""
+
+    tokens: PositiveInt
+
+
+class Healing(_Entry):
+    """What a student's healing changes of its preset's `HealConfig`."""
+
+    stage1_tokens: int = Field(ge=0)
+    stage2_tokens: int = Field(ge=0)
+    loss: Literal["kl", "ntp"] = "kl"
+    learning_rate: float | None = Field(default=None, gt=0)
+    stage1_learning_rate: float | None = Field(default=None, gt=0)
+    lora_rank: int | None = Field(default=None, ge=0)
+    batch_size: PositiveInt | None = None
+
+
+class Student(_Entry):
+    """Dims of a student; without `heal` it is measured as converted."""
+
+    d_qk: int
+    d_vo: int
+    heal: Healing | None = None
+
+
+class Bench(_Entry):
+    """The workload of the benchmark."""
+
+    context: PositiveInt
+    batch: PositiveInt
+    new_tokens: PositiveInt
+
+
+class Generate(_Entry):
+    """Prompts that teacher and student continue greedily."""
+
+    prompts: list[str] = Field(min_length=1)
+    max_new_tokens: PositiveInt
+
+
+class Recipe(_Entry):
+    """A recipe file. The first student is the one that is measured in full and kept as `model`."""
+
+    title: str
+    model: str
+    base_model: str | None = None
+    """The teacher's name on the hub, for the model card."""
+    license: str | None = None
+    seed: int = 0
+    block_size: int = Field(default=512, ge=2)
+    calibration: Text
+    training: Sources | None = None
+    held_out: Text
+    students: dict[Preset, Student] = Field(min_length=1)
+    bench: Bench
+    generate: Generate
+
+    @model_validator(mode="after")
+    def _training_where_healed(self) -> Recipe:
+        if self.training is None and any(student.heal for student in self.students.values()):
+            raise ValueError("a student is healed, so training: text: is needed")
+        return self
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe.
+
+    Raises:
+        UserError: It is missing, no YAML, or has a wrong, missing or unknown entry.
+    """
+    try:
+        return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"can't read recipe {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "[key]") or "the recipe"
+        wrong = "unknown entry" if first["type"] == "extra_forbidden" else first["msg"]
+        raise UserError(f"{path}: {where}: {wrong}") from None
+
+
+# --- what a run folder holds -----------------------------------------------------------------------------------------
+
+
+def save_blocks(blocks: TokenBlocks, path: Path) -> None:
+    """Write token blocks and what is known of them as one safetensors file."""
+    about = {"bytes": blocks.bytes, "sources": blocks.sources, "fingerprints": sorted(blocks.fingerprints)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    save_file({"ids": blocks.ids}, partial, metadata={"about": json.dumps(about)})
+    partial.replace(path)
+
+
+def load_blocks(path: Path) -> TokenBlocks:
+    """Read what `save_blocks` wrote.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["about"])
+            ids: Int64[Tensor, "blocks block_size"] = file.get_tensor("ids")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} can't be read as token blocks ({error}); remove it to make it again") from None
+    return TokenBlocks(ids, about["bytes"], tuple(about["sources"]), frozenset(about["fingerprints"]))
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    _write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One thing to do, done when `output` exists."""
+
+    name: str
+    output: Path
+    act: Callable[[Path], object]
+
+
+def run(
+    recipe: Path, out: Path, *, seed: int | None = None, device: str = "auto", dtype: str = "auto"
+) -> dict[str, Any]:
+    """Follow a recipe from teacher to report. Steps whose output is in `out` are reused, so it can be interrupted.
+
+    Args:
+        recipe: The recipe's file.
+        out: The run folder, new or of the same recipe.
+        seed: Instead of the recipe's.
+        device: For everything.
+        dtype: For evaluation, benchmark and generation; conversion and healing compute in float32.
+
+    Returns:
+        The content of `results.json`, and the run folder as `out`.
+
+    Raises:
+        UserError: The recipe, a model or a text can't be used, or `out` belongs to something else.
+        KeyboardInterrupt: Interrupted; running again goes on.
+    """
+    wanted = read_recipe(recipe)
+    if seed is not None:
+        wanted = wanted.model_copy(update={"seed": seed})
+    config = load_config(wanted.model)
+    for preset, student in wanted.students.items():
+        check_teacher(config, wanted.model, preset, student.d_qk, student.d_vo)
+        if student.heal is not None:
+            heal_config(preset, student.heal.model_dump(), wanted.seed)
+    stored = out / "recipe.yaml"
+    if stored.is_file():
+        if read_recipe(stored) != wanted:
+            raise UserError(f"{out} holds a run of another recipe; choose another --out, or remove it")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not a run folder; choose another --out, or remove it")
+    return _Run(wanted, out, config, device, dtype).follow()
+
+
+class _Run:
+    """A run under way: the recipe, its folder, and the teacher once it is needed."""
+
+    def __init__(self, recipe: Recipe, out: Path, config: PreTrainedConfig, device: str, dtype: str) -> None:
+        self.recipe, self.out, self.config = recipe, out, config
+        self.device = device
+        self.dtype = str(pick_dtype(dtype, pick_device(device))).removeprefix("torch.")
+        self.tokenizer = load_tokenizer(recipe.model)
+        self.load = lru_cache(maxsize=1)(self._load)
+
+    def _load(self, model: str, dtype: str) -> PreTrainedModel:
+        return load_model(model, device=self.device, dtype=dtype)[0]
+
+    def teacher(self, dtype: str = "float32") -> PreTrainedModel:
+        """The teacher, kept until it is needed in another dtype."""
+        return self.load(self.recipe.model, dtype)
+
+    def follow(self) -> dict[str, Any]:
+        """Do every step that isn't done yet."""
+        *steps, last = self.steps()
+        new = False
+        for number, step in enumerate((*steps, last), 1):
+            place = f"[{number}/{len(steps) + 1}] {step.name}"
+            if step.output.exists() and not (step is last and new):
+                print(f"{place}: reused", file=sys.stderr)
+            else:
+                print(place, file=sys.stderr)
+                self._do(step)
+                new = True
+        return {"out": str(self.out), **json.loads((self.out / "results.json").read_text(encoding="utf-8"))}
+
+    def _do(self, step: _Step) -> None:
+        clock = self.out / "seconds.json"
+        began = time.monotonic()
+        try:
+            step.act(step.output)
+        finally:  # an interrupted step adds up over its sessions
+            if clock.parent.is_dir():
+                seconds = json.loads(clock.read_text()) if clock.is_file() else {}
+                seconds[step.name] = seconds.get(step.name, 0.0) + time.monotonic() - began
+                _write_json(clock, seconds)
+
+    def start(self, preset: Preset) -> Path:
+        """The folder of a student before healing."""
+        if self.recipe.students[preset].heal is None:
+            return self.final(preset)
+        return self.out / preset / "start"
+
+    def final(self, preset: Preset) -> Path:
+        """The folder of a finished student."""
+        return self.out / "model" if preset == next(iter(self.recipe.students)) else self.out / preset / "model"
+
+    def evaluations(self) -> dict[str, Path]:
+        """Where the score of each label is kept."""
+        labels = ["teacher"]
+        for preset, student in self.recipe.students.items():
+            labels += [f"{preset}, no training", *([f"{preset}, healed"] if student.heal else ())]
+        return {label: self.out / "evaluate" / f"{label.replace(', ', '-').replace(' ', '-')}.json" for label in labels}
+
+    def steps(self) -> list[_Step]:
+        """Everything there is to do, in order."""
+        scores, folder = self.evaluations(), self.out / "text"
+
+        def evaluate(label: str, model: str) -> _Step:
+            return _Step(f"evaluate {label}", scores[label], partial(self._evaluate, model))
+
+        steps = [
+            _Step("text", folder / "held_out.safetensors", self._text),
+            evaluate("teacher", self.recipe.model),
+        ]
+        for preset, student in self.recipe.students.items():
+            start, final = self.start(preset), self.final(preset)
+            steps.append(_Step(f"convert {preset}", start, partial(self._convert, preset)))
+            steps.append(evaluate(f"{preset}, no training", str(start)))
+            if student.heal is not None:
+                steps.append(_Step(f"heal {preset}", final, partial(self._heal, preset)))
+                steps.append(evaluate(f"{preset}, healed", str(final)))
+        return [
+            *steps,
+            _Step("bench", self.out / "bench.json", self._bench),
+            _Step("generate", self.out / "generations.json", self._generate),
+            _Step("report", self.out / "report.html", self._report),
+        ]
+
+    def _text(self, held_out_file: Path) -> None:
+        """Make all text before anything else, and the run folder only once it is there and disjoint."""
+        recipe = self.recipe
+
+        def read(text: Sequence[str], tokens: int, seed: int, *, held_out: bool = False) -> TokenBlocks:
+            return read_text(
+                text, self.tokenizer, tokens=tokens, block_size=recipe.block_size, seed=seed,
+                teacher=None if held_out else self.teacher,
+            )  # fmt: skip
+
+        held_out = read(recipe.held_out.text, recipe.held_out.tokens, recipe.seed, held_out=True)
+        made = {"calibration": read(recipe.calibration.text, recipe.calibration.tokens, recipe.seed)}
+        if recipe.training is not None and (blocks := self._training_blocks()):
+            # Another order than calibration's, so that healing sees other text of the same sources.
+            made["training"] = read(recipe.training.text, blocks * recipe.block_size, recipe.seed + 1)
+        for blocks_used in made.values():
+            check_held_out(blocks_used.fingerprints, held_out)
+        _write_text(
+            self.out / "recipe.yaml",
+            yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True),
+        )
+        _write_json(self.out / "record.json", environment() | {"commit": _commit()})
+        for name, blocks_used in made.items():
+            save_blocks(blocks_used, self.out / "text" / f"{name}.safetensors")
+        save_blocks(held_out, held_out_file)
+
+    def _training_blocks(self) -> int:
+        """Blocks of the longest healing; every student reads them from the first."""
+        counts = [healing_blocks(self._settings(preset), self.recipe.block_size) for preset in self._healed()]
+        return max(counts, default=0)
+
+    def _healed(self) -> list[Preset]:
+        return [preset for preset, student in self.recipe.students.items() if student.heal is not None]
+
+    def _settings(self, preset: Preset) -> HealConfig:
+        healing = self.recipe.students[preset].heal
+        assert healing is not None
+        return heal_config(preset, healing.model_dump(), self.recipe.seed)
+
+    def _blocks(self, name: str) -> TokenBlocks:
+        return load_blocks(self.out / "text" / f"{name}.safetensors")
+
+    def _convert(self, preset: Preset, out: Path) -> None:
+        student = self.recipe.students[preset]
+        convert_loaded(
+            self.teacher(), self.tokenizer, out, name=self.recipe.model, preset=preset, d_qk=student.d_qk,
+            d_vo=student.d_vo, blocks=None if preset == "paper" else self._blocks("calibration"), statistics=None,
+            dtype=stored_dtype(self.config, "auto"),
+        )  # fmt: skip
+
+    def _heal(self, preset: Preset, out: Path) -> None:
+        heal_student(
+            str(self.start(preset)), out, teacher=self.teacher(), blocks=self._blocks("training"),
+            settings=self._settings(preset), resume=True, device=self.device, dtype=stored_dtype(self.config, "auto"),
+        )  # fmt: skip
+
+    def _model(self, model: str) -> PreTrainedModel:
+        """A model for measuring; the teacher is shared, a student is read from its folder."""
+        return self.teacher(self.dtype) if model == self.recipe.model else self._load(model, self.dtype)
+
+    def _evaluate(self, model: str, out: Path) -> None:
+        held_out = self._blocks("held_out")
+        check_held_out(record_of(model).get("fingerprints", ()), held_out)
+        score = perplexity(self._model(model), held_out.ids, text_bytes=held_out.bytes, batch_size=BATCH_SIZE)
+        kept = {"nll": score.nll, "tokens": score.tokens, "bytes": score.bytes, "block_nll": score.block_nll.tolist()}
+        _write_json(out, kept)
+
+    def _pair(self) -> dict[str, PreTrainedModel]:
+        student = self.final(next(iter(self.recipe.students)))
+        return {"teacher": self._model(self.recipe.model), "student": self._model(str(student))}
+
+    def _bench(self, out: Path) -> None:
+        _write_json(out, benchmark(self._pair(), **self.recipe.bench.model_dump(), seed=self.recipe.seed))
+
+    def _generate(self, out: Path) -> None:
+        models, wanted = self._pair(), self.recipe.generate
+        _write_json(
+            out,
+            [
+                {"prompt": prompt}
+                | {name: complete(x, self.tokenizer, prompt, wanted.max_new_tokens)[0] for name, x in models.items()}
+                for prompt in wanted.prompts
+            ],
+        )
+
+    def _report(self, out: Path) -> None:
+        """Write results, metrics, the student's model card and the page."""
+        recipe, first = self.recipe, next(iter(self.recipe.students))
+        results = self._results()
+        _write_json(self.out / "results.json", results)
+        for preset in self._healed():
+            target = "metrics.jsonl" if preset == first else f"metrics-{preset}.jsonl"
+            shutil.copyfile(self.final(preset) / "metrics.jsonl", self.out / target)
+        about = {"base_model": recipe.base_model, "license": recipe.license}
+        _write_text(self.final(first) / "README.md", model_card(results | about, results["spec"]))
+        write_report([self.out], out)
+
+    def _results(self) -> dict[str, Any]:
+        def kept(name: str) -> Any:
+            return json.loads((self.out / name).read_text(encoding="utf-8"))
+
+        scores = {label: _read_score(path) for label, path in self.evaluations().items()}
+        models = {}
+        for label, score in scores.items():
+            ratio = compare(scores["teacher"], score)
+            models[label] = scores_of(score) | {
+                "perplexity_ratio": ratio.perplexity_ratio,
+                "perplexity_ratio_stderr": ratio.stderr,
+            }
+        held_out = self._blocks("held_out")
+        return {
+            "title": self.recipe.title,
+            "model": self.recipe.model,
+            "record": kept("record.json"),
+            "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
+            "seconds": kept("seconds.json"),
+            "evaluate": {
+                "text": list(held_out.sources),
+                "tokens": held_out.ids.numel(),
+                "bytes": held_out.bytes,
+                "models": models,
+            },
+            "bench": {"rows": kept("bench.json")},
+            "generations": kept("generations.json"),
+            "spec": load_config(str(self.final(next(iter(self.recipe.students))))).latent,
+        }
+
+
+def _read_score(path: Path) -> Perplexity:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return Perplexity(**data | {"block_nll": torch.tensor(data["block_nll"], dtype=torch.float64)})
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this code runs from, if it does."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=False
+            )
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    tracked = git("ls-files", "--error-unmatch", here.name)
+    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if tracked else None

@@ -1,0 +1,640 @@
+"""What the command line's verbs do, from names and folders to folders; every check that can be early comes early."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers import initialization as init
+
+from kvlatent.benchmark import benchmark, cache_dims
+from kvlatent.calibrate import Statistics, calibrate
+from kvlatent.checkpoints import (
+    environment,
+    load_model,
+    locate,
+    pick_dtype,
+    record_of,
+    refuse_existing,
+    save_checkpoint,
+)
+from kvlatent.convert import convert
+from kvlatent.data import TokenBlocks, check_held_out, sample_from_teacher, token_blocks
+from kvlatent.errors import UserError
+from kvlatent.evaluate import Perplexity, compare, lm_eval_tasks, needle, perplexity
+from kvlatent.families import family_of
+from kvlatent.heal import HealConfig, heal
+from kvlatent.modeling import head_dim_of, spec_of
+from kvlatent.reduce import stride_channels
+from kvlatent.report import model_card, write_report
+from kvlatent.spec import LatentSpec, Preset, check_dims
+
+TEACHER_TEXT = "teacher"
+"""The text source that stands for text sampled from the teacher."""
+BATCH_SIZE = 4
+"""Blocks per forward where nothing is trained."""
+NEEDLE_CONTEXT, NEEDLE_TRIALS = 1024, 20
+
+# --- what a model is, without its weights ----------------------------------------------------------------------------
+
+
+def load_config(model: str) -> PreTrainedConfig:
+    """Read the config of a supported model.
+
+    Raises:
+        UserError: Nothing of that name, or not a supported architecture.
+    """
+    config: PreTrainedConfig = _loaded(model, AutoConfig)
+    family_of(config)
+    return config
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a model.
+
+    Raises:
+        UserError: There is none.
+    """
+    return _loaded(model, AutoTokenizer)
+
+
+def _loaded(model: str, kind: Any) -> Any:
+    source = locate(model)
+    try:
+        return kind.from_pretrained(source)
+    except Exception as error:  # transformers and the hub raise many kinds
+        raise UserError(f"can't load {model}: {' '.join(str(error).split())[:300]}") from None
+
+
+def describe(model: str) -> dict[str, Any]:
+    """Family, dims, layout, engines, size and cache bytes per token of a model, from its config alone."""
+    config = load_config(model)
+    spec = None if getattr(config, "latent", None) is None else LatentSpec.from_dict(config.latent)
+    with torch.device("meta"), init.no_init_weights():
+        shape = AutoModelForCausalLM.from_config(config)
+        shape.tie_weights()
+    d_qk, d_vo = cache_dims(config)
+    about: dict[str, Any] = {
+        "model": model,
+        "family": family_of(config).name,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "q_heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": head_dim_of(config),
+        "d_qk": d_qk,
+        "d_vo": d_vo,
+        "layout": "stock" if spec is None else spec.layout,
+        "frequencies": head_dim_of(config) // 2 if spec is None else len(spec.inv_freq),
+        "parameters": shape.num_parameters(),
+        "positions": config.max_position_embeddings,
+        "engines": ["any that runs the family"] if spec is None else ["transformers + kvlatent"],
+        "cache_bytes_per_token": {
+            name: config.num_key_value_heads * (sum(d_qk) + sum(d_vo)) * size
+            for name, size in (("float32", 4), ("bfloat16", 2))
+        },
+    }
+    if spec is not None:
+        about |= {"preset": spec.preset, "teacher": record_of(model).get("teacher")}
+    return about
+
+
+def dims_for_budget(model: str, budget: float) -> int:
+    """The even number of dims per head, d_qk and d_vo alike, nearest below `budget` × head_dim.
+
+    Args:
+        model: As everywhere.
+        budget: Share of the cache bytes kept.
+
+    Raises:
+        UserError: The budget is not a share, or leaves less than one rotary pair.
+    """
+    if not 0 < budget <= 1:
+        raise UserError(f"budget is the share of the cache bytes that is kept, above 0 and at most 1; got {budget}")
+    head_dim = head_dim_of(load_config(model))
+    dims = int(budget * head_dim + 1e-9) // 2 * 2
+    if dims < 2:
+        raise UserError(f"budget {budget} leaves no rotary pair of head_dim {head_dim}; give at least {2 / head_dim:g}")
+    return dims
+
+
+def check_teacher(config: PreTrainedConfig, model: str, preset: Preset, d_qk: int, d_vo: int) -> None:
+    """Refuse, before any weight is loaded, what conversion would refuse."""
+    if getattr(config, "latent", None) is not None:
+        raise UserError(f"{model} is converted already; start from the original checkpoint")
+    layers, head_dim = config.num_hidden_layers, head_dim_of(config)
+    check_dims(head_dim, (d_qk,) * layers, (d_vo,) * layers)
+    if preset == "paper":
+        stride_channels(head_dim, d_qk, "d_qk")
+        stride_channels(head_dim, d_vo, "d_vo")
+
+
+def _teacher_name(model: str) -> str:
+    """`model` such that it means the same from any working directory."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.exists() else model
+
+
+def stored_dtype(config: PreTrainedConfig, dtype: str) -> torch.dtype:
+    """The dtype that weights are written in: as asked, or as the model read has them."""
+    return (config.dtype or torch.float32) if dtype == "auto" else pick_dtype(dtype, torch.device("cpu"))
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def read_text(
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: int,
+    block_size: int,
+    seed: int,
+    teacher: Callable[[], PreTrainedModel] | None = None,
+) -> TokenBlocks:
+    """Token blocks of the sources, or of text that `teacher()` writes where the source is `teacher`.
+
+    Raises:
+        UserError: As `data.token_blocks`; or `teacher` is mixed with other sources.
+    """
+    if teacher is None or TEACHER_TEXT not in sources:
+        return token_blocks(sources, tokenizer, block_size=block_size, tokens=tokens, seed=seed)
+    if len(sources) > 1:
+        raise UserError("text 'teacher' stands alone: leave the other sources out, or 'teacher'")
+    return sample_from_teacher(teacher(), tokenizer, tokens=tokens, block_size=block_size, seed=seed)
+
+
+# --- disk ------------------------------------------------------------------------------------------------------------
+
+
+def check_disk(path: Path, needed_bytes: int) -> None:
+    """Raise `UserError` unless `needed_bytes` fit where `path` will be; better before the work than after it."""
+    place = next(parent for parent in path.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise UserError(f"{path} needs {needed_bytes / 1e6:,.0f} MB; {free / 1e6:,.0f} MB are free there")
+
+
+def _weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    return sum(p.numel() for p in model.parameters()) * dtype.itemsize
+
+
+# --- calibrate, convert, heal ----------------------------------------------------------------------------------------
+
+
+def calibrate_file(
+    model: str, out: Path, *, text: Sequence[str], tokens: int, block_size: int, device: str, dtype: str, seed: int
+) -> dict[str, Any]:
+    """Calibrate a teacher on text and write its statistics to one file.
+
+    Raises:
+        UserError: `out` exists, or the model or the text can't be used.
+    """
+    refuse_existing(out)
+    config, tokenizer = load_config(model), load_tokenizer(model)
+    check_teacher(config, model, "best", head_dim_of(config), head_dim_of(config))
+    whole_heads = 3 * config.num_attention_heads + 2 * config.num_key_value_heads
+    check_disk(out, config.num_hidden_layers * whole_heads * head_dim_of(config) ** 2 * 8)
+    began = time.monotonic()
+
+    @lru_cache(maxsize=1)
+    def teacher() -> PreTrainedModel:
+        return load_model(model, device=device, dtype=dtype)[0]
+
+    blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=teacher)
+    about = {
+        "model": _teacher_name(model),
+        "text": list(blocks.sources),
+        "fingerprints": sorted(blocks.fingerprints),
+        "record": environment(),
+    }
+    statistics = calibrate(teacher(), blocks.ids, batch_size=BATCH_SIZE, about=about)
+    try:
+        statistics.save(out)
+    finally:
+        out.with_name(out.name + ".partial").unlink(missing_ok=True)
+    return {"out": str(out), "tokens": blocks.ids.numel(), "text": about["text"], "seconds": time.monotonic() - began}
+
+
+def convert_folder(
+    model: str,
+    out: Path,
+    *,
+    preset: Preset,
+    d_qk: int,
+    d_vo: int,
+    stats: Path | None,
+    text: Sequence[str],
+    tokens: int,
+    block_size: int,
+    device: str,
+    dtype: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Convert a teacher to a student and write it to a new folder, with the record that healing and evaluation read.
+
+    Args:
+        model: The teacher.
+        out: The new folder.
+        preset: The recipe.
+        d_qk: Query/key dims per head.
+        d_vo: Value/output dims per head.
+        stats: A file of `calibrate_file`, instead of text.
+        text: Calibration text; `paper` takes neither.
+        tokens: Of the text.
+        block_size: Tokens per block.
+        device: Where to compute; always in float32.
+        dtype: Of the weights written; `auto` is that of the teacher's checkpoint.
+        seed: Of the order of the text.
+
+    Raises:
+        UserError: `out` exists, or the model, the dims, the text or the statistics can't be used.
+    """
+    refuse_existing(out)
+    config, tokenizer = load_config(model), load_tokenizer(model)
+    check_teacher(config, model, preset, d_qk, d_vo)
+    if preset == "paper" and (stats or text):
+        raise UserError("preset paper is not calibrated; leave --text and --stats out")
+    if preset != "paper" and bool(stats) == bool(text):
+        raise UserError(f"preset {preset} is calibrated: give either text (--text) or statistics (--stats)")
+    statistics = None if stats is None else _load_statistics(stats, config)
+
+    @lru_cache(maxsize=1)
+    def teacher() -> PreTrainedModel:
+        return load_model(model, device=device, dtype="float32")[0]
+
+    blocks = None
+    if text:
+        blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=teacher)
+    return convert_loaded(
+        teacher(), tokenizer, out, name=model, preset=preset, d_qk=d_qk, d_vo=d_vo, blocks=blocks,
+        statistics=statistics, dtype=stored_dtype(config, dtype),
+    )  # fmt: skip
+
+
+def _load_statistics(path: Path, config: PreTrainedConfig) -> Statistics:
+    statistics = Statistics.load(path)
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+    head_dim = head_dim_of(config)
+    fits = len(statistics.layers) == config.num_hidden_layers and all(
+        layer.sums[name].shape == (count, head_dim, head_dim)
+        for layer in statistics.layers
+        for name, count in heads.items()
+    )
+    if not fits:
+        raise UserError(f"{path} holds statistics of another model ({statistics.about.get('model', 'unnamed')})")
+    return statistics
+
+
+def convert_loaded(
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    name: str,
+    preset: Preset,
+    d_qk: int,
+    d_vo: int,
+    blocks: TokenBlocks | None,
+    statistics: Statistics | None,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Convert a teacher in memory and write the student to `out`; `name` is how to find the teacher again."""
+    check_disk(out, _weight_bytes(teacher, dtype) + 50_000_000)
+    began = time.monotonic()
+    ids = None if blocks is None else blocks.ids
+    student = convert(
+        teacher, preset=preset, d_qk=d_qk, d_vo=d_vo, statistics=statistics, ids=ids, batch_size=BATCH_SIZE
+    )
+    step: dict[str, Any] = {"verb": "convert", "preset": preset, "d_qk": d_qk, "d_vo": d_vo}
+    fingerprints: Sequence[str] = ()
+    if blocks is not None:
+        step |= {"text": list(blocks.sources), "tokens": blocks.ids.numel(), "block_size": blocks.ids.shape[1]}
+        fingerprints = sorted(blocks.fingerprints)
+    elif statistics is not None:
+        step |= {key: statistics.about[key] for key in ("text", "tokens") if key in statistics.about}
+        fingerprints = statistics.about.get("fingerprints", ())
+    step["seconds"] = time.monotonic() - began
+    record = {
+        "teacher": _teacher_name(name),
+        "preset": preset,
+        "fingerprints": list(fingerprints),
+        "steps": [step | {"record": environment()}],
+    }
+    spec = spec_of(student)
+    assert spec is not None
+    save_checkpoint(student.to(dtype), tokenizer, out, record=record, card=_card(record, spec))
+    config, kv_heads = student.config, student.config.num_key_value_heads
+    return {
+        "out": str(out),
+        "layout": spec.layout,
+        **{key: value for key, value in step.items() if key != "verb"},
+        "cache_bytes_per_token": spec.cache_bytes_per_token(kv_heads, dtype.itemsize),
+        "teacher_cache_bytes_per_token": kv_heads * 2 * spec.head_dim * config.num_hidden_layers * dtype.itemsize,
+    }
+
+
+def _card(record: dict[str, Any], spec: LatentSpec) -> str:
+    """The model card of a student that nothing was measured on yet."""
+    steps = {step["verb"]: {k: v for k, v in step.items() if k not in ("verb", "record")} for step in record["steps"]}
+    results = {
+        "model": record["teacher"],
+        "record": record["steps"][-1]["record"],
+        "recipe": steps,
+        "seconds": {verb: step["seconds"] for verb, step in steps.items()},
+    }
+    return model_card(results, spec.to_dict())
+
+
+def healing_blocks(config: HealConfig, block_size: int) -> int:
+    """Blocks that both stages take, each stage rounded up to whole steps."""
+    per_step = config.batch_size
+    return sum(math.ceil(n / (per_step * block_size)) * per_step for n in (config.stage1_tokens, config.stage2_tokens))
+
+
+def heal_folder(
+    start: str,
+    out: Path,
+    *,
+    text: Sequence[str],
+    block_size: int,
+    changes: dict[str, Any],
+    teacher: str | None,
+    resume: bool,
+    device: str,
+    dtype: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Train a student towards its teacher and write the result to a new folder.
+
+    Args:
+        start: Folder of the student.
+        out: The new folder.
+        text: Training text.
+        block_size: Tokens per block.
+        changes: Fields of `HealConfig` that differ from the preset's defaults.
+        teacher: Its teacher; None is the one that `start` was converted from.
+        resume: Continue the interrupted healing of `out`.
+        device: Where to train; master weights are float32.
+        dtype: Of the weights written; `auto` is that of `start`.
+        seed: Of the order of the text and of LoRA's start.
+
+    Raises:
+        UserError: `out` exists, or the models, the text or the settings can't be used.
+        KeyboardInterrupt: Interrupted; the state is in `work_folder(out)`.
+    """
+    refuse_existing(out)
+    config = load_config(start)
+    if getattr(config, "latent", None) is None:
+        raise UserError(f"{start} is not a converted model; make one with `kvlatent convert`")
+    name = teacher or record_of(start).get("teacher")
+    if name is None:
+        raise UserError(f"{start} has no record of its teacher; name it with --teacher")
+    original = load_config(name)
+    for field in ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads"):
+        if getattr(config, field) != getattr(original, field):
+            raise UserError(
+                f"{name} is not the teacher of {start}: "
+                f"its {field} is {getattr(original, field)}, not {getattr(config, field)}"
+            )
+    settings = heal_config(LatentSpec.from_dict(config.latent).preset, changes, seed)
+    tokenizer = load_tokenizer(start)
+
+    @lru_cache(maxsize=1)
+    def teacher_model() -> PreTrainedModel:
+        return load_model(name, device=device, dtype="float32")[0]
+
+    tokens = healing_blocks(settings, block_size) * block_size
+    blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=teacher_model)
+    return heal_student(
+        start, out, teacher=teacher_model(), blocks=blocks, settings=settings, resume=resume, device=device,
+        dtype=stored_dtype(config, dtype),
+    )  # fmt: skip
+
+
+def heal_config(preset: Preset, changes: dict[str, Any], seed: int) -> HealConfig:
+    """The settings of a healing: the preset's, with `changes` where they aren't None.
+
+    Raises:
+        UserError: A number that can't be.
+    """
+    settings = HealConfig.for_preset(preset, seed=seed, **changes)
+    for field in ("stage1_tokens", "stage2_tokens", "lora_rank"):
+        if getattr(settings, field) < 0:
+            raise UserError(f"{field} must not be negative; got {getattr(settings, field)}")
+    if settings.batch_size < 1:
+        raise UserError(f"batch_size must be at least 1; got {settings.batch_size}")
+    if settings.stage1_tokens + settings.stage2_tokens == 0:
+        raise UserError("healing needs tokens for stage 1, stage 2 or both; got 0 and 0")
+    return settings
+
+
+def work_folder(out: Path) -> Path:
+    """Where the healing that will become `out` keeps its metrics and its resumable state."""
+    return out.with_name(f".{out.name}.healing")
+
+
+def heal_student(
+    start: str,
+    out: Path,
+    *,
+    teacher: PreTrainedModel,
+    blocks: TokenBlocks,
+    settings: HealConfig,
+    resume: bool,
+    device: str,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Train the student in folder `start` on ready blocks and write it to `out`.
+
+    Raises:
+        UserError: No disk space, or the training failed.
+        KeyboardInterrupt: Interrupted; the state is in `work_folder(out)`.
+    """
+    student, tokenizer = load_model(start, device=device, dtype="float32")
+    check_disk(out, _weight_bytes(student, dtype) + 2 * _state_bytes(student, settings) + 50_000_000)
+    began, work = time.monotonic(), work_folder(out)
+    student = heal(student, teacher, blocks.ids, work, settings, resume=resume)
+    record = record_of(start)
+    step = {"verb": "heal", "text": list(blocks.sources), "block_size": blocks.ids.shape[1], **asdict(settings)}
+    step["seconds"] = time.monotonic() - began
+    record |= {
+        "fingerprints": sorted(blocks.fingerprints.union(record.get("fingerprints", ()))),
+        "steps": [*record.get("steps", ()), step | {"record": environment()}],
+    }
+    record.setdefault("teacher", teacher.config._name_or_path)
+    spec = spec_of(student)
+    assert spec is not None
+    save_checkpoint(student.to(dtype), tokenizer, out, record=record, card=_card(record, spec))
+    shutil.copyfile(work / "metrics.jsonl", out / "metrics.jsonl")
+    shutil.rmtree(work)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = {stage: [line["loss"] for line in lines if line["stage"] == stage] for stage in (1, 2)}
+    return {
+        "out": str(out),
+        "preset": spec.preset,
+        "tokens": blocks.ids.numel(),
+        "loss": {f"stage{stage}": {"first": x[0], "last": x[-1]} for stage, x in losses.items() if x},
+        "seconds": step["seconds"],
+    }
+
+
+def _state_bytes(student: PreTrainedModel, settings: HealConfig) -> int:
+    """About what one resumable state takes: every weight, LoRA, and AdamW's two moments of what trains, in float32."""
+    trained = 0
+    for layer in student.model.layers:
+        trained += sum(p.numel() for p in layer.self_attn.parameters())
+        trained += sum(sum(p.shape) for p in layer.mlp.parameters() if p.ndim == 2) * settings.lora_rank
+    return 4 * (sum(p.numel() for p in student.parameters()) + 3 * trained)
+
+
+# --- evaluate, bench, generate ---------------------------------------------------------------------------------------
+
+
+def evaluate_models(
+    model: str,
+    *,
+    against: str | None,
+    text: Sequence[str],
+    tokens: int,
+    block_size: int,
+    with_needle: bool,
+    tasks: Sequence[str],
+    device: str,
+    dtype: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Perplexity and bits per byte of a model on held-out text, a needle test and lm-eval tasks, beside another's.
+
+    Raises:
+        UserError: The text was used for calibration or training, nothing was asked for, or a model can't be used.
+    """
+    if not (text or with_needle or tasks):
+        raise UserError("nothing to evaluate on: give --text, --needle or --tasks")
+    names = [model] if against is None else [model, against]
+    configs = [load_config(name) for name in names]
+    tokenizer = load_tokenizer(model)
+    if against is not None and load_tokenizer(against).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"{model} and {against} have different tokenizers; perplexities can't be compared")
+    blocks = None
+    if text:
+        blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed)
+        for name in names:
+            check_held_out(record_of(name).get("fingerprints", ()), blocks)
+    context = min(NEEDLE_CONTEXT, *(config.max_position_embeddings for config in configs))
+    scores: list[Perplexity] = []
+    entries: list[dict[str, Any]] = []
+    for name in names:
+        loaded, _ = load_model(name, device=device, dtype=dtype)
+        entry: dict[str, Any] = {"model": name}
+        if blocks is not None:
+            scores.append(perplexity(loaded, blocks.ids, text_bytes=blocks.bytes, batch_size=BATCH_SIZE))
+            entry |= scores_of(scores[-1])
+        if with_needle:
+            entry["needle"] = needle(loaded, tokenizer, context=context, trials=NEEDLE_TRIALS, seed=seed)
+        if tasks:
+            found = lm_eval_tasks(loaded, tokenizer, tasks, limit=None, include_path=None)
+            entry["tasks"] = {task: score.metrics for task, score in found.items()}
+        entries.append(entry)
+        del loaded
+    result = entries[0]
+    if blocks is not None:
+        result |= {"text": list(blocks.sources), "tokens": blocks.ids.numel(), "bytes": blocks.bytes}
+    if against is not None:
+        result["against"] = entries[1]
+        if scores:
+            ratio = compare(scores[1], scores[0])
+            result |= {"perplexity_ratio": ratio.perplexity_ratio, "perplexity_ratio_stderr": ratio.stderr}
+    return result
+
+
+def scores_of(score: Perplexity) -> dict[str, Any]:
+    """What results say of a perplexity."""
+    return {
+        "perplexity": score.perplexity,
+        "perplexity_stderr": score.perplexity_stderr,
+        "bits_per_byte": score.bits_per_byte,
+    }
+
+
+def benchmark_models(
+    model: str, *, against: str | None, context: int, batch: int, new_tokens: int, device: str, dtype: str, seed: int
+) -> dict[str, Any]:
+    """Cache bytes, TTFT, TPOT and throughput of a model; with another's, measured in turns, under `against`.
+
+    Raises:
+        UserError: A size is out of range, or a model can't be used.
+    """
+    if model == against:
+        raise UserError(f"--against must be another model; got {model} twice")
+    names = [model] if against is None else [model, against]
+    for name in names:
+        load_config(name)
+    models = {name: load_model(name, device=device, dtype=dtype)[0] for name in names}
+    rows = benchmark(models, context=context, batch=batch, new_tokens=new_tokens, seed=seed)
+    return rows[0] | ({} if against is None else {"against": rows[1]})
+
+
+def generate_text(
+    model: str, prompt: str, *, max_new_tokens: int, chat: bool, device: str, dtype: str, seed: int
+) -> dict[str, Any]:
+    """Let a model continue a prompt greedily.
+
+    Raises:
+        UserError: The prompt is empty, the model can't be used, or it has no chat template where one is asked for.
+    """
+    if not prompt:
+        raise UserError("the prompt is empty; give at least a word")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+    load_config(model)
+    loaded, tokenizer = load_model(model, device=device, dtype=dtype)
+    if chat and not tokenizer.chat_template:
+        raise UserError(f"{model} has no chat template; leave --chat out")
+    torch.manual_seed(seed)
+    began = time.monotonic()
+    completion, new_tokens = complete(loaded, tokenizer, prompt, max_new_tokens, chat=chat)
+    seconds = time.monotonic() - began
+    return {"model": model, "prompt": prompt, "completion": completion, "new_tokens": new_tokens, "seconds": seconds}
+
+
+def complete(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, *, chat: bool = False
+) -> tuple[str, int]:
+    """Return the greedy continuation as text, and its number of tokens."""
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    ids, mask = inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device)
+    plain = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}  # the last three only when sampling
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **plain)
+    new = output[0, ids.shape[1] :]
+    return tokenizer.decode(new, skip_special_tokens=True), len(new)
+
+
+def report_runs(runs: Sequence[Path], out: Path | None) -> dict[str, Any]:
+    """Write one page about run folders, into the first of them unless `out` says where."""
+    if not runs:
+        raise UserError("no run folder given; expected at least one folder with results.json")
+    return {"out": str(write_report(runs, out or runs[0] / "report.html")), "runs": [str(run) for run in runs]}

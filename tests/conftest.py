@@ -1,0 +1,118 @@
+"""Tiny random models of every family, a byte tokenizer, and shape checks on tensor functions; nothing from a hub."""
+
+import copy
+import gc
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+TENSOR_MODULES = ["attention", "losses", "reduce", "refit", "rope"]
+install_import_hook([f"kvlatent.{name}" for name in TENSOR_MODULES], "beartype.beartype")
+
+from kvlatent.convert import convert  # noqa: E402
+from kvlatent.families import FAMILIES  # noqa: E402
+
+gc.freeze()  # accelerate collects garbage after every stage: spare it the walk through all that was imported
+
+VOCABULARY = 260
+GQA, MHA = {"num_key_value_heads": 2}, {"num_key_value_heads": 4}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", GQA),
+    "llama-mha-tied": ("llama", MHA | {"tie_word_embeddings": True}),
+    "llama-llama3-rope": ("llama", GQA | {"rope_parameters": LLAMA3}),
+    "llama-yarn": ("llama", GQA | {"rope_parameters": YARN}),
+    "llama-biases": ("llama", GQA | {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", GQA | {"sliding_window": 6}),
+    "mistral-mha": ("mistral", MHA | {"sliding_window": None}),
+    "qwen2": ("qwen2", GQA),
+    "qwen2-mha-tied": ("qwen2", MHA | {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", GQA),
+    "qwen3-mha-tied": ("qwen3", MHA | {"tie_word_embeddings": True}),
+}
+"""Family and what is special, by name; the plain family names have grouped heads."""
+
+
+@cache
+def _teacher(name: str) -> PreTrainedModel:
+    model_type, changes = TEACHERS[name]
+    family = FAMILIES[model_type].name
+    # Qwen3's head_dim is not hidden_size / heads, as in its small checkpoints.
+    config = getattr(import_module("transformers"), f"{family}Config")(
+        vocab_size=VOCABULARY,
+        hidden_size=32 if model_type == "qwen3" else 64,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        head_dim=16,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **changes,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(sum(map(ord, name)))
+        model = getattr(import_module("transformers"), f"{family}ForCausalLM")(config).eval()
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.5)
+            elif "norm" in parameter_name:
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher() -> Callable[[str], PreTrainedModel]:
+    """A fresh copy of the teacher called so in `TEACHERS`: 2 layers, 4 query heads of 16 dims."""
+    return lambda name: copy.deepcopy(_teacher(name))
+
+
+@pytest.fixture(params=TEACHERS)
+def any_teacher(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Every entry of `TEACHERS` in turn."""
+    return copy.deepcopy(_teacher(request.param))
+
+
+@pytest.fixture(scope="session")
+def tiny_student(ids: torch.Tensor) -> Callable[..., PreTrainedModel]:
+    """A fresh copy of a teacher's conversion to 8 and 4 dims (or those asked for)."""
+
+    @cache
+    def student(name: str, preset: str, d_qk: int, d_vo: int) -> PreTrainedModel:
+        text = None if preset == "paper" else ids
+        return convert(_teacher(name), preset=preset, d_qk=d_qk, d_vo=d_vo, ids=text).requires_grad_(False)
+
+    return lambda name, preset="best", d_qk=8, d_vo=4: copy.deepcopy(student(name, preset, d_qk, d_vo))
+
+
+@pytest.fixture(scope="session")
+def ids() -> torch.Tensor:
+    """Random text, (blocks 12, block_size 24)."""
+    return torch.randint(VOCABULARY, (12, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens: every text has an encoding, and nothing is downloaded."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={"<eos>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")

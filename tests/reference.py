@@ -1,0 +1,160 @@
+"""Plain oracles: float64 loops that say what a function means, with no regard for speed."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def frequency_aware_exponents(d: int) -> list[int]:
+    """paper.md: [d/4, d/4+2, …, <3d/4] ++ [3d/4, …, d-1]."""
+    exponents = []
+    e = d // 4
+    while e < 3 * d // 4:
+        exponents.append(e)
+        e += 2
+    for e in range(3 * d // 4, d):
+        exponents.append(e)
+    return exponents
+
+
+def mean_cosine(inv_freq: list[float], x: int) -> float:
+    """The stability function (1/d)·1ᵀR(x)1 at distance x."""
+    return sum(math.cos(x * w) for w in inv_freq) / len(inv_freq)
+
+
+def rotated(x: Tensor, position: int, inv_freq: list[float]) -> Tensor:
+    """One head's vector (d,) after RoPE: pair j is the complex number x_j + i·x_{j+d/2}, turned by position·ω_j."""
+    half = len(x) // 2
+    first, second = [], []
+    for j in range(half):
+        c, s = math.cos(position * inv_freq[j]), math.sin(position * inv_freq[j])
+        first.append(x[j] * c - x[half + j] * s)
+        second.append(x[half + j] * c + x[j] * s)
+    return torch.stack(first + second)
+
+
+def causal(q_len: int, kv_len: int, window: int | None = None) -> Tensor:
+    """0 where query i (aligned with the last keys) may look, -inf elsewhere: (q_len, kv_len)."""
+    bias = torch.full((q_len, kv_len), -math.inf, dtype=torch.float64)
+    for i in range(q_len):
+        at = kv_len - q_len + i
+        for j in range(at + 1):
+            if window is None or at - j < window:
+                bias[i, j] = 0.0
+    return bias
+
+
+def probabilities(q: Tensor, k: Tensor, *, scale: float, bias: Tensor) -> Tensor:
+    """Softmax of one query (d,) over keys (kv_len, d), with `bias` (kv_len,) added to the logits."""
+    seen = [j for j in range(len(k)) if bias[j] > -math.inf]
+    logits = {j: scale * torch.dot(q, k[j]) + bias[j] for j in seen}
+    top = max(x.item() for x in logits.values())
+    weights = {j: torch.exp(logits[j] - top) for j in seen}
+    total = sum(weights.values())
+    return torch.stack([weights[j] / total if j in weights else torch.zeros_like(total) for j in range(len(k))])
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor) -> Tensor:
+    """Grouped attention of (batch, heads, seq, dim) tensors; `bias` is (batch, q_len, kv_len)."""
+    batch, q_heads, q_len, _ = q.shape
+    group_size = q_heads // k.shape[1]
+    rows = []
+    for b in range(batch):
+        for h in range(q_heads):
+            g = h // group_size
+            for i in range(q_len):
+                p = probabilities(q[b, h, i], k[b, g], scale=scale, bias=bias[b, i])
+                rows.append(sum(p[j] * v[b, g, j] for j in range(len(p))))
+    return torch.stack(rows).view(batch, q_heads, q_len, -1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / √(mean x² + eps) · weight of a vector."""
+    return x / torch.sqrt((x * x).mean() + eps) * weight
+
+
+def latent_attention_module(module: torch.nn.Module, x: Tensor, inv_freq: list[float], bias: Tensor) -> Tensor:
+    """What a float64 `LatentAttention` should give for normalised inputs `x` (batch, seq, hidden), spelt out."""
+
+    def heads(name: str, count: int) -> list[list[list[Tensor]]]:
+        projection = getattr(module, f"{name}_proj")
+        out = []
+        for row in x:
+            by_head = []
+            for h in range(count):
+                width = len(projection.weight) // count
+                part = slice(h * width, (h + 1) * width)
+                extra = 0 if projection.bias is None else projection.bias[part]
+                by_head.append([projection.weight[part] @ token + extra for token in row])
+            out.append(by_head)
+        return out
+
+    def finished(name: str, count: int) -> Tensor:
+        norm, head_map = getattr(module, f"{name}_norm"), getattr(module, f"{name}_map")
+        out = []
+        for by_head in heads(name, count):
+            for h, tokens in enumerate(by_head):
+                g = h // (count // module.kv_heads)
+                mine = inv_freq if module.freq_index is None else [inv_freq[int(i)] for i in module.freq_index[g]]
+                for position, token in enumerate(tokens):
+                    if norm is not None:
+                        token = rms_norm(token, norm.weight, norm.variance_epsilon)
+                    if module.qk_map == "before_rope":
+                        token = head_map[h].T @ token
+                    token = rotated(token, position, mine)
+                    if module.qk_map == "after_rope":
+                        token = head_map[h].T @ token
+                    out.append(token)
+        return torch.stack(out).view(len(x), count, x.shape[1], -1)
+
+    q, k = finished("q", module.q_heads), finished("k", module.kv_heads)
+    v = torch.stack([torch.stack([torch.stack(tokens) for tokens in by_head]) for by_head in heads("v", module.kv_heads)])
+    out = attention(q, k, v, scale=module.scale, bias=bias.expand(len(x), -1, -1))
+    flat = torch.stack([torch.cat([out[b, h, i] for h in range(out.shape[1])]) for b in range(len(x)) for i in range(x.shape[1])])
+    result = flat @ module.o_proj.weight.T
+    if module.o_proj.bias is not None:
+        result = result + module.o_proj.bias
+    return result.view(x.shape)
+
+
+def moments(q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor) -> dict[str, Tensor]:
+    """Sums over queries of q qᵀ, of the attention's key covariance, and of o oᵀ, per head, for (batch, heads, seq, dim)."""
+    batch, q_heads, seq, dim = q.shape
+    kv_heads = k.shape[1]
+    group_size = q_heads // kv_heads
+    sums = {
+        "q": torch.zeros(q_heads, dim, dim, dtype=torch.float64),
+        "k": torch.zeros(kv_heads, dim, dim, dtype=torch.float64),
+        "o": torch.zeros(q_heads, v.shape[-1], v.shape[-1], dtype=torch.float64),
+    }
+    for b in range(batch):
+        for h in range(q_heads):
+            g = h // group_size
+            for i in range(seq):
+                p = probabilities(q[b, h, i], k[b, g], scale=scale, bias=bias[i])
+                mean_key = sum(p[j] * k[b, g, j] for j in range(seq))
+                out = sum(p[j] * v[b, g, j] for j in range(seq))
+                sums["q"][h] += torch.outer(q[b, h, i], q[b, h, i])
+                sums["o"][h] += torch.outer(out, out)
+                for j in range(seq):
+                    away = k[b, g, j] - mean_key
+                    sums["k"][g] += p[j] * torch.outer(away, away) / group_size
+    return sums
+
+
+def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Mean over positions of Σ p·log(p/q), p the teacher's distribution, from logits (positions, vocab)."""
+    total = torch.zeros((), dtype=torch.float64)
+    for s, t in zip(student.double() / temperature, teacher.double() / temperature, strict=True):
+        log_q, log_p = s - torch.logsumexp(s, 0), t - torch.logsumexp(t, 0)
+        total = total + (log_p.exp() * (log_p - log_q)).sum()
+    return total / len(student)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over positions of -log p(label)."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row, label in zip(logits.double(), labels.tolist(), strict=True):
+        total = total + torch.logsumexp(row, 0) - row[label]
+    return total / len(labels)

@@ -1,0 +1,329 @@
+"""The command line: light help, one JSON object; bad input gives one line, exit code 2, and leaves nothing behind."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
+
+from kvlatent import cli
+from kvlatent.checkpoints import RECORD
+
+WORDS = ["river", "stone", "bread", "lamp", "morning", "harbour", "seven", "quiet", "under", "between", "carries"]
+
+
+def write_text(path: Path, *, seed: int, words: int = 600) -> Path:
+    rng = random.Random(seed)
+    path.write_text(" ".join(rng.choice(WORDS) for _ in range(words)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    byte_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    """A folder with `teacher`, `student`, `train.txt` and `other.txt`; tests only read it."""
+    root = tmp_path_factory.mktemp("cli")
+    tiny_teacher("llama").save_pretrained(root / "teacher")
+    byte_tokenizer.save_pretrained(root / "teacher")
+    write_text(root / "train.txt", seed=1)
+    write_text(root / "other.txt", seed=2)
+    assert cli.main(convert(root, "--out", f"{root}/student")) == 0
+    return root
+
+
+def convert(root: Path, *changes: str) -> list[str]:
+    text = ["--text", f"{root}/train.txt", "--tokens", "512", "--block-size", "32"]
+    dims = [] if "--budget" in changes else ["--d-qk", "8", "--d-vo", "8"]
+    return ["convert", f"{root}/teacher", *text, *dims, *changes]
+
+
+def healed(root: Path, *changes: str) -> list[str]:
+    tokens = ["--stage1-tokens", "128", "--stage2-tokens", "128", "--block-size", "32", "--lora-rank", "2"]
+    return ["heal", f"{root}/student", "--text", f"{root}/train.txt", *tokens, *changes]
+
+
+def answer(capsys: pytest.CaptureFixture[str], argv: list[str]) -> Any:
+    """Run in process and read stdout, all of it, as JSON."""
+    capsys.readouterr()
+    assert cli.main([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_light() -> None:
+    code = (
+        "import sys, time; began = time.perf_counter()\n"
+        "from kvlatent import cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'matplotlib'} & set(sys.modules)\n"
+        "print(time.perf_counter() - began, heavy, file=sys.stderr)"
+    )
+    for argv in (["--help"], ["convert", "--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True)
+        seconds, heavy = done.stderr.split(maxsplit=1)
+        assert float(seconds) < 1
+        assert heavy.strip() == "set()"
+        assert done.stdout.startswith("usage: kvlatent")
+
+
+def test_console_script_names_every_verb() -> None:
+    script = Path(sys.executable).with_name("kvlatent")
+    done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
+    for verb in cli.VERBS:
+        assert f"• {verb}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["nonsense"], ["info"], ["info", "m", "--wrong"], ["run", "a.yaml", "--seed", "x"]]
+)
+def test_wrong_arguments_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(argv)
+    assert end.value.code == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_every_verb_takes_the_common_options() -> None:
+    for verb in cli.VERBS:
+        text = cli.help_text(verb)
+        for option in ("--json", "--seed", "--device", "--dtype"):
+            assert option in text
+
+
+# --- verbs -----------------------------------------------------------------------------------------------------------
+
+
+def test_info_counts_from_the_config_alone(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    shutil.copytree(folder / "student", tmp_path / "bare")
+    (tmp_path / "bare" / "model.safetensors").unlink()
+    teacher = answer(capsys, ["info", f"{folder}/teacher"])
+    student = answer(capsys, ["info", f"{tmp_path}/bare"])
+    assert teacher["cache_bytes_per_token"] == {"float32": 2 * 2 * 32 * 4, "bfloat16": 2 * 2 * 32 * 2}
+    assert student["cache_bytes_per_token"]["float32"] * 2 == teacher["cache_bytes_per_token"]["float32"]
+    assert (teacher["layout"], student["layout"]) == ("stock", "best")
+    assert student["engines"] == ["transformers + kvlatent"]
+    assert teacher["family"] == "Llama"
+    assert cli.main(["info", f"{folder}/student"]) == 0
+    assert "cache bytes per token" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-mha-tied"])
+def test_info_counts_parameters_as_loading_does(
+    name: str, tiny_teacher: Callable[[str], PreTrainedModel], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tiny_teacher(name).config.save_pretrained(tmp_path / "bare")
+    assert answer(capsys, ["info", f"{tmp_path}/bare"])["parameters"] == tiny_teacher(name).num_parameters()
+
+
+def test_statistics_replace_text(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    stats, out = tmp_path / "stats.safetensors", tmp_path / "out"
+    text = ["--text", f"{folder}/train.txt", "--tokens", "512", "--block-size", "32"]
+    told = answer(capsys, ["calibrate", f"{folder}/teacher", *text, "--out", str(stats)])
+    assert told["tokens"] == 512
+    told = answer(capsys, ["convert", f"{folder}/teacher", "--stats", str(stats), "--budget", "0.5", "--out", str(out)])
+    assert (told["d_qk"], told["d_vo"]) == (8, 8)
+    assert told["cache_bytes_per_token"] * 2 == told["teacher_cache_bytes_per_token"]
+    record = json.loads((out / RECORD).read_text())
+    assert record["fingerprints"] == json.loads((folder / "student" / RECORD).read_text())["fingerprints"]
+    assert record["teacher"] == str((folder / "teacher").resolve())
+
+
+@pytest.mark.parametrize("preset", ["portable", "paper"])
+def test_convert_knows_the_other_presets(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, preset: str
+) -> None:
+    text = ["--text", "teacher", "--tokens", "128", "--block-size", "32"] if preset == "portable" else []
+    argv = ["convert", f"{folder}/teacher", "--preset", preset, "--budget", "0.5", *text, "--out", f"{tmp_path}/out"]
+    assert answer(capsys, argv)["layout"] == "portable"
+
+
+def test_heal_evaluate_bench_generate(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out, teacher = f"{tmp_path}/healed", f"{folder}/teacher"
+    told = answer(capsys, healed(folder, "--out", out))
+    assert set(told["loss"]) == {"stage1", "stage2"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["healed"]  # the work folder is gone
+    assert len((tmp_path / "healed" / "metrics.jsonl").read_text().splitlines()) == 4
+    record = json.loads((tmp_path / "healed" / RECORD).read_text())
+    assert [step["verb"] for step in record["steps"]] == ["convert", "heal"]
+
+    text = ["--text", f"{folder}/other.txt", "--tokens", "256", "--block-size", "32"]
+    told = answer(capsys, ["eval", out, "--against", teacher, *text])
+    assert told["perplexity_ratio"] == pytest.approx(told["perplexity"] / told["against"]["perplexity"])
+    assert told["tokens"] == 256
+    assert cli.main(["eval", out, "--against", teacher, *text]) == 0
+    assert "bits per byte" in capsys.readouterr().out
+
+    sizes = ["--context", "16", "--batch", "2", "--new-tokens", "2"]
+    told = answer(capsys, ["bench", out, "--against", teacher, *sizes])
+    assert told["cache_bytes"] * 2 == told["against"]["cache_bytes"]
+    assert cli.main(["bench", out, *sizes]) == 0
+    assert "ttft ms" in capsys.readouterr().out
+
+    told = answer(capsys, ["generate", out, "--prompt", "river stone", "--max-new-tokens", "3"])
+    assert told["new_tokens"] == 3
+    assert cli.main(["generate", out, "--prompt", "river stone", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out == told["completion"] + "\n"
+
+
+def test_weights_are_written_in_the_dtype_asked_for(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    answer(capsys, convert(folder, "--out", f"{tmp_path}/out", "--dtype", "bfloat16"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_interrupted_healing_resumes_to_the_same_model(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import signal
+
+    from safetensors.torch import load_file
+
+    from kvlatent import heal
+
+    answer(capsys, healed(folder, "--out", f"{tmp_path}/straight"))
+    original, calls = heal.kl_loss, []
+
+    def interrupting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(heal, "kl_loss", interrupting)
+    argv = healed(folder, "--out", f"{tmp_path}/out")
+    assert cli.main(argv) == 130
+    assert "run the same command with --resume to go on" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    answer(capsys, [*argv, "--resume"])
+    straight, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "out"))
+    for name, value in straight.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=1e-6)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def make_bad_files(root: Path, folder: Path) -> None:
+    """What the bad inputs below point at."""
+    (root / "empty.txt").write_text(" \n")
+    (root / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (root / "foreign").mkdir()
+    (root / "foreign" / "notes.md").write_text("no model")
+    (root / "taken").mkdir()
+    (root / "taken" / "mine").write_text("keep me")
+    (root / "bad.gguf").write_bytes(b"GGUF")
+    (root / "bad.stats").write_bytes(b"no statistics")
+    GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
+        root / "gpt2"
+    )
+    shutil.copytree(folder / "teacher", root / "truncated")
+    weights = root / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    shutil.copytree(folder / "teacher", root / "garbled")
+    (root / "garbled" / "config.json").write_text("{")
+    shutil.copytree(folder / "student", root / "no-record")
+    (root / "no-record" / RECORD).unlink()
+
+
+TEXT = ["--text", "{folder}/train.txt", "--tokens", "512", "--block-size", "32"]
+CONVERT = ["convert", "{folder}/teacher", "--out", "{root}/out"]
+DIMS = ["--d-qk", "8", "--d-vo", "8"]
+HEAL = ["heal", "{folder}/student", "--out", "{root}/out", "--block-size", "32"]
+STAGES = ["--stage1-tokens", "64", "--stage2-tokens", "64"]
+EVAL = ["eval", "{folder}/student", "--block-size", "32", "--tokens", "64"]
+
+BAD = {
+    "odd d_qk": ([*CONVERT, *TEXT, "--d-qk", "7", "--d-vo", "8"], "even"),
+    "d_qk above head_dim": ([*CONVERT, *TEXT, "--d-qk", "18", "--d-vo", "8"], "at most the model's head_dim 16"),
+    "d_vo above head_dim": ([*CONVERT, *TEXT, "--d-qk", "8", "--d-vo", "17"], "between 1 and"),
+    "d_qk alone": ([*CONVERT, *TEXT, "--d-qk", "8"], "go together"),
+    "dims and budget": ([*CONVERT, *TEXT, *DIMS, "--budget", "0.5"], "not both"),
+    "budget above 1": ([*CONVERT, *TEXT, "--budget", "50"], "share"),
+    "budget too small": ([*CONVERT, *TEXT, "--budget", "0.01"], "rotary pair"),
+    "no divisor for paper": ([*CONVERT, "--preset", "paper", "--d-qk", "12", "--d-vo", "8"], "divide"),
+    "paper with text": ([*CONVERT, *TEXT, *DIMS, "--preset", "paper"], "not calibrated"),
+    "best without text": ([*CONVERT, *DIMS], "--text"),
+    "missing text": ([*CONVERT, *DIMS, "--text", "{root}/none.txt"], "does not exist"),
+    "empty text": ([*CONVERT, *DIMS, "--text", "{root}/empty.txt"], "holds no text"),
+    "no UTF-8": ([*CONVERT, *DIMS, "--text", "{root}/binary.txt"], "UTF-8"),
+    "text too short": ([*CONVERT, *DIMS, "--text", "{folder}/train.txt", "--tokens", "99999"], "too short"),
+    "teacher's text among others": ([*CONVERT, *DIMS, "--text", "teacher", "{folder}/train.txt"], "stands alone"),
+    "no statistics": ([*CONVERT, *DIMS, "--stats", "{root}/bad.stats"], "no calibration statistics"),
+    "unsupported family": (["info", "{root}/gpt2"], "supported are llama"),
+    "unsupported family to convert": (["convert", "{root}/gpt2", "--out", "{root}/out", *TEXT, *DIMS], "supported are"),
+    "truncated checkpoint": (["convert", "{root}/truncated", "--out", "{root}/out", *TEXT, *DIMS], "can't load"),
+    "garbled config": (["info", "{root}/garbled"], "can't load"),
+    "foreign folder": (["info", "{root}/foreign"], "no config.json"),
+    "bad GGUF": (["info", "{root}/bad.gguf"], "GGUF"),
+    "unknown folder": (["info", "{root}/nowhere"], "no such folder"),
+    "unknown model": (["generate", "nobody/nothing", "--prompt", "x"], "can't load nobody/nothing"),
+    "existing output": (["convert", "{folder}/teacher", "--out", "{root}/taken", *TEXT, *DIMS], "exists already"),
+    "existing statistics": (["calibrate", "{folder}/teacher", *TEXT, "--out", "{root}/empty.txt"], "exists already"),
+    "converted twice": (["convert", "{folder}/student", "--out", "{root}/out", *TEXT, *DIMS], "converted already"),
+    "unknown device": ([*CONVERT, *TEXT, *DIMS, "--device", "abacus"], "device"),
+    "healing a teacher": (["heal", "{folder}/teacher", "--out", "{root}/out", *TEXT[:2], *STAGES], "not a converted"),
+    "healing without tokens": ([*HEAL, *TEXT[:2], "--stage1-tokens", "0", "--stage2-tokens", "0"], "needs tokens"),
+    "healing with negative tokens": ([*HEAL, *TEXT[:2], "--stage1-tokens", "-1", "--stage2-tokens", "64"], "negative"),
+    "healing with too little text": ([*HEAL, *TEXT[:2], "--stage1-tokens", "0", "--stage2-tokens", "99999"], "short"),
+    "healing without a record": (
+        ["heal", "{root}/no-record", "--out", "{root}/out", *TEXT[:2], *STAGES],
+        "name it with --teacher",
+    ),
+    "evaluating on training text": ([*EVAL, "--text", "{folder}/train.txt"], "evaluate on other text"),
+    "evaluating on nothing": (EVAL, "nothing to evaluate on"),
+    "context too long": (["bench", "{folder}/student", "--context", "999"], "exceed the 256 positions"),
+    "benchmark against itself": (["bench", "{folder}/student", "--against", "{folder}/student"], "twice"),
+    "empty prompt": (["generate", "{folder}/student", "--prompt", ""], "empty"),
+    "no chat template": (["generate", "{folder}/student", "--prompt", "x", "--chat"], "no chat template"),
+    "no run": (["report", "{root}/foreign"], "no results.json"),
+    "no recipe": (["run", "{root}/none.yaml", "--out", "{root}/out"], "can't read recipe"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gives_one_line_and_leaves_nothing(
+    name: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    make_bad_files(tmp_path, folder)
+    argv, said = BAD[name]
+    check_refused([part.format(root=tmp_path, folder=folder) for part in argv], said, tmp_path, capfd)
+
+
+@pytest.mark.parametrize("verb", ["convert", "heal", "calibrate"])
+def test_a_full_disk_gives_one_line_and_leaves_nothing(
+    verb: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "total used free")(100, 90, 10))
+    text = ["--text", f"{folder}/train.txt", "--tokens", "512", "--block-size", "32"]
+    argv = {"convert": convert(folder), "heal": healed(folder), "calibrate": ["calibrate", f"{folder}/teacher", *text]}
+    check_refused([*argv[verb], "--out", f"{tmp_path}/out"], "0 MB are free", tmp_path, capfd)
+
+
+def check_refused(argv: list[str], said: str, root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = sorted(root.rglob("*"))
+    capfd.readouterr()
+    assert cli.main([*argv, "--json"]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    lines = [line for line in err.split("\r")[-1].splitlines() if not line.startswith("unpacking")]  # that is progress
+    assert len(lines) == 1, err
+    assert lines[0].startswith("kvlatent: ")
+    assert said in lines[0]
+    assert sorted(root.rglob("*")) == before

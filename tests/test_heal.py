@@ -1,0 +1,499 @@
+"""Healing lowers what it should, touches only what it may, and a killed run goes on as if nothing had happened."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvlatent import heal as heal_module
+from kvlatent.errors import UserError
+from kvlatent.heal import ATTENTION, FFN, HealConfig, Stage, heal, in_layer_losses
+from kvlatent.losses import hidden_mse, kl_loss, relative_error
+
+SEQ = 16
+STEP = 2 * SEQ
+"""Tokens of a step of two blocks."""
+
+
+@pytest.fixture(scope="module")
+def blocks() -> Tensor:
+    """Text with something to learn: 12 phrases in random order, (blocks 48, 16)."""
+    generator = torch.Generator().manual_seed(3)
+    phrases = torch.randint(1, 260, (12, 4), generator=generator)
+    return phrases[torch.randint(12, (48, 4), generator=generator)].flatten(1)
+
+
+def config(**changes: Any) -> HealConfig:
+    known = {"stage1_tokens": 4 * STEP, "stage2_tokens": 4 * STEP, "lora_rank": 4, "lora_alpha": 8, "warmup": 0.0}
+    return HealConfig(**(known | changes))
+
+
+def metrics(work: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
+
+
+def weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def layer_errors(student: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return in_layer_losses(student, teacher, ids, relative=True)
+
+
+def held_out_kl(student: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor) -> float:
+    with torch.no_grad():
+        hidden, wanted = (model.model(ids).last_hidden_state.flatten(0, 1) for model in (student, teacher))
+        return kl_loss(hidden, student.lm_head.weight, wanted, teacher.lm_head.weight).item()
+
+
+# --- losses of the stages
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_every_layer_is_fed_and_held_to_the_teachers_hidden_states(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    relative: bool,
+) -> None:
+    teacher, student = tiny_teacher("mistral"), tiny_student("mistral")
+    states: list[Tensor] = []
+    with torch.no_grad():
+        for layer in teacher.model.layers:
+            layer.register_forward_hook(lambda _m, args, out: states.append((args[0], out)))
+        teacher(blocks[:2])
+    before_and_after = list(states)
+    got = in_layer_losses(student.requires_grad_(), teacher, blocks[:2], relative=relative)
+    positions = torch.arange(SEQ)[None]
+    distance = torch.arange(SEQ)[:, None] - torch.arange(SEQ)
+    mask = ((distance >= 0) & (distance < 6)).expand(2, 1, -1, -1)
+    for layer, (before, after), loss in zip(student.model.layers, before_and_after, got, strict=True):
+        cos_sin = student.model.rotary_emb(before, positions)
+        out = layer(before, attention_mask=mask, position_embeddings=cos_sin)
+        wanted = (relative_error if relative else hidden_mse)(out, after)
+        torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-6)
+    got[1].backward()  # gradients stay within the layer
+    assert student.model.layers[1].self_attn.q_proj.weight.grad.any()
+    assert not student.model.layers[0].self_attn.q_proj.weight.grad.any()
+    assert not any(layer._forward_hooks for layer in student.model.layers)
+
+
+def test_a_student_of_full_dims_has_no_in_layer_error(
+    tiny_teacher: Callable[[str], PreTrainedModel], tiny_student: Callable[..., PreTrainedModel], blocks: Tensor
+) -> None:
+    teacher = tiny_teacher("qwen3")
+    assert layer_errors(tiny_student("qwen3", "best", 16, 16), teacher, blocks[:2]).max() < 1e-8
+
+
+# --- what healing does
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [("llama", "best"), ("llama", "paper"), ("qwen2-mha-tied", "paper"), ("qwen3", "best"), ("mistral", "portable")],
+)
+def test_stage_1_lowers_every_layers_error_on_held_out_text(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+    name: str,
+    preset: str,
+) -> None:
+    teacher, student = tiny_teacher(name), tiny_student(name, preset)
+    before = layer_errors(student, teacher, blocks[-6:])
+    healed = heal(
+        student, teacher, blocks[:-6], tmp_path / "work", config(stage1_tokens=20 * STEP, stage2_tokens=0)
+    )
+    after = layer_errors(healed, teacher, blocks[-6:])
+    assert (after < before).all(), (before, after)
+    lines = metrics(tmp_path / "work")
+    assert [line["step"] for line in lines] == list(range(20))
+    assert all(len(line["layer_loss"]) == 2 and line["stage"] == 1 for line in lines)
+    assert lines[0]["loss"] == pytest.approx(sum(lines[0]["layer_loss"]) / 2, rel=1e-5)
+    assert lines[-1]["tokens"] == 20 * STEP
+
+
+@pytest.mark.parametrize("loss", ["kl", "ntp"])
+def test_stage_2_lowers_the_held_out_loss(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+    loss: str,
+) -> None:
+    teacher, student = tiny_teacher("llama"), tiny_student("llama")
+    settings = config(loss=loss, stage1_tokens=0, stage2_tokens=20 * STEP, learning_rate=2e-3)
+
+    def held_out(model: PreTrainedModel) -> float:
+        if loss == "kl":
+            return held_out_kl(model, teacher, blocks[-6:])
+        with torch.no_grad():
+            return model(blocks[-6:], labels=blocks[-6:]).loss.item()
+
+    before = held_out(student)
+    healed = heal(student, teacher, blocks[:-6], tmp_path / "work", settings)
+    assert held_out(healed) < before
+    assert [line["stage"] for line in metrics(tmp_path / "work")] == [2] * 20
+
+
+def test_stage_2_after_stage_1_starts_its_own_schedule_on_the_next_blocks(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Tensor] = []
+    forward = Stage.forward
+    monkeypatch.setattr(Stage, "forward", lambda self, ids: (seen.append(ids), forward(self, ids))[1])
+    settings = config(stage1_learning_rate=1e-3, learning_rate=3e-4, warmup=0.0)
+    heal(tiny_student("llama"), tiny_teacher("llama"), blocks, tmp_path / "work", settings)
+    assert torch.equal(torch.cat(seen), blocks[:16])
+    halves = [0.5 * (1 + torch.tensor(step * torch.pi / 4).cos().item()) for step in range(4)]
+    expected = [1e-3 * half for half in halves] + [3e-4 * half for half in halves]
+    assert [line["lr"] for line in metrics(tmp_path / "work")] == pytest.approx(expected)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero() -> None:
+    factor = heal_module._cosine(10, 4)
+    assert [factor(step) for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert factor(4) == 1
+    assert factor(7) == pytest.approx(0.5)
+    assert factor(10) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("train_norms", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen2-mha-tied", "qwen3"])
+def test_healing_touches_only_what_it_may(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+    name: str,
+    train_norms: bool,
+) -> None:
+    teacher, student = tiny_teacher(name), tiny_student(name)
+    before, teacher_before = weights(student), weights(teacher)
+    healed = heal(student, teacher, blocks, tmp_path / "work", config(train_norms=train_norms, learning_rate=1e-3))
+    assert healed is student and not healed.training
+    assert same(weights(teacher), teacher_before)
+    after = weights(healed)
+    assert after.keys() == before.keys()  # LoRA is gone
+    assert not any(isinstance(module, LoraLayer) for module in healed.modules())
+    for parameter_name, value in after.items():
+        parts = parameter_name.split(".")
+        if "norm" in parameter_name:
+            trains = train_norms
+        else:
+            trains = bool(set(parts) & {*ATTENTION, *FFN})
+        assert torch.equal(value, before[parameter_name]) != trains, parameter_name
+    assert (healed.lm_head.weight is healed.model.embed_tokens.weight) == name.endswith("tied")
+
+
+def test_without_lora_the_ffn_stays(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+) -> None:
+    student = tiny_student("llama")
+    before = weights(student)
+    healed = weights(heal(student, tiny_teacher("llama"), blocks, tmp_path / "work", config(lora_rank=0)))
+    for name, value in before.items():
+        assert torch.equal(healed[name], value) == ("self_attn" not in name), name
+
+
+def test_trained_norms_survive_saving(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    byte_tokenizer: Any,
+    tmp_path: Path,
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from kvlatent.checkpoints import save_checkpoint
+
+    student = tiny_student("qwen3")
+    start = weights(student)
+    healed = heal(student, tiny_teacher("qwen3"), blocks, tmp_path / "work", config(train_norms=True))
+    save_checkpoint(healed, byte_tokenizer, tmp_path / "model", record={})
+    loaded = weights(AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32))
+    assert same(loaded, weights(healed))
+    for name in ("model.norm.weight", "model.layers.0.input_layernorm.weight", "model.layers.1.self_attn.k_norm.weight"):
+        assert not torch.equal(loaded[name], start[name])
+
+
+def test_lora_merge_keeps_the_logits(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unmerged: list[Tensor] = []
+    merge = heal_module._merged
+
+    def compare(trained: torch.nn.Module, student: PreTrainedModel) -> PreTrainedModel:
+        assert sum(isinstance(module, LoraLayer) for module in trained.modules()) == 3 * 2
+        with torch.no_grad():
+            unmerged.append(trained.eval()(blocks[:4]).logits)
+        return merge(trained, student)
+
+    monkeypatch.setattr(heal_module, "_merged", compare)
+    student = tiny_student("llama")
+    down = student.model.layers[0].mlp.down_proj.weight.clone()
+    healed = heal(student, tiny_teacher("llama"), blocks, tmp_path / "work", config(learning_rate=5e-3))
+    with torch.no_grad():
+        torch.testing.assert_close(healed(blocks[:4]).logits, unmerged[0], rtol=0, atol=1e-4)
+    assert (healed.model.layers[0].mlp.down_proj.weight - down).abs().max() > 1e-4
+
+
+# --- the same again
+
+
+def run(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    work: Path,
+    settings: HealConfig,
+    **options: Any,
+) -> dict[str, Tensor]:
+    return weights(heal(tiny_student("llama"), tiny_teacher("llama"), blocks, work, settings, **options))
+
+
+def test_two_seeded_runs_are_bitwise_equal_and_another_seed_is_not(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+) -> None:
+    models = tiny_teacher, tiny_student
+    first = run(*models, blocks, tmp_path / "a", config(seed=1))
+    torch.rand(5)
+    second = run(*models, blocks, tmp_path / "b", config(seed=1))
+    assert same(first, second)
+    assert without_speed(metrics(tmp_path / "a")) == without_speed(metrics(tmp_path / "b"))
+    assert not same(first, run(*models, blocks, tmp_path / "c", config(seed=2)))
+
+
+@pytest.mark.parametrize(
+    ("number", "killed_at"), [(signal.SIGTERM, 1), (signal.SIGTERM, 3), (signal.SIGTERM, 4), (signal.SIGINT, 6)]
+)
+def test_interrupted_and_resumed_equals_uninterrupted(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    killed_at: int,
+    number: signal.Signals,
+) -> None:
+    models = tiny_teacher, tiny_student
+    whole = run(*models, blocks, tmp_path / "whole", config())
+    steps = 0
+    forward = Stage.forward
+
+    def kill_once(self: Stage, ids: Tensor) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == killed_at + 1:
+            os.kill(os.getpid(), number)
+        return forward(self, ids)
+
+    monkeypatch.setattr(Stage, "forward", kill_once)
+    with pytest.raises(KeyboardInterrupt):
+        run(*models, blocks, tmp_path / "killed", config())
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert len(metrics(tmp_path / "killed")) == killed_at + 1
+    resumed = run(*models, blocks, tmp_path / "killed", config(), resume=True)
+    assert steps == 8
+    assert same(resumed, whole)
+    assert without_speed(metrics(tmp_path / "killed")) == without_speed(metrics(tmp_path / "whole"))
+
+
+def test_a_run_that_dies_without_warning_resumes_from_its_last_save(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = tiny_teacher, tiny_student
+    whole = run(*models, blocks, tmp_path / "whole", config(save_minutes=0))
+    save, saves = heal_module._save_state, []
+
+    def die_while_saving(*args: Any) -> None:
+        saves.append(args)
+        if len(saves) == 3:
+            (tmp_path / "killed" / "state.partial").mkdir(exist_ok=True)
+            raise RuntimeError("power cut")
+        save(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(heal_module, "_save_state", die_while_saving)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(*models, blocks, tmp_path / "killed", config(save_minutes=0))
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": 1, "step": 3, "los')  # cut off in the middle of a line
+    resumed = run(*models, blocks, tmp_path / "killed", config(save_minutes=0), resume=True)
+    assert same(resumed, whole)
+    assert without_speed(metrics(tmp_path / "killed")) == without_speed(metrics(tmp_path / "whole"))
+
+
+def test_resume_of_nothing_starts_and_a_new_start_forgets(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+) -> None:
+    models = tiny_teacher, tiny_student
+    first = run(*models, blocks, tmp_path / "work", config(), resume=True)
+    assert len(metrics(tmp_path / "work")) == 8
+    assert same(first, run(*models, blocks, tmp_path / "work", config()))
+    assert len(metrics(tmp_path / "work")) == 8
+
+
+# --- refused
+
+
+def test_resuming_with_other_settings_is_refused(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+) -> None:
+    models = tiny_teacher, tiny_student
+    run(*models, blocks, tmp_path / "work", config())
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        run(*models, blocks, tmp_path / "work", config(learning_rate=1e-3), resume=True)
+
+
+def test_too_little_text_is_refused_before_anything_is_written(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UserError, match="healing needs 16 blocks of 16 tokens; the text gives 15"):
+        run(tiny_teacher, tiny_student, blocks[:15], tmp_path / "work", config())
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_loss_that_is_not_finite_names_stage_and_step(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+    stage: int,
+) -> None:
+    student = tiny_student("llama")
+    student.model.embed_tokens.weight.data[1] = torch.nan  # only stage 2 sees the student's embedding
+    teacher = tiny_teacher("llama")
+    if stage == 1:
+        teacher.model.embed_tokens.weight.data[1] = torch.nan
+    text = torch.full((16, SEQ), 2)
+    text[4 if stage == 1 else 12] = 1
+    with pytest.raises(UserError, match=f"the loss is nan at stage {stage}, step 2 .*lower the learning rate"):
+        heal(student, teacher, text, tmp_path / "work", config())
+
+
+# --- settings
+
+
+def test_paper_settings_are_the_papers() -> None:
+    train, distill = HealConfig.for_preset("paper", loss="ntp"), HealConfig.for_preset("paper", loss="kl")
+    assert (train.learning_rate, distill.learning_rate, distill.temperature) == (2e-5, 2e-7, 10.0)
+    for settings in (train, distill):
+        assert (settings.lora_rank, settings.lora_alpha, settings.eps, settings.weight_decay) == (256, 512, 2e-4, 0.01)
+        assert (settings.warmup, settings.clip, settings.batch_size, settings.train_norms) == (0.0, None, 8, True)
+        assert settings.stage1_loss == "mse"
+
+
+def test_any_lora_rank_keeps_the_papers_ratio_of_alpha() -> None:
+    assert HealConfig.for_preset("paper", lora_rank=16).lora_alpha == 32
+    assert HealConfig.for_preset("best", lora_rank=16, lora_alpha=5).lora_alpha == 5
+    assert HealConfig.for_preset("best", lora_rank=None) == HealConfig()
+
+
+# --- many devices
+
+DATA_PARALLEL = """
+import sys
+from pathlib import Path
+import torch
+from kvlatent.heal import HealConfig, heal
+from kvlatent.modeling import MODELS
+from transformers import AutoModelForCausalLM
+folder, batch_size = Path(sys.argv[1]), int(sys.argv[2])
+blocks = torch.load(folder / "blocks.pt")
+teacher, student = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("teacher", "student"))
+config = HealConfig(stage1_tokens=64 * 4, stage2_tokens=64 * 4, lora_rank=4, lora_alpha=8, batch_size=batch_size,
+                    train_norms=True)
+heal(student, teacher, blocks, folder / f"work{batch_size}", config)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_follow_one_process_of_twice_the_batch(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+) -> None:
+    tiny_teacher("llama").save_pretrained(tmp_path / "teacher")
+    tiny_student("llama").save_pretrained(tmp_path / "student")
+    torch.save(blocks, tmp_path / "blocks.pt")
+    script = tmp_path / "heal_it.py"
+    script.write_text(DATA_PARALLEL)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    for command, batch_size in ((launcher, 2), ([sys.executable], 4)):
+        done = subprocess.run(
+            [*command, str(script), str(tmp_path), str(batch_size)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    two, one = (metrics(tmp_path / f"work{batch_size}") for batch_size in (2, 4))
+    assert [(line["stage"], line["step"], line["tokens"]) for line in two] == [
+        (line["stage"], line["step"], line["tokens"]) for line in one
+    ]
+    assert [line["lr"] for line in two] == [line["lr"] for line in one]
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-3)
+    for a, b in zip(two[:4], one[:4], strict=True):
+        assert a["layer_loss"] == pytest.approx(b["layer_loss"], rel=1e-3)
+
+
+def test_the_teacher_is_neither_trained_nor_saved(
+    tiny_teacher: Callable[[str], PreTrainedModel], tiny_student: Callable[..., PreTrainedModel]
+) -> None:
+    student = tiny_student("llama")
+    stage = Stage(student, student, tiny_teacher("llama"), 1, config())
+    assert {id(p) for p in stage.parameters()} == {id(p) for p in student.parameters()}
+    assert len(copy.deepcopy(stage.state_dict())) == len(student.state_dict())
