@@ -109,9 +109,13 @@ def latent_attention_module(module: torch.nn.Module, x: Tensor, inv_freq: list[f
         return torch.stack(out).view(len(x), count, x.shape[1], -1)
 
     q, k = finished("q", module.q_heads), finished("k", module.kv_heads)
-    v = torch.stack([torch.stack([torch.stack(tokens) for tokens in by_head]) for by_head in heads("v", module.kv_heads)])
+    v = torch.stack(
+        [torch.stack([torch.stack(tokens) for tokens in by_head]) for by_head in heads("v", module.kv_heads)]
+    )
     out = attention(q, k, v, scale=module.scale, bias=bias.expand(len(x), -1, -1))
-    flat = torch.stack([torch.cat([out[b, h, i] for h in range(out.shape[1])]) for b in range(len(x)) for i in range(x.shape[1])])
+    flat = torch.stack(
+        [torch.cat([out[b, h, i] for h in range(out.shape[1])]) for b in range(len(x)) for i in range(x.shape[1])]
+    )
     result = flat @ module.o_proj.weight.T
     if module.o_proj.bias is not None:
         result = result + module.o_proj.bias

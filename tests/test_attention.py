@@ -32,12 +32,19 @@ def random_heads(
     """q, k, v for a batch of 2, and the gradient of the outputs."""
     generator = torch.Generator().manual_seed(seed)
     q_heads = kv_heads * group_size
-    sizes = ((q_heads, q_len, 2 * half_qk), (kv_heads, kv_len, 2 * half_qk), (kv_heads, kv_len, d_vo), (q_heads, q_len, d_vo))
+    sizes = (
+        (q_heads, q_len, 2 * half_qk),
+        (kv_heads, kv_len, 2 * half_qk),
+        (kv_heads, kv_len, d_vo),
+        (q_heads, q_len, d_vo),
+    )
     q, k, v, grad = (torch.randn(2, *size, generator=generator) for size in sizes)
     return q, k, v, grad
 
 
-def check_forward_and_gradients(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, *, mask: Tensor | None, bias: Tensor) -> None:
+def check_forward_and_gradients(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, *, mask: Tensor | None, bias: Tensor
+) -> None:
     scale = 0.7
     fast = [x.clone().requires_grad_() for x in (q, k, v)]
     slow = [x.double().requires_grad_() for x in (q, k, v)]

@@ -41,11 +41,23 @@ def test_first_layers_statistics_match_float64_loops(
     inv_freq, scaling = rotary.inv_freq.tolist(), rotary.attention_scaling
     rotated = {
         part: scaling
-        * torch.stack([torch.stack([torch.stack([reference.rotated(token, at, inv_freq) for at, token in enumerate(head)]) for head in row]) for row in heads[part]])
+        * torch.stack(
+            [
+                torch.stack(
+                    [
+                        torch.stack([reference.rotated(token, at, inv_freq) for at, token in enumerate(head)])
+                        for head in row
+                    ]
+                )
+                for row in heads[part]
+            ]
+        )
         for part in "qk"
     }
     window = getattr(teacher.config, "sliding_window", None) if name == "mistral" else None
-    wanted = reference.moments(rotated["q"], rotated["k"], heads["v"], scale=0.25, bias=reference.causal(10, 10, window))
+    wanted = reference.moments(
+        rotated["q"], rotated["k"], heads["v"], scale=0.25, bias=reference.causal(10, 10, window)
+    )
     for part in "qk":
         wanted[f"{part}_unrotated"] = torch.einsum("bhsd,bhse->hde", heads[part], heads[part])
     assert statistics.tokens == 30

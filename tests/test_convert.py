@@ -34,9 +34,7 @@ def hidden_error(student: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor
 
 @pytest.mark.parametrize("how", ["text", "statistics"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_full_dims_give_the_teachers_logits(
-    any_teacher: PreTrainedModel, ids: Tensor, preset: str, how: str
-) -> None:
+def test_full_dims_give_the_teachers_logits(any_teacher: PreTrainedModel, ids: Tensor, preset: str, how: str) -> None:
     source = {"ids": ids} if how == "text" else {"statistics": calibrate(any_teacher, ids, about={})}
     student = convert(any_teacher, preset=preset, d_qk=16, d_vo=16, **source)
     torch.testing.assert_close(logits(student, ids), logits(any_teacher, ids), rtol=0, atol=1e-4)
@@ -185,7 +183,9 @@ def test_only_attention_and_down_projections_change(any_teacher: PreTrainedModel
         if "self_attn" not in name and "down_proj.weight" not in name:
             assert torch.equal(student[name], value), name
         assert torch.equal(any_teacher.state_dict()[name], value), f"the teacher's {name}"
-    assert not torch.equal(student["model.layers.0.mlp.down_proj.weight"], before["model.layers.0.mlp.down_proj.weight"])
+    assert not torch.equal(
+        student["model.layers.0.mlp.down_proj.weight"], before["model.layers.0.mlp.down_proj.weight"]
+    )
 
 
 # --- refused

@@ -122,9 +122,7 @@ def test_stage_1_lowers_every_layers_error_on_held_out_text(
 ) -> None:
     teacher, student = tiny_teacher(name), tiny_student(name, preset)
     before = layer_errors(student, teacher, blocks[-6:])
-    healed = heal(
-        student, teacher, blocks[:-6], tmp_path / "work", config(stage1_tokens=20 * STEP, stage2_tokens=0)
-    )
+    healed = heal(student, teacher, blocks[:-6], tmp_path / "work", config(stage1_tokens=20 * STEP, stage2_tokens=0))
     after = layer_errors(healed, teacher, blocks[-6:])
     assert (after < before).all(), (before, after)
     lines = metrics(tmp_path / "work")
@@ -176,11 +174,11 @@ def test_stage_2_after_stage_1_starts_its_own_schedule_on_the_next_blocks(
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    factor = heal_module._cosine(10, 4)
-    assert [factor(step) for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert factor(4) == 1
-    assert factor(7) == pytest.approx(0.5)
-    assert factor(10) == pytest.approx(0)
+    factors = [heal_module.cosine(step, total=10, warmup=4) for step in range(11)]
+    assert factors[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert factors[4] == 1
+    assert factors[7] == pytest.approx(0.5)
+    assert factors[10] == pytest.approx(0)
 
 
 @pytest.mark.parametrize("train_norms", [False, True])
@@ -241,7 +239,11 @@ def test_trained_norms_survive_saving(
     save_checkpoint(healed, byte_tokenizer, tmp_path / "model", record={})
     loaded = weights(AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32))
     assert same(loaded, weights(healed))
-    for name in ("model.norm.weight", "model.layers.0.input_layernorm.weight", "model.layers.1.self_attn.k_norm.weight"):
+    for name in (
+        "model.norm.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.1.self_attn.k_norm.weight",
+    ):
         assert not torch.equal(loaded[name], start[name])
 
 

@@ -195,15 +195,15 @@ def test_cache_bytes_follow_the_dtype(tiny_student: Callable[..., PreTrainedMode
 
 def test_static_cache_is_reduced_too(tiny_student: Callable[..., PreTrainedModel], ids: Tensor) -> None:
     student = tiny_student("llama")
-    static = generate(student, ids[:2, :9], cache_implementation="static", return_dict_in_generate=True, disable_compile=True)
+    static = generate(
+        student, ids[:2, :9], cache_implementation="static", return_dict_in_generate=True, disable_compile=True
+    )
     assert torch.equal(static.sequences, generate(student, ids[:2, :9]))
     layer = static.past_key_values.layers[0]
     assert (layer.keys.shape[-1], layer.values.shape[-1]) == (8, 4)
 
 
-def test_window_reaches_no_further_than_the_teachers(
-    tiny_student: Callable[..., PreTrainedModel], ids: Tensor
-) -> None:
+def test_window_reaches_no_further_than_the_teachers(tiny_student: Callable[..., PreTrainedModel], ids: Tensor) -> None:
     student = tiny_student("mistral")  # window 6, two layers: token 23 sees back to token 13
     changed = ids[:1].clone()
     changed[0, :13] = (changed[0, :13] + 1) % 260

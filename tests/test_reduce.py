@@ -237,7 +237,9 @@ def test_choose_groups_finds_the_split_that_costs_nothing() -> None:
         for pairs in ([0, 1], [2, 3, 4], [6, 7]):
             k[g] = complex_rank(k[g], pairs, 1, seed=pairs[0])
     inv_freq = torch.tensor([1.0, 1.0, 0.4, 0.4, 0.4, 0.1, 0.02, 0.02])
-    groups, frequencies = reduce.choose_groups([moment(normal(4, 40, 16, seed=1))], [moment(k)], inv_freq, 4, torch.arange(1, 300))
+    groups, frequencies = reduce.choose_groups(
+        [moment(normal(4, 40, 16, seed=1))], [moment(k)], inv_freq, 4, torch.arange(1, 300)
+    )
     assert groups == [(0, 2, 1), (2, 3, 1), (5, 1, 1), (6, 2, 1)]
     assert frequencies == pytest.approx([1.0, 0.4, 0.1, 0.02])
 
@@ -297,7 +299,9 @@ def test_value_output_svd_does_not_depend_on_the_basis_of_values() -> None:
     other_weight = torch.cat([torch.linalg.inv(basis) @ w for w in o_weight.T.split(DIM)]).T
     other_cov = basis.T @ o_cov @ basis
     first = output_error(o_cov, o_weight, reduce.value_output_svd(o_cov, o_weight, 3, kv_heads=KV_HEADS))
-    second = output_error(other_cov, other_weight, reduce.value_output_svd(other_cov, other_weight, 3, kv_heads=KV_HEADS))
+    second = output_error(
+        other_cov, other_weight, reduce.value_output_svd(other_cov, other_weight, 3, kv_heads=KV_HEADS)
+    )
     assert second == pytest.approx(first, rel=1e-6)
 
 

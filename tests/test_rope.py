@@ -121,7 +121,9 @@ def test_plain_list_and_rotation_are_bitwise_those_of_transformers(any_teacher: 
     ours = LatentRotaryEmbedding(tuple(rotary.inv_freq.tolist()), rotary.attention_scaling)
     cos, sin = ours(q, positions)
     assert cos.shape == (2, 6, 8)
-    for got, wanted in zip((rotate(q, cos[:, None], sin[:, None]), rotate(k, cos[:, None], sin[:, None])), expected, strict=True):
+    for got, wanted in zip(
+        (rotate(q, cos[:, None], sin[:, None]), rotate(k, cos[:, None], sin[:, None])), expected, strict=True
+    ):
         assert torch.equal(got, wanted)
 
 

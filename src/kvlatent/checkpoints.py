@@ -69,7 +69,9 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(source)
         family_of(config)
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
+        loaded, info = AutoModelForCausalLM.from_pretrained(source, dtype=kind, output_loading_info=True)
+        if missing := sorted(info["missing_keys"]):
+            raise UserError(f"{model} lacks {len(missing)} weights of its architecture, {missing[0]} among them")
         tokenizer = AutoTokenizer.from_pretrained(source)
     except UserError:
         raise

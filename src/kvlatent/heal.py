@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -181,18 +182,14 @@ def heal(
         UserError: Too few blocks, a state of another run, or a loss that is not finite.
     """
     block_size = ids.shape[1]
-    accelerator = Accelerator(
-        mixed_precision=_mixed_precision(student.device),
-        cpu=student.device.type == "cpu",
-        step_scheduler_with_optimizer=False,  # else it would step once per process
-    )
+    accelerator = Accelerator(mixed_precision=_mixed_precision(student.device), cpu=student.device.type == "cpu")
     per_step = config.batch_size * accelerator.num_processes
     steps = [math.ceil(n / (per_step * block_size)) for n in (config.stage1_tokens, config.stage2_tokens)]
     if sum(steps) * per_step > len(ids):
         needed = sum(steps) * per_step
         raise UserError(f"healing needs {needed} blocks of {block_size} tokens; the text gives {len(ids)}")
     if accelerator.is_main_process:
-        _prepare_folder(work, config, resume)
+        _prepare_folder(work, {**asdict(config), "text": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}, resume)
     accelerator.wait_for_everyone()
     set_seed(config.seed)
     teacher.requires_grad_(False).eval()
@@ -215,8 +212,7 @@ def heal(
                 parameters, lr=rate, betas=(0.9, 0.999), eps=config.eps, weight_decay=config.weight_decay
             )
             total = steps[stage - 1]
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(total, math.ceil(config.warmup * total)))
-            module, optimizer, schedule = accelerator.prepare(module, optimizer, schedule)
+            module, optimizer = accelerator.prepare(module, optimizer)
             first = 0
             if stage == progress["stage"] and checkpoint.is_dir():
                 accelerator.load_state(str(checkpoint))
@@ -225,51 +221,55 @@ def heal(
                 _save_state(accelerator, checkpoint, {"stage": 2, "step": 0})
             saved = time.monotonic()
             offset = 0 if stage == 1 else steps[0] * per_step
-            bar = tqdm(
-                total=total * per_step * block_size, initial=first * per_step * block_size, unit="tok", unit_scale=True,
-                desc=f"stage {stage}", disable=not accelerator.is_main_process,
-            )  # fmt: skip
-            for step in range(first, total):
-                began = time.monotonic()
-                start = offset + step * per_step + accelerator.process_index * config.batch_size
-                batch = ids[start : start + config.batch_size].to(accelerator.device)
-                loss, by_layer = module(batch)
-                accelerator.backward(loss)
-                if config.clip is not None:
-                    accelerator.clip_grad_norm_(parameters, config.clip)
-                rate = schedule.get_last_lr()[0]
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                # Processes save and stop together, as soon as one of them is due or interrupted.
-                due = time.monotonic() - saved > 60 * config.save_minutes
-                mine = torch.tensor([loss.item(), due, bool(interrupted)], device=accelerator.device)
-                mean, save, stop = accelerator.reduce(mine, reduction="mean").tolist()
-                if by_layer is not None:
-                    by_layer = accelerator.reduce(by_layer, reduction="mean")
-                if not math.isfinite(mean):
-                    raise UserError(
-                        f"the loss is {mean} at stage {stage}, step {step} (blocks from {start}); "
-                        f"lower the learning rate and --resume from the last good state in {work}"
-                    )
-                tokens = (step + 1) * per_step * block_size
-                if accelerator.is_main_process:
-                    line: dict[str, Any] = {
-                        "stage": stage, "step": step, "tokens": tokens, "loss": mean, "lr": rate,
-                        "tokens_per_s": per_step * block_size / (time.monotonic() - began),
-                    }  # fmt: skip
+            with tqdm(
+                total=total * per_step * block_size,
+                initial=first * per_step * block_size,
+                unit="tok",
+                unit_scale=True,
+                desc=f"stage {stage}",
+                disable=not accelerator.is_main_process,
+            ) as bar:
+                for step in range(first, total):
+                    began = time.monotonic()
+                    start = offset + step * per_step + accelerator.process_index * config.batch_size
+                    batch = ids[start : start + config.batch_size].to(accelerator.device)
+                    loss, by_layer = module(batch)
+                    accelerator.backward(loss)
+                    if config.clip is not None:
+                        accelerator.clip_grad_norm_(parameters, config.clip)
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate * cosine(step, total, math.ceil(config.warmup * total))
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    # Processes save and stop together, as soon as one of them is due or interrupted.
+                    due = time.monotonic() - saved > 60 * config.save_minutes
+                    mine = torch.tensor([loss.item(), due, bool(interrupted)], device=accelerator.device)
+                    mean, save, stop = accelerator.reduce(mine, reduction="mean").tolist()
                     if by_layer is not None:
-                        line["layer_loss"] = by_layer.tolist()
-                    with metrics.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-                    bar.update(per_step * block_size)
-                    bar.set_postfix(loss=f"{mean:.4f}")
-                if save or stop:
-                    _save_state(accelerator, checkpoint, {"stage": stage, "step": step + 1})
-                    saved = time.monotonic()
-                if stop:
-                    raise KeyboardInterrupt
-            bar.close()
+                        by_layer = accelerator.reduce(by_layer, reduction="mean")
+                    if not math.isfinite(mean):
+                        raise UserError(
+                            f"the loss is {mean} at stage {stage}, step {step} (blocks from {start}); "
+                            f"lower the learning rate and --resume from the last good state in {work}"
+                        )
+                    tokens = (step + 1) * per_step * block_size
+                    if accelerator.is_main_process:
+                        line: dict[str, Any] = {
+                            "stage": stage, "step": step, "tokens": tokens, "loss": mean,
+                            "lr": optimizer.param_groups[0]["lr"],
+                            "tokens_per_s": per_step * block_size / (time.monotonic() - began),
+                        }  # fmt: skip
+                        if by_layer is not None:
+                            line["layer_loss"] = by_layer.tolist()
+                        with metrics.open("a") as file:
+                            file.write(json.dumps(line) + "\n")
+                        bar.update(per_step * block_size)
+                        bar.set_postfix(loss=f"{mean:.4f}")
+                    if save or stop:
+                        _save_state(accelerator, checkpoint, {"stage": stage, "step": step + 1})
+                        saved = time.monotonic()
+                    if stop:
+                        raise KeyboardInterrupt
             accelerator.free_memory()
     return _merged(trained, student).eval()
 
@@ -300,15 +300,11 @@ def _merged(trained: nn.Module, student: PreTrainedModel) -> PreTrainedModel:
     return student if merge is None else merge()
 
 
-def _cosine(total: int, warmup: int) -> Any:
-    """Learning-rate factor by step: a linear rise over `warmup` steps, then half a cosine to zero."""
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
-
-    return factor
+def cosine(step: int, total: int, warmup: int) -> float:
+    """Factor of the learning rate: a linear rise over `warmup` steps, then half a cosine to zero at `total`."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def _mixed_precision(device: torch.device) -> str:
@@ -317,17 +313,19 @@ def _mixed_precision(device: torch.device) -> str:
     return "bf16" if native else "no"
 
 
-def _prepare_folder(work: Path, config: HealConfig, resume: bool) -> None:
-    """Clear the folder, or check that the state in it was made with the same settings."""
-    asked = json.dumps(asdict(config), indent=2) + "\n"
-    settings = work / "heal.json"
-    if resume and settings.is_file():
-        if settings.read_text() != asked:
-            raise UserError(f"{work} holds a run with other settings; use the same ones, or start without --resume")
+def _prepare_folder(work: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Clear the folder, or check that the state in it was made with the same settings and text."""
+    asked = json.dumps(settings, indent=2) + "\n"
+    file = work / "heal.json"
+    if resume and file.is_file():
+        if file.read_text() != asked:
+            raise UserError(
+                f"{work} holds a run with other settings or text; use the same ones, or start without --resume"
+            )
         return
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    settings.write_text(asked)
+    file.write_text(asked)
 
 
 def _forget_after(metrics: Path, progress: dict[str, int]) -> None:

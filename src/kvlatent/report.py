@@ -267,7 +267,7 @@ def _score_ratio(score: _Score, teacher: _Score) -> _Cell:
     ratio, error = score.perplexity_ratio, score.perplexity_ratio_stderr
     if ratio is None:
         ratio, error = _divide(score.perplexity, teacher.perplexity), None
-    return _Cell(ratio, _ratio(ratio), f"± {_fixed(error, 3 if error < 0.1 else 2)}" if error else "")
+    return _Cell(ratio, _ratio(ratio), f"± {_fixed(error, 3 if error < 0.005 else 2)}" if error else "")
 
 
 def _quotient(student: _Cell, teacher: _Cell) -> _Cell:

@@ -1,0 +1,383 @@
+"""Folders come back as they were saved, whole or not at all; what can't be loaded is refused in one line."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from safetensors import safe_open
+from tokenizers import pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
+
+from kvlatent.checkpoints import (
+    load_model,
+    new_folder,
+    pick_device,
+    pick_dtype,
+    record_of,
+    refuse_existing,
+    save_checkpoint,
+)
+from kvlatent.convert import convert
+from kvlatent.errors import UserError
+from kvlatent.families import FAMILIES
+from kvlatent.modeling import graft, set_spec, spec_of
+from kvlatent.spec import LatentSpec
+
+PRESETS = ["best", "portable", "paper"]
+
+
+def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+# --- save → load
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "name", [*FAMILIES, "llama-mha-tied", "qwen2-mha-tied", "llama-biases", "llama-llama3-rope", "llama-yarn"]
+)
+def test_loaded_students_say_exactly_what_saved_ones_said(
+    tiny_student: Callable[..., PreTrainedModel],
+    byte_tokenizer: PreTrainedTokenizerFast,
+    ids: Tensor,
+    tmp_path: Path,
+    name: str,
+    preset: str,
+) -> None:
+    student = tiny_student(name, preset)
+    save_checkpoint(student, byte_tokenizer, tmp_path / "student", record={"steps": 3}, card="# Tiny")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
+    assert type(loaded) is type(student) and spec_of(loaded) == spec_of(student)
+    assert torch.equal(logits(loaded, ids), logits(student, ids))
+    tied = student.config.tie_word_embeddings
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    names = {path.name for path in (tmp_path / "student").iterdir()}
+    assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    assert record_of(str(tmp_path / "student")) == {"steps": 3}
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-mha-tied"])
+def test_bfloat16_checkpoints_keep_float32_frequencies(
+    tiny_student: Callable[..., PreTrainedModel],
+    byte_tokenizer: PreTrainedTokenizerFast,
+    ids: Tensor,
+    tmp_path: Path,
+    name: str,
+) -> None:
+    student = tiny_student(name)
+    save_checkpoint(student, byte_tokenizer, tmp_path / "float32", record={})
+    student.to(torch.bfloat16)
+    save_checkpoint(student, byte_tokenizer, tmp_path / "bfloat16", record={})
+    with safe_open(tmp_path / "bfloat16" / "model.safetensors", framework="pt") as file:
+        assert file.get_tensor("model.layers.0.self_attn.k_map").dtype == torch.bfloat16
+    for folder in ("float32", "bfloat16"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.bfloat16)
+        assert loaded.model.rotary_emb.inv_freq.dtype == torch.float32
+        assert loaded.model.rotary_emb.inv_freq.tolist() == list(spec_of(student).inv_freq)
+        assert torch.equal(logits(loaded, ids), logits(student, ids))
+    as_saved = AutoModelForCausalLM.from_pretrained(tmp_path / "bfloat16")
+    assert as_saved.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama-mha-tied"])
+def test_sharded_checkpoints_load(
+    tiny_student: Callable[..., PreTrainedModel], ids: Tensor, tmp_path: Path, name: str
+) -> None:
+    student = tiny_student(name)
+    student.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), logits(student, ids))
+
+
+def test_chosen_frequencies_and_uneven_dims_are_saved(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path
+) -> None:
+    student = graft(tiny_teacher("llama"))
+    fields = spec_of(student).to_dict() | {"d_qk": [6, 10], "d_vo": [3, 16], "per_head_frequencies": True}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        set_spec(student, LatentSpec.from_dict(fields))
+    student.model.layers[0].self_attn.freq_index.copy_(torch.tensor([[0, 3, 7], [1, 2, 4]]))
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.model.layers[0].self_attn.freq_index.tolist() == [[0, 3, 7], [1, 2, 4]]
+    assert torch.equal(logits(loaded, ids), logits(student, ids))
+
+
+def test_load_model_gives_model_and_tokenizer_ready_for_use(
+    tiny_student: Callable[..., PreTrainedModel], byte_tokenizer: PreTrainedTokenizerFast, ids: Tensor, tmp_path: Path
+) -> None:
+    student = tiny_student("qwen2")
+    student.generation_config.do_sample, student.generation_config.top_k = True, 7
+    save_checkpoint(student, byte_tokenizer, tmp_path / "student", record={})
+    loaded, tokenizer = load_model(str(tmp_path / "student"), device="cpu")
+    assert not loaded.training and loaded.dtype == torch.float32
+    assert loaded.generation_config.top_k == 7
+    assert tokenizer("naïve 東京").input_ids == byte_tokenizer("naïve 東京").input_ids
+    assert torch.equal(logits(loaded, ids), logits(student, ids))
+    assert load_model(str(tmp_path / "student"), device="cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
+
+
+def test_generation_defaults_transformers_warns_about_survive_conversion(
+    tiny_teacher: Callable[[str], PreTrainedModel], byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    tiny_teacher("llama").save_pretrained(tmp_path / "teacher")
+    byte_tokenizer.save_pretrained(tmp_path / "teacher")
+    # As in some published checkpoints: sampling parameters without do_sample.
+    (tmp_path / "teacher" / "generation_config.json").write_text('{"temperature": 0.9, "do_sample": false}')
+    teacher, tokenizer = load_model(str(tmp_path / "teacher"), device="cpu")
+    student = convert(teacher, preset="paper", d_qk=8, d_vo=4)
+    save_checkpoint(student, tokenizer, tmp_path / "student", record={})
+    assert load_model(str(tmp_path / "student"), device="cpu")[0].generation_config.temperature == 0.9
+
+
+def test_a_loaded_student_can_be_saved_again(
+    tiny_student: Callable[..., PreTrainedModel], byte_tokenizer: PreTrainedTokenizerFast, ids: Tensor, tmp_path: Path
+) -> None:
+    student = tiny_student("mistral")
+    save_checkpoint(student, byte_tokenizer, tmp_path / "first", record={})
+    model, tokenizer = load_model(str(tmp_path / "first"), device="cpu")
+    save_checkpoint(model, tokenizer, tmp_path / "second", record={})
+    again, _ = load_model(str(tmp_path / "second"), device="cpu")
+    assert torch.equal(logits(again, ids), logits(student, ids))
+    assert again.config.sliding_window == 6
+
+
+# --- GGUF
+
+
+def write_gguf(teacher: PreTrainedModel, path: Path) -> None:
+    """As llama.cpp stores a Llama: rotary pairs of W_Q and W_K next to each other, and a byte-level BPE tokenizer."""
+    config, state = teacher.config, {name: value.numpy() for name, value in teacher.state_dict().items()}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(256)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(16)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "he", "in"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * 259)
+    writer.add_token_merges(["t h", "h e", "i n"])
+    writer.add_eos_token_id(0)
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    for part, short in (
+        ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "ffn_norm"),
+        *((f"self_attn.{p}_proj", f"attn_{'output' if p == 'o' else p}") for p in "qkvo"),
+        *((f"mlp.{p}_proj", f"ffn_{p}") for p in ("gate", "up", "down")),
+    ):
+        names |= {f"model.layers.{i}.{part}": f"blk.{i}.{short}" for i in range(config.num_hidden_layers)}
+    for name, short in names.items():
+        weight = state[f"{name}.weight"]
+        if short.endswith(("attn_q", "attn_k")):  # (heads, halves, pairs, …) → (heads, pairs, halves, …)
+            weight = weight.reshape(-1, 2, 8, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
+        writer.add_tensor(f"{short}.weight", weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_file_loads_converts_and_is_unpacked_once(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    ids: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    teacher = tiny_teacher("llama")
+    write_gguf(teacher, tmp_path / "tiny.gguf")
+    loaded, tokenizer = load_model(str(tmp_path / "tiny.gguf"), device="cpu")
+    assert "unpacking tiny.gguf" in capsys.readouterr().err
+    torch.testing.assert_close(logits(loaded, ids), logits(teacher, ids), rtol=0, atol=1e-4)
+    assert tokenizer.decode(tokenizer("the thin", add_special_tokens=False).input_ids) == "the thin"
+    student = convert(loaded, d_qk=8, d_vo=4, ids=ids)
+    save_checkpoint(student, tokenizer, tmp_path / "student", record={})
+    again, _ = load_model(str(tmp_path / "student"), device="cpu")
+    assert torch.equal(logits(again, ids), logits(student, ids))
+    load_model(str(tmp_path / "tiny.gguf"), device="cpu")
+    assert "unpacking" not in capsys.readouterr().err
+    assert len(list((tmp_path / "cache" / "kvlatent").iterdir())) == 1
+
+
+def test_a_broken_gguf_file_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF\3\0\0\0 and no more")
+    with pytest.raises(UserError, match=r"can't read .*broken.gguf as GGUF"):
+        load_model(str(tmp_path / "broken.gguf"), device="cpu")
+    assert not (tmp_path / "cache").exists()
+
+
+# --- refused
+
+
+@pytest.fixture
+def folder(
+    tiny_student: Callable[..., PreTrainedModel], byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> Path:
+    save_checkpoint(tiny_student("llama"), byte_tokenizer, tmp_path / "student", record={})
+    return tmp_path / "student"
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refused(model: Path | str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(str(model), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_weights_are_refused(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    refused(folder, f"can't load {folder}: ")
+
+
+def test_missing_weights_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    refused(folder, f"can't load {folder}: ")
+
+
+def test_incomplete_weights_are_refused(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.self_attn.k_map"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(folder, "k_map")
+
+
+def test_unsupported_architectures_are_refused_with_the_list_of_supported_ones(tmp_path: Path) -> None:
+    GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2).save_pretrained(tmp_path)
+    refused(tmp_path, "'gpt2' models are not supported; supported are llama, mistral, qwen2, qwen3")
+
+
+def test_foreign_specs_are_refused(folder: Path) -> None:
+    latent = json.loads((folder / "config.json").read_text())["latent"]
+    edit_config(folder, latent=latent | {"d_kv": 4})
+    refused(folder, "unknown entries in the checkpoint's latent spec: d_kv")
+    edit_config(folder, latent={k: v for k, v in latent.items() if k != "scale"})
+    refused(folder, "spec is incomplete")
+    edit_config(folder, latent=latent | {"d_qk": [7, 7]})
+    refused(folder, "d_qk must be even")
+    edit_config(folder, latent=None)
+    refused(folder, "needs its latent spec")
+
+
+def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path / "missing", "no such folder")
+    refused(tmp_path / "missing.gguf", "no such file")
+    refused(tmp_path, "holds no config.json: not a Hugging Face checkpoint")
+
+
+def test_impossible_devices_and_dtypes_are_refused() -> None:
+    with pytest.raises(UserError, match="device 'quantum' can't be used"):
+        pick_device("quantum")
+    with pytest.raises(UserError, match="dtype must be auto, float32, bfloat16 or float16; got 'int8'"):
+        pick_dtype("int8", torch.device("cpu"))
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+    assert pick_dtype("auto", torch.device("cuda")) == torch.bfloat16
+
+
+# --- whole or not at all
+
+
+def test_an_existing_output_is_refused_and_left_alone(
+    tiny_student: Callable[..., PreTrainedModel], byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    with pytest.raises(UserError, match="exists already: choose another --out, or remove it"):
+        save_checkpoint(tiny_student("llama"), byte_tokenizer, tmp_path / "out", record={})
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+    assert refuse_existing(tmp_path / "other") == tmp_path / "other"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("torn"), UserError("no")])
+def test_an_interrupted_save_leaves_no_folder(
+    tiny_student: Callable[..., PreTrainedModel],
+    byte_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+) -> None:
+    def torn(folder: Path) -> None:
+        assert list(folder.iterdir())  # the model is written by now
+        raise error
+
+    monkeypatch.setattr(byte_tokenizer, "save_pretrained", torn)
+    with pytest.raises(type(error)):
+        save_checkpoint(tiny_student("llama"), byte_tokenizer, tmp_path / "out", record={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_or_unwritable_disk_is_a_users_error(
+    tiny_student: Callable[..., PreTrainedModel],
+    byte_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with (
+        pytest.raises(UserError, match=r"needs .* MB; .* MB are free there"),
+        new_folder(tmp_path / "out", needed_bytes=10**18),
+    ):
+        pass
+
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(byte_tokenizer, "save_pretrained", full)
+    with pytest.raises(UserError, match="can't write .*out: No space left on device"):
+        save_checkpoint(tiny_student("llama"), byte_tokenizer, tmp_path / "out", record={})
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="can't write"), new_folder(tmp_path / "file" / "out"):
+        pass
+
+
+def test_a_killed_save_leaves_no_half_written_checkpoint_under_the_final_name(tmp_path: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from kvlatent.checkpoints import new_folder
+with new_folder(Path({str(tmp_path)!r}) / "out") as partial:
+    (partial / "config.json").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    with new_folder(tmp_path / "out") as partial:  # and doesn't stand in the way of the next
+        (partial / "config.json").write_text("whole")
+    assert (tmp_path / "out" / "config.json").read_text() == "whole"
+
+
+def test_tokenizers_are_saved_with_their_models(folder: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    loaded = AutoTokenizer.from_pretrained(folder)
+    assert loaded("a b").input_ids == byte_tokenizer("a b").input_ids
+    assert loaded.eos_token == "<eos>"
