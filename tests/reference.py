@@ -123,7 +123,7 @@ def latent_attention_module(module: torch.nn.Module, x: Tensor, inv_freq: list[f
 
 
 def moments(q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor) -> dict[str, Tensor]:
-    """Sums over queries of q qᵀ, of the attention's key covariance, and of o oᵀ, per head, for (batch, heads, seq, dim)."""
+    """Per head, sums over queries of q qᵀ, of the key covariance under attention, and of o oᵀ."""
     batch, q_heads, seq, dim = q.shape
     kv_heads = k.shape[1]
     group_size = q_heads // kv_heads

@@ -262,7 +262,6 @@ BAD = {
     "empty text": ([*CONVERT, *DIMS, "--text", "{root}/empty.txt"], "holds no text"),
     "no UTF-8": ([*CONVERT, *DIMS, "--text", "{root}/binary.txt"], "UTF-8"),
     "text too short": ([*CONVERT, *DIMS, "--text", "{folder}/train.txt", "--tokens", "99999"], "too short"),
-    "teacher's text among others": ([*CONVERT, *DIMS, "--text", "teacher", "{folder}/train.txt"], "stands alone"),
     "no statistics": ([*CONVERT, *DIMS, "--stats", "{root}/bad.stats"], "no calibration statistics"),
     "unsupported family": (["info", "{root}/gpt2"], "supported are llama"),
     "unsupported family to convert": (["convert", "{root}/gpt2", "--out", "{root}/out", *TEXT, *DIMS], "supported are"),

@@ -200,11 +200,8 @@ def test_healing_touches_only_what_it_may(
     assert after.keys() == before.keys()  # LoRA is gone
     assert not any(isinstance(module, LoraLayer) for module in healed.modules())
     for parameter_name, value in after.items():
-        parts = parameter_name.split(".")
-        if "norm" in parameter_name:
-            trains = train_norms
-        else:
-            trains = bool(set(parts) & {*ATTENTION, *FFN})
+        trained = {*ATTENTION, *FFN} & set(parameter_name.split("."))
+        trains = train_norms if "norm" in parameter_name else bool(trained)
         assert torch.equal(value, before[parameter_name]) != trains, parameter_name
     assert (healed.lm_head.weight is healed.model.embed_tokens.weight) == name.endswith("tied")
 
@@ -381,7 +378,7 @@ def test_resume_of_nothing_starts_and_a_new_start_forgets(
 # --- refused
 
 
-def test_resuming_with_other_settings_is_refused(
+def test_resuming_with_other_settings_or_text_is_refused(
     tiny_teacher: Callable[[str], PreTrainedModel],
     tiny_student: Callable[..., PreTrainedModel],
     blocks: Tensor,
@@ -391,6 +388,8 @@ def test_resuming_with_other_settings_is_refused(
     run(*models, blocks, tmp_path / "work", config())
     with pytest.raises(UserError, match="holds a run with other settings"):
         run(*models, blocks, tmp_path / "work", config(learning_rate=1e-3), resume=True)
+    with pytest.raises(UserError, match="holds a run with other settings or text"):
+        run(*models, blocks.flip(0), tmp_path / "work", config(), resume=True)
 
 
 def test_too_little_text_is_refused_before_anything_is_written(

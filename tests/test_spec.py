@@ -61,7 +61,7 @@ def test_unknown_and_missing_entries_are_refused() -> None:
     with pytest.raises(UserError, match="unknown entries in the checkpoint's latent spec: d_kv, rank"):
         LatentSpec.from_dict(known | {"rank": 3, "d_kv": 4})
     known.pop("scale")
-    with pytest.raises(UserError, match="incomplete: .*'scale'"):
+    with pytest.raises(UserError, match=r"incomplete: .*'scale'"):
         LatentSpec.from_dict(known)
 
 

@@ -21,7 +21,7 @@ from kvlatent.refit import Ridge
 from kvlatent.rope import LatentRotaryEmbedding, frequency_aware_exponents, inverse_frequencies
 from kvlatent.spec import LatentSpec, Preset, check_dims
 
-RIDGE = 0.3
+RIDGE = 1.0
 """Pull of refitted weights towards the old ones, in units of the mean input energy."""
 
 

@@ -74,7 +74,7 @@ def keep_pairs(q_cov: Tensor, k_cov: Tensor, d_qk: int) -> QKReduction:
 def project(q_cov: Tensor, k_cov: Tensor, d_qk: int) -> QKReduction:
     """The rank-d_qk maps after RoPE with the least expected squared error of the logits.
 
-    With C_q^½ C_k^½ = UΣVᵀ: k' = Σ^½ Vᵀ C_k^-½ k and q' = Σ^-½ Vᵀ C_k^½ q. Keys are
+    With C_q^½ C_k^½ = UΣVᵀ, up to a change of basis: k' = Vᵀ C_k^-½ k and q' = Vᵀ C_k^½ q. Keys are
     centred by the caller: softmax ignores what all keys share.
 
     Args:
@@ -196,7 +196,8 @@ def value_output_svd(
     w = o_weight.double().T.reshape(kv_heads, group_size, head_dim, -1).transpose(1, 2).flatten(2)  # (kv, D, G·hidden)
     root, inverse = _roots(pooled)
     u = torch.linalg.svd(root @ w, full_matrices=False).U[..., :d_vo]
-    return VOReduction(v_map=inverse @ u, o_map=u.mT @ root)
+    v_map, o_map = _orthonormal(inverse @ u, root @ u)
+    return VOReduction(v_map=v_map, o_map=o_map.mT)
 
 
 def complex_covariance(cov: Float[Tensor, "heads head_dim head_dim"]) -> Tensor:
@@ -234,7 +235,16 @@ def _singular_values(q_cov: Tensor, k_cov: Tensor) -> Tensor:
 def _joint_svd(q_cov: Tensor, k_cov: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Maps (heads, dim, rank) for queries and keys that keep the best rank-`rank` part of E|qᴴk|²."""
     k_root, k_inverse = _roots(k_cov)
-    _, s, vh = torch.linalg.svd(_roots(q_cov)[0] @ k_root)
-    s, v = s[..., :rank], vh.mH[..., :rank]
-    balance = s.clamp_min(s[..., :1] * 1e-6).clamp_min(torch.finfo(torch.float64).tiny).sqrt()[..., None, :]
-    return (k_root @ v) / balance, (k_inverse @ v) * balance
+    v = torch.linalg.svd(_roots(q_cov)[0] @ k_root).Vh.mH[..., :rank]
+    k_map, q_map = _orthonormal(k_inverse @ v, k_root @ v)
+    return q_map, k_map
+
+
+def _orthonormal(cached: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product of two maps (heads, dim, rank), with orthonormal columns in the first.
+
+    So what is cached stays a projection of the teacher's keys or values, of their size, and training steps that suit
+    the teacher's weights suit the student's.
+    """
+    q, r = torch.linalg.qr(cached)
+    return q, other @ r.mH

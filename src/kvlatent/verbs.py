@@ -168,16 +168,26 @@ def read_text(
     seed: int,
     teacher: Callable[[], PreTrainedModel] | None = None,
 ) -> TokenBlocks:
-    """Token blocks of the sources, or of text that `teacher()` writes where the source is `teacher`.
+    """Token blocks of the sources in equal shares; `teacher` among them is text that `teacher()` writes.
 
     Raises:
-        UserError: As `data.token_blocks`; or `teacher` is mixed with other sources.
+        UserError: As `data.token_blocks`.
     """
-    if teacher is None or TEACHER_TEXT not in sources:
+    others = [source for source in sources if source != TEACHER_TEXT]
+    if teacher is None or len(others) == len(sources):
         return token_blocks(sources, tokenizer, block_size=block_size, tokens=tokens, seed=seed)
-    if len(sources) > 1:
-        raise UserError("text 'teacher' stands alone: leave the other sources out, or 'teacher'")
-    return sample_from_teacher(teacher(), tokenizer, tokens=tokens, block_size=block_size, seed=seed)
+    share = tokens if not others else max(block_size, tokens // len(sources))
+    written = sample_from_teacher(teacher(), tokenizer, tokens=share, block_size=block_size, seed=seed)
+    if not others:
+        return written
+    read = token_blocks(others, tokenizer, block_size=block_size, tokens=tokens - written.ids.numel(), seed=seed)
+    ids = torch.cat((written.ids, read.ids))
+    return TokenBlocks(
+        ids=ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))],
+        bytes=written.bytes + read.bytes,
+        sources=tuple(sources),
+        fingerprints=written.fingerprints | read.fingerprints,
+    )
 
 
 # --- disk ------------------------------------------------------------------------------------------------------------
