@@ -258,6 +258,17 @@ def test_choose_groups_uses_every_slot_on_neighbours_in_order(slots: int, seed: 
     assert list(frequencies) == sorted(frequencies, reverse=True)
 
 
+def test_choose_groups_fills_its_slots_even_when_too_few_pairs_are_alive() -> None:
+    q, k = normal(4, 40, 16), normal(2, 40, 16, seed=1)
+    k.view(2, 40, 2, 8)[..., 2:] = 0
+    inv_freq = 10000.0 ** (-torch.arange(0, 16, 2) / 16)
+    groups, frequencies = reduce.choose_groups([moment(q)], [moment(k)], inv_freq, 4, torch.arange(1, 100))
+    assert groups[:2] == [(0, 1, 1), (1, 1, 1)] and sum(rank for _, _, rank in groups) == 4
+    assert all(inv_freq[-1] <= frequency <= inv_freq[0] for frequency in frequencies)
+    maps = reduce.fold(moment(q), moment(k), groups)
+    assert maps.q_map.isfinite().all() and maps.k_map.isfinite().all()
+
+
 # --- values and outputs
 
 

@@ -140,7 +140,7 @@ def choose_groups(
     group_size = q_covs[0].shape[0] // kv_heads
     q = torch.cat([x.view(kv_heads, group_size, head_dim, head_dim).sum(1) for x in q_covs])
     k = torch.cat(k_covs)
-    energy = (_pair_energy(q) * _pair_energy(k)).sum(0)  # (half,) over all heads
+    energy = (_pair_energy(q) * _pair_energy(k)).sum(0).clamp_min(1e-300)  # (half,) over all heads; dead pairs too
     q, k = complex_covariance(q), complex_covariance(k)
     widest = max(2, -(-2 * half // slots) + 1)
     cost: dict[tuple[int, int, int], float] = {}
