@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from kvlatent.calibrate import calibrate
 from kvlatent.convert import convert
 from kvlatent.errors import UserError
-from kvlatent.modeling import spec_of
+from kvlatent.modeling import identity_spec, spec_of
 from kvlatent.rope import frequency_aware_exponents, inverse_frequencies
 
 PRESETS = ["best", "portable"]
@@ -219,3 +219,14 @@ def test_students_are_not_converted_again(
 ) -> None:
     with pytest.raises(UserError, match="converted already"):
         convert(tiny_student("llama"), preset=preset, d_qk=4, d_vo=4, ids=ids)
+
+
+def test_paper_list_follows_the_teachers_rope_scaling(tiny_teacher: Callable[[str], PreTrainedModel]) -> None:
+    teacher = tiny_teacher("llama-llama3-rope")
+    ladder = identity_spec(teacher).inv_freq
+    d_qk = len(ladder)  # half of head_dim: exponent e stands at place e of the ladder
+    spec = spec_of(convert(teacher, preset="paper", d_qk=d_qk, d_vo=d_qk))
+    assert spec is not None
+    assert spec.inv_freq == tuple(ladder[e] for e in frequency_aware_exponents(d_qk))
+    with pytest.raises(UserError, match="llama3 RoPE scaling"):
+        convert(teacher, preset="paper", d_qk=2 * len(ladder), d_vo=d_qk)

@@ -88,9 +88,7 @@ def plan_spec(
         fields = {"qk_map": "before_rope" if family_of(teacher.config).qk_norm else "folded", "scale": d_qk**-0.5}
         if preset == "paper":
             reduce.stride_channels(head_dim, d_qk, "d_qk"), reduce.stride_channels(head_dim, d_vo, "d_vo")
-            theta = teacher.config.rope_parameters["rope_theta"]
-            exponents = frequency_aware_exponents(d_qk)
-            fields["inv_freq"] = inverse_frequencies(exponents, d=d_qk, theta=theta)
+            fields["inv_freq"] = _paper_frequencies(teacher, d_qk, whole.inv_freq)
         else:
             assert statistics is not None
             distances = torch.logspace(0, 9, 64, base=2)  # 1 to 512 tokens, as many near as far
@@ -103,6 +101,24 @@ def plan_spec(
             )
     known = whole.to_dict() | {"preset": preset, "d_qk": [d_qk] * layers, "d_vo": [d_vo] * layers} | fields
     return LatentSpec.from_dict(known), groups
+
+
+def _paper_frequencies(teacher: PreTrainedModel, d_qk: int, ladder: tuple[float, ...]) -> tuple[float, ...]:
+    """The paper's list (Eq. 11). Where the model scales its RoPE, the entries are looked up in its own ladder.
+
+    Raises:
+        UserError: RoPE is scaled and the list has entries between those of the ladder.
+    """
+    exponents, rope = frequency_aware_exponents(d_qk), teacher.config.rope_parameters
+    if rope["rope_type"] == "default":
+        return inverse_frequencies(exponents, d=d_qk, theta=rope["rope_theta"])
+    places = [exponent * len(ladder) / d_qk for exponent in exponents]
+    if not all(place.is_integer() for place in places):
+        raise UserError(
+            f"the paper's list for d_qk {d_qk} is undefined under this model's {rope['rope_type']} RoPE scaling: "
+            f"take a d_qk that divides {len(ladder)}, or another preset"
+        )
+    return tuple(ladder[int(place)] for place in places)
 
 
 def reductions(

@@ -316,7 +316,9 @@ def _mixed_precision(device: torch.device) -> str:
 def _prepare_folder(work: Path, settings: dict[str, Any], resume: bool) -> None:
     """Clear the folder, or check that the state in it was made with the same settings and text."""
     asked = json.dumps(settings, indent=2) + "\n"
-    file = work / "heal.json"
+    file, old = work / "heal.json", work / "state.old"
+    if old.is_dir() and not (work / "state").exists():  # killed between the two renames of a save
+        old.rename(work / "state")
     if resume and file.is_file():
         if file.read_text() != asked:
             raise UserError(
