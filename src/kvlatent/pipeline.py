@@ -65,8 +65,10 @@ class Text(Sources):
 
 
 class Healing(_Entry):
-    """What a student's healing changes of its preset's `HealConfig`."""
+    """What a student's healing changes of a preset's `HealConfig`."""
 
+    like: Preset | None = None
+    """The preset whose hyperparameters are changed; the student's own by default."""
     stage1_tokens: int = Field(ge=0)
     stage2_tokens: int = Field(ge=0)
     loss: Literal["kl", "ntp"] = "kl"
@@ -74,6 +76,10 @@ class Healing(_Entry):
     stage1_learning_rate: float | None = Field(default=None, gt=0)
     lora_rank: int | None = Field(default=None, ge=0)
     batch_size: PositiveInt | None = None
+
+    def settings(self, preset: Preset, seed: int) -> HealConfig:
+        """The hyperparameters for a student of `preset`."""
+        return heal_config(self.like or preset, self.model_dump(exclude={"like"}), seed)
 
 
 class Student(_Entry):
@@ -219,7 +225,7 @@ def run(
     for preset, student in wanted.students.items():
         check_teacher(config, wanted.model, preset, student.d_qk, student.d_vo)
         if student.heal is not None:
-            heal_config(preset, student.heal.model_dump(), wanted.seed)
+            student.heal.settings(preset, wanted.seed)
     stored = out / "recipe.yaml"
     if stored.is_file():
         if read_recipe(stored) != wanted:
@@ -350,7 +356,7 @@ class _Run:
     def _settings(self, preset: Preset) -> HealConfig:
         healing = self.recipe.students[preset].heal
         assert healing is not None
-        return heal_config(preset, healing.model_dump(), self.recipe.seed)
+        return healing.settings(preset, self.recipe.seed)
 
     def _blocks(self, name: str) -> TokenBlocks:
         return load_blocks(self.out / "text" / f"{name}.safetensors")
