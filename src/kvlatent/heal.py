@@ -62,7 +62,7 @@ class HealConfig:
     """Largest gradient norm."""
     lora_rank: int = 32
     """Rank of the FFN's LoRA; 0 leaves the FFN frozen."""
-    lora_alpha: int = 64
+    lora_alpha: int = 256
     """Scale of the LoRA update, over its rank."""
     train_norms: bool = False
     """Whether RMSNorms train too, as in the authors' code."""
@@ -85,7 +85,7 @@ class HealConfig:
             )  # fmt: skip
         changes = {name: value for name, value in changes.items() if value is not None}
         if "lora_rank" in changes and "lora_alpha" not in changes:
-            changes["lora_alpha"] = 2 * changes["lora_rank"]
+            changes["lora_alpha"] = config.lora_alpha * changes["lora_rank"] // config.lora_rank
         return replace(config, **changes)
 
 
