@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ from kvlatent.spec import LatentSpec, Preset, check_dims
 
 TEACHER_TEXT = "teacher"
 """The text source that stands for text sampled from the teacher."""
+SHORTEST_SAMPLE = 128
+"""Where little text is sampled, blocks are packed from texts of at least this many tokens."""
 BATCH_SIZE = 4
 """Blocks per forward where nothing is trained."""
 NEEDLE_CONTEXT, NEEDLE_TRIALS = 1024, 20
@@ -176,8 +178,12 @@ def read_text(
     others = [source for source in sources if source != TEACHER_TEXT]
     if teacher is None or len(others) == len(sources):
         return token_blocks(sources, tokenizer, block_size=block_size, tokens=tokens, seed=seed)
-    share = tokens if not others else max(block_size, tokens // len(sources))
-    written = sample_from_teacher(teacher(), tokenizer, tokens=share, block_size=block_size, seed=seed)
+    share = max(1, tokens // len({*sources}) // block_size) * block_size
+    length = block_size
+    while length > SHORTEST_SAMPLE and length % 2 == 0 and share // length < 64:  # else few rows decode slowly
+        length //= 2
+    written = sample_from_teacher(teacher(), tokenizer, tokens=share, block_size=length, seed=seed)
+    written = replace(written, ids=written.ids.view(-1, block_size))
     if not others:
         return written
     read = token_blocks(others, tokenizer, block_size=block_size, tokens=tokens - written.ids.numel(), seed=seed)
