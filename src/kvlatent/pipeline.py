@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -56,6 +56,8 @@ class Sources(_Entry):
     """Text whose length follows from what it is used for."""
 
     text: list[str] = Field(min_length=1)
+    block_size: int | None = Field(default=None, ge=2)
+    """Tokens per block, where it is not the recipe's."""
 
 
 class Text(Sources):
@@ -323,17 +325,17 @@ class _Run:
         """Make all text before anything else, and the run folder only once it is there and disjoint."""
         recipe = self.recipe
 
-        def read(text: Sequence[str], tokens: int, seed: int, *, held_out: bool = False) -> TokenBlocks:
+        def read(sources: Sources, tokens: int, seed: int, *, held_out: bool = False) -> TokenBlocks:
             return read_text(
-                text, self.tokenizer, tokens=tokens, block_size=recipe.block_size, seed=seed,
-                teacher=None if held_out else self.teacher,
+                sources.text, self.tokenizer, tokens=tokens, block_size=sources.block_size or recipe.block_size,
+                seed=seed, teacher=None if held_out else self.teacher,
             )  # fmt: skip
 
-        held_out = read(recipe.held_out.text, recipe.held_out.tokens, recipe.seed, held_out=True)
-        made = {"calibration": read(recipe.calibration.text, recipe.calibration.tokens, recipe.seed)}
-        if recipe.training is not None and (blocks := self._training_blocks()):
+        held_out = read(recipe.held_out, recipe.held_out.tokens, recipe.seed, held_out=True)
+        made = {"calibration": read(recipe.calibration, recipe.calibration.tokens, recipe.seed)}
+        if recipe.training is not None and (tokens := self._training_tokens(recipe.training)):
             # Another order than calibration's, so that healing sees other text of the same sources.
-            made["training"] = read(recipe.training.text, blocks * recipe.block_size, recipe.seed + 1)
+            made["training"] = read(recipe.training, tokens, recipe.seed + 1)
         for blocks_used in made.values():
             check_held_out(blocks_used.fingerprints, held_out)
         _write_text(
@@ -345,10 +347,11 @@ class _Run:
             save_blocks(blocks_used, self.out / "text" / f"{name}.safetensors")
         save_blocks(held_out, held_out_file)
 
-    def _training_blocks(self) -> int:
-        """Blocks of the longest healing; every student reads them from the first."""
-        counts = [healing_blocks(self._settings(preset), self.recipe.block_size) for preset in self._healed()]
-        return max(counts, default=0)
+    def _training_tokens(self, training: Sources) -> int:
+        """Tokens of the longest healing; every student reads them from the first."""
+        block_size = training.block_size or self.recipe.block_size
+        counts = [healing_blocks(self._settings(preset), block_size) for preset in self._healed()]
+        return max(counts, default=0) * block_size
 
     def _healed(self) -> list[Preset]:
         return [preset for preset, student in self.recipe.students.items() if student.heal is not None]

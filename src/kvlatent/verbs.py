@@ -172,13 +172,16 @@ def read_text(
 ) -> TokenBlocks:
     """Token blocks of the sources in equal shares; `teacher` among them is text that `teacher()` writes.
 
+    Named more than once, `teacher` has as many shares.
+
     Raises:
         UserError: As `data.token_blocks`.
     """
     others = [source for source in sources if source != TEACHER_TEXT]
     if teacher is None or len(others) == len(sources):
         return token_blocks(sources, tokenizer, block_size=block_size, tokens=tokens, seed=seed)
-    share = max(1, tokens // len({*sources}) // block_size) * block_size
+    shares = len(sources) - len(others)
+    share = max(1, tokens * shares // len(sources) // block_size) * block_size
     length = block_size
     while length > SHORTEST_SAMPLE and length % 2 == 0 and share // length < 64:  # else few rows decode slowly
         length //= 2
@@ -191,7 +194,7 @@ def read_text(
     return TokenBlocks(
         ids=ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))],
         bytes=written.bytes + read.bytes,
-        sources=tuple(sources),
+        sources=tuple(dict.fromkeys(sources)),
         fingerprints=written.fingerprints | read.fingerprints,
     )
 
