@@ -138,6 +138,14 @@ def refuse_existing(path: Path) -> Path:
     return path
 
 
+def check_disk(path: Path, needed_bytes: int) -> None:
+    """Raise `UserError` unless `needed_bytes` fit where `path` will be; better before the work than after it."""
+    place = next(parent for parent in path.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise UserError(f"{path} needs {needed_bytes / 1e6:,.0f} MB; {free / 1e6:,.0f} MB are free there")
+
+
 @contextmanager
 def new_folder(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     """Give a temporary sibling of `path` to write into; it becomes `path` when the block ends without an error.
@@ -149,9 +157,7 @@ def new_folder(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if free < needed_bytes:
-            raise UserError(f"{path} needs {needed_bytes / 1e6:,.0f} MB; {free / 1e6:,.0f} MB are free there")
+        check_disk(path, needed_bytes)
         partial.mkdir()
         yield partial
         partial.rename(path)

@@ -130,12 +130,11 @@ def reductions(
 ) -> tuple[reduce.QKReduction, reduce.VOReduction]:
     """The head reductions of layer `index` that the spec's preset asks for."""
     d_qk, d_vo, head_dim = spec.d_qk[index], spec.d_vo[index], spec.head_dim
-    kv_heads, q_heads = whole.kv_heads, whole.q_heads
+    kv_heads = whole.kv_heads
     if spec.preset == "paper":
         channels = reduce.stride_channels(head_dim, d_qk, "d_qk").expand(kv_heads, -1)
-        kept = reduce.select(channels, head_dim)
         values = reduce.select(reduce.stride_channels(head_dim, d_vo, "d_vo").expand(kv_heads, -1), head_dim)
-        qk = reduce.QKReduction(q_map=kept.repeat_interleave(q_heads // kv_heads, dim=0), k_map=kept)
+        qk = reduce.keep_channels(channels, head_dim, group_size=whole.group_size)
         return qk, reduce.VOReduction(v_map=values, o_map=values.mT)
     assert stats is not None
     vo = reduce.value_output_svd(stats.mean("o"), whole.o_proj.weight, d_vo, kv_heads=kv_heads)
@@ -145,8 +144,7 @@ def reductions(
         return reduce.QKReduction(q_map=qk.q_map * to_scale, k_map=qk.k_map), vo
     if spec.qk_map == "folded":  # full d_qk: only the identity can go before RoPE and change nothing
         every = torch.arange(head_dim).expand(kv_heads, -1)
-        kept = reduce.select(every, head_dim)
-        return reduce.QKReduction(q_map=kept.repeat_interleave(q_heads // kv_heads, dim=0), k_map=kept), vo
+        return reduce.keep_channels(every, head_dim, group_size=whole.group_size), vo
     return reduce.project(stats.mean("q"), stats.mean("k"), d_qk), vo
 
 
@@ -192,7 +190,8 @@ def _convert_in_order(
 ) -> PreTrainedModel:
     """Reduce and refit layer after layer; `student` comes in unreduced and is changed in place.
 
-    Hidden states of all tokens wait in host memory, twice (batch_size, block_size, hidden) per batch.
+    Hidden states of all tokens wait in host memory, twice (batch_size, block_size, hidden) per batch, and one layer's
+    head outputs.
     """
     device = student.device
     batches = ids.split(batch_size)
@@ -213,7 +212,7 @@ def _convert_in_order(
         fill(layer.self_attn, whole, *reductions(spec, index, whole, stats, groups))
 
         # W_O: with the student's head outputs, give the teacher's residual stream after attention.
-        ridge = Ridge(layer.self_attn.o_proj)
+        ridge, outputs = Ridge(layer.self_attn.o_proj), list[Tensor]()
         for b, kwargs in enumerate(arguments):
             layer_input = teacher_states[b].to(device)
             run = partial(original, layer_input, **fit_batch(teacher_arguments[index], len(layer_input)))
@@ -224,13 +223,13 @@ def _convert_in_order(
             kwargs["position_embeddings"] = position_embeddings
             heads, _ = input_and_output(layer.self_attn.o_proj, partial(attend, **kwargs))
             ridge.add(heads, after_attention - state, size=after_attention)
+            outputs.append(heads.cpu())
         ridge.solve(strength=RIDGE)
 
         # The FFN's down projection: give the teacher's residual stream after the layer.
         ridge = Ridge(layer.mlp.down_proj)
-        for b, kwargs in enumerate(arguments):
-            state = student_states[b].to(device)
-            state = state + layer.self_attn(layer.input_layernorm(state), **kwargs)[0]
+        for b, heads in enumerate(outputs):
+            state = student_states[b].to(device) + layer.self_attn.o_proj(heads.to(device))
             student_states[b] = state.cpu()
             feed = partial(layer.mlp, layer.post_attention_layernorm(state))
             activations, _ = input_and_output(layer.mlp.down_proj, feed)

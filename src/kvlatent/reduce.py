@@ -54,6 +54,18 @@ def pair_channels(pairs: Int[Tensor, "heads pairs"], head_dim: int) -> Int[Tenso
     return torch.cat((pairs, pairs + head_dim // 2), dim=-1)
 
 
+def keep_channels(
+    channels: Int[Tensor, "kv_heads d_qk"],
+    head_dim: int,
+    *,
+    group_size: int,
+    freq_index: Int[Tensor, "kv_heads pairs"] | None = None,
+) -> QKReduction:
+    """Keep `channels` of each KV head's keys, and the same ones of the queries of its group."""
+    k_map = select(channels, head_dim)
+    return QKReduction(q_map=k_map.repeat_interleave(group_size, dim=0), k_map=k_map, freq_index=freq_index)
+
+
 def keep_pairs(q_cov: Tensor, k_cov: Tensor, d_qk: int) -> QKReduction:
     """Keep, per KV head, the rotary pairs that carry the most logit energy, at their original frequencies.
 
@@ -67,8 +79,9 @@ def keep_pairs(q_cov: Tensor, k_cov: Tensor, d_qk: int) -> QKReduction:
     kv_heads, head_dim = k_cov.shape[:2]
     score = _pair_energy(q_cov).view(kv_heads, -1, head_dim // 2).sum(1) * _pair_energy(k_cov)
     pairs = score.topk(d_qk // 2, dim=-1).indices.sort(-1).values
-    k_map = select(pair_channels(pairs, head_dim), head_dim)
-    return QKReduction(q_map=k_map.repeat_interleave(q_cov.shape[0] // kv_heads, dim=0), k_map=k_map, freq_index=pairs)
+    return keep_channels(
+        pair_channels(pairs, head_dim), head_dim, group_size=q_cov.shape[0] // kv_heads, freq_index=pairs
+    )
 
 
 def project(q_cov: Tensor, k_cov: Tensor, d_qk: int) -> QKReduction:

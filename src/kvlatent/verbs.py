@@ -26,6 +26,7 @@ from transformers import initialization as init
 from kvlatent.benchmark import benchmark, cache_dims
 from kvlatent.calibrate import Statistics, calibrate
 from kvlatent.checkpoints import (
+    check_disk,
     environment,
     load_model,
     locate,
@@ -200,14 +201,6 @@ def read_text(
 
 
 # --- disk ------------------------------------------------------------------------------------------------------------
-
-
-def check_disk(path: Path, needed_bytes: int) -> None:
-    """Raise `UserError` unless `needed_bytes` fit where `path` will be; better before the work than after it."""
-    place = next(parent for parent in path.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(place).free
-    if free < needed_bytes:
-        raise UserError(f"{path} needs {needed_bytes / 1e6:,.0f} MB; {free / 1e6:,.0f} MB are free there")
 
 
 def _weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
