@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvlatent import reduce
 from kvlatent.attention import LatentAttention
@@ -53,9 +53,7 @@ def convert(
     Raises:
         UserError: Dims the preset or the model doesn't allow, or neither statistics nor text where needed.
     """
-    check_teacher(teacher.config)
-    layers = teacher.config.num_hidden_layers
-    check_dims(head_dim_of(teacher.config), (d_qk,) * layers, (d_vo,) * layers)
+    check_request(teacher.config, preset=preset, d_qk=d_qk, d_vo=d_vo)
     if preset != "paper" and statistics is None and ids is None:
         raise UserError(f"preset {preset} is calibrated: give text (--text) or statistics (--stats)")
     if preset == "portable" and statistics is None:
@@ -73,6 +71,17 @@ def convert(
     return _convert_in_order(student, teacher, spec, groups, ids, batch_size)
 
 
+def check_request(config: PreTrainedConfig, *, preset: Preset, d_qk: int, d_vo: int) -> None:
+    """Raise `UserError` for a teacher or dims that can't be; needs no weights, so it can come before loading them."""
+    check_teacher(config)
+    layers, head_dim = config.num_hidden_layers, head_dim_of(config)
+    check_dims(head_dim, (d_qk,) * layers, (d_vo,) * layers)
+    if preset == "paper":
+        reduce.stride_channels(head_dim, d_qk, "d_qk")
+        reduce.stride_channels(head_dim, d_vo, "d_vo")
+        frequency_aware_exponents(d_qk)
+
+
 def plan_spec(
     teacher: PreTrainedModel, *, preset: Preset, d_qk: int, d_vo: int, statistics: Statistics | None
 ) -> tuple[LatentSpec, list[tuple[int, int, int]]]:
@@ -87,7 +96,6 @@ def plan_spec(
         # QK-norm needs all of head_dim, so there the reduction stays a step of its own.
         fields = {"qk_map": "before_rope" if family_of(teacher.config).qk_norm else "folded", "scale": d_qk**-0.5}
         if preset == "paper":
-            reduce.stride_channels(head_dim, d_qk, "d_qk"), reduce.stride_channels(head_dim, d_vo, "d_vo")
             fields["inv_freq"] = _paper_frequencies(teacher, d_qk, whole.inv_freq)
         else:
             assert statistics is not None

@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvlatent.benchmark import benchmark
 from kvlatent.checkpoints import environment, load_model, pick_device, pick_dtype, record_of
+from kvlatent.convert import check_request
 from kvlatent.data import TokenBlocks, check_held_out
 from kvlatent.errors import UserError
 from kvlatent.evaluate import Perplexity, compare, perplexity
@@ -32,7 +33,6 @@ from kvlatent.report import model_card, write_report
 from kvlatent.spec import Preset
 from kvlatent.verbs import (
     BATCH_SIZE,
-    check_teacher,
     complete,
     convert_loaded,
     heal_config,
@@ -225,7 +225,7 @@ def run(
         wanted = wanted.model_copy(update={"seed": seed})
     config = load_config(wanted.model)
     for preset, student in wanted.students.items():
-        check_teacher(config, wanted.model, preset, student.d_qk, student.d_vo)
+        check_request(config, preset=preset, d_qk=student.d_qk, d_vo=student.d_vo)
         if student.heal is not None:
             student.heal.settings(preset, wanted.seed)
     stored = out / "recipe.yaml"

@@ -35,16 +35,15 @@ from kvlatent.checkpoints import (
     refuse_existing,
     save_checkpoint,
 )
-from kvlatent.convert import convert
+from kvlatent.convert import check_request, convert
 from kvlatent.data import TokenBlocks, check_held_out, sample_from_teacher, token_blocks
 from kvlatent.errors import UserError
 from kvlatent.evaluate import Perplexity, compare, lm_eval_tasks, needle, perplexity
 from kvlatent.families import family_of
 from kvlatent.heal import HealConfig, heal
-from kvlatent.modeling import head_dim_of, spec_of
-from kvlatent.reduce import stride_channels
+from kvlatent.modeling import check_teacher, head_dim_of, spec_of
 from kvlatent.report import model_card, write_report
-from kvlatent.spec import LatentSpec, Preset, check_dims
+from kvlatent.spec import LatentSpec, Preset
 
 TEACHER_TEXT = "teacher"
 """The text source that stands for text sampled from the teacher."""
@@ -137,17 +136,6 @@ def dims_for_budget(model: str, budget: float) -> int:
     return dims
 
 
-def check_teacher(config: PreTrainedConfig, model: str, preset: Preset, d_qk: int, d_vo: int) -> None:
-    """Refuse, before any weight is loaded, what conversion would refuse."""
-    if getattr(config, "latent", None) is not None:
-        raise UserError(f"{model} is converted already; start from the original checkpoint")
-    layers, head_dim = config.num_hidden_layers, head_dim_of(config)
-    check_dims(head_dim, (d_qk,) * layers, (d_vo,) * layers)
-    if preset == "paper":
-        stride_channels(head_dim, d_qk, "d_qk")
-        stride_channels(head_dim, d_vo, "d_vo")
-
-
 def _teacher_name(model: str) -> str:
     """`model` such that it means the same from any working directory."""
     path = Path(model).expanduser()
@@ -220,7 +208,7 @@ def calibrate_file(
     """
     refuse_existing(out)
     config, tokenizer = load_config(model), load_tokenizer(model)
-    check_teacher(config, model, "best", head_dim_of(config), head_dim_of(config))
+    check_teacher(config)
     whole_heads = 3 * config.num_attention_heads + 2 * config.num_key_value_heads
     check_disk(out, config.num_hidden_layers * whole_heads * head_dim_of(config) ** 2 * 8)
     began = time.monotonic()
@@ -280,7 +268,7 @@ def convert_folder(
     """
     refuse_existing(out)
     config, tokenizer = load_config(model), load_tokenizer(model)
-    check_teacher(config, model, preset, d_qk, d_vo)
+    check_request(config, preset=preset, d_qk=d_qk, d_vo=d_vo)
     if preset == "paper" and (stats or text):
         raise UserError("preset paper is not calibrated; leave --text and --stats out")
     if preset != "paper" and bool(stats) == bool(text):
