@@ -1,7 +1,7 @@
 """Latent attention in vLLM: its own model classes of each family, with the attention replaced.
 
-Heads shard over tensor-parallel ranks as in the stock classes; pipeline parallelism, prefix caching, chunked prefill and
-compilation are theirs. Loaded inside vLLM only.
+Heads shard over tensor-parallel ranks as in the stock classes; pipeline parallelism, prefix caching, chunked prefill
+and compilation are theirs. Loaded inside vLLM only.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from kvlatent.export.vllm import Backend, cache_bytes_per_token, cache_widths, pad_heads
 from kvlatent.families import FAMILIES, Family
 from kvlatent.rope import rotate
-from kvlatent.serve.vllm_plugin import Backend, cache_bytes_per_token, cache_widths, pad_heads
 from kvlatent.spec import LatentSpec
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, or it would print nothing
@@ -37,7 +37,7 @@ class LatentAttention(nn.Module):
 
     def __init__(
         self,
-        stock: nn.Module,
+        stock: Any,
         spec: LatentSpec,
         layer: int,
         widths: tuple[int, int],
@@ -149,17 +149,11 @@ def _by_head(value: Tensor, total_heads: int) -> nn.Parameter:
     return parameter
 
 
-def _rotary(spec: LatentSpec, padded: int, max_position: int) -> RotaryEmbedding:
-    """vLLM's rotary embedding with the spec's ladder, one for all layers.
-
-    Args:
-        spec: The checkpoint's spec.
-        padded: Dims of queries and keys when they are rotated, zeros included.
-        max_position: Positions in the table.
-    """
+def _rotary(spec: LatentSpec, head_size: int, max_position: int) -> RotaryEmbedding:
+    """vLLM's rotary embedding with the spec's ladder; dims beyond the ladder's are padding and stay."""
     ladder = torch.tensor(spec.inv_freq, dtype=torch.float32)
     dtype = torch.get_default_dtype()
-    rotary = RotaryEmbedding(padded, 2 * len(ladder), max_position, 1.0, True, dtype, init_cache=False)
+    rotary = RotaryEmbedding(head_size, 2 * len(ladder), max_position, 1.0, True, dtype, init_cache=False)
     angles = torch.arange(max_position, dtype=torch.float32)[:, None] * ladder
     table = torch.cat((angles.cos(), angles.sin()), dim=-1) * spec.rope_scaling
     rotary.register_buffer("cos_sin_cache", table.to(dtype), persistent=False)
@@ -189,7 +183,7 @@ def _diffkv_backend(width_v: int) -> Any:
     return backend
 
 
-def graft(model: nn.Module, vllm_config: VllmConfig) -> tuple[tuple[int, int], ...]:
+def graft(model: Any, vllm_config: VllmConfig) -> tuple[tuple[int, int], ...]:
     """Replace the attention of every layer of a stock vLLM body that this rank holds; returns `cache_widths`."""
     config = vllm_config.model_config.hf_config
     spec = LatentSpec.from_dict(config.latent)
@@ -197,12 +191,13 @@ def graft(model: nn.Module, vllm_config: VllmConfig) -> tuple[tuple[int, int], .
     if backend == "DIFFKV" and spec.d_qk == spec.d_vo:
         backend = "EQUAL"
     widths = cache_widths(spec, backend)
+    rotaries: dict[int, RotaryEmbedding] = {}  # by dims of queries and keys when they are rotated, zeros included
     for index in range(model.start_layer, model.end_layer):
         layer = model.layers[index]
         rotated = spec.head_dim if spec.qk_map == "after_rope" else widths[index][0]
-        if index == model.start_layer or rotated != rotary.head_size:
-            rotary = _rotary(spec, rotated, config.max_position_embeddings)
-        layer.self_attn = LatentAttention(layer.self_attn, spec, index, widths[index], rotary, vllm_config)
+        if rotated not in rotaries:
+            rotaries[rotated] = _rotary(spec, rotated, config.max_position_embeddings)
+        layer.self_attn = LatentAttention(layer.self_attn, spec, index, widths[index], rotaries[rotated], vllm_config)
     heads, size = config.num_key_value_heads, torch.get_default_dtype().itemsize
     whole, padding = cache_bytes_per_token(spec, backend, kv_heads=heads, element_size=size)
     logger.info_once("kvlatent: the cache takes %d bytes per token, %d of them padding (%s)", whole, padding, backend)
@@ -218,8 +213,10 @@ class _Latent:
         self.widths = graft(self.model, vllm_config)  # type: ignore[attr-defined]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load a checkpoint of ours; returns the names of the parameters that were filled."""
         padded = ((name, pad_heads(name, weight, self.spec, self.widths)) for name, weight in weights)
-        return super().load_weights(padded)  # type: ignore[misc]
+        loaded: set[str] = super().load_weights(padded)  # type: ignore[misc]
+        return loaded
 
 
 def _model_class(model_type: str, family: Family) -> type[nn.Module]:
