@@ -627,10 +627,9 @@ def serve_model(
     """
     config = load_config(model)
     load_tokenizer(model)
-    if context is not None and not 1 <= context <= config.max_position_embeddings:
-        raise UserError(
-            f"context is 1 to {config.max_position_embeddings} tokens, the model's positions; got {context}"
-        )
+    positions = config.max_position_embeddings
+    if context is not None and not 1 <= context <= positions:
+        raise UserError(f"the model has {positions} positions, so context is 1 to {positions} tokens; got {context}")
     name = Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model
     return serve(
         locate(model), name=name, host=host, port=port, engine=engine, dtype=dtype, context=context, seed=seed,
