@@ -14,6 +14,7 @@ from dataclasses import replace
 from importlib.metadata import entry_points
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from kvlatent.checkpoints import load_model
 from kvlatent.data import token_blocks
 from kvlatent.export.vllm import CPU_BLOCK_SIZE, cache_bytes_per_token, tokens_per_gib
 from kvlatent.modeling import graft, set_spec, spec_of
+from kvlatent.spec import QKMap
 from kvlatent.verbs import convert_folder
 
 pytestmark = pytest.mark.engines
@@ -82,15 +84,23 @@ def random_prompts(*lengths: int, vocabulary: int = 260) -> list[list[int]]:
 # --- every layout, tiny ----------------------------------------------------------------------------------------------
 
 
-def per_head_frequencies(teacher: PreTrainedModel) -> PreTrainedModel:
-    """Random weights in a layout that no preset makes: every KV head rotates by frequencies of its own."""
+def own_frequencies(teacher: PreTrainedModel, *, qk_map: QKMap = "folded", d_qk: int = 8) -> PreTrainedModel:
+    """Random weights in a layout that no preset makes: every KV head rotates by frequencies of its own choice."""
     student = graft(teacher)
-    spec = replace(spec_of(student), d_qk=(8, 8), d_vo=(8, 8), qk_map="folded", per_head_frequencies=True)
+    spec = replace(spec_of(student), d_qk=(d_qk,) * 2, d_vo=(8, 8), qk_map=qk_map, per_head_frequencies=True)
+    generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     set_spec(student, spec)
     for layer in student.model.layers:
-        layer.self_attn.freq_index.copy_(torch.tensor([[0, 2, 5, 7], [1, 3, 4, 6]]))
+        index = layer.self_attn.freq_index
+        for head in index:
+            head.copy_(torch.randperm(8, generator=generator)[: len(head)])
     return student.requires_grad_(False).eval()
+
+
+def own_frequencies_and_maps(teacher: PreTrainedModel) -> PreTrainedModel:
+    """The same, reduced after the rotation."""
+    return own_frequencies(teacher, qk_map="after_rope")
 
 
 def unlike_layers(teacher: PreTrainedModel) -> PreTrainedModel:
@@ -118,7 +128,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, per_head_frequencies, unlike_layers], ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, own_frequencies, own_frequencies_and_maps, unlike_layers])
 def test_log_probabilities_are_those_of_transformers(
     layout: Any,
     tiny_teacher: Callable[..., PreTrainedModel],
@@ -155,6 +165,61 @@ def test_a_cached_prefix_is_used_and_changes_nothing(
     assert (first.num_cached_tokens, again.num_cached_tokens) == (0, CPU_BLOCK_SIZE)
     expected = student.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
     assert list(first.outputs[0].token_ids) == list(again.outputs[0].token_ids) == expected
+
+
+def test_two_ranks_share_the_heads(
+    tiny_teacher: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes, each with half of the query and KV heads, their maps and their frequencies."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    student = own_frequencies_and_maps(tiny_teacher("llama"))
+    student.save_pretrained(tmp_path / "student")
+    prompts = random_prompts(60, 33)
+    with engine(tmp_path / "student", max_model_len=128, tensor_parallel_size=2) as llm:
+        difference = mean_difference(vllm_logprobs(llm, prompts), logprobs(student, prompts))
+    print(f"mean |Δ log-probability| {difference:.1e}")
+    assert difference <= TOLERANCE
+
+
+@pytest.mark.parametrize(("heads", "ranks", "held"), [(4, 2, [[0, 1], [2, 3]]), (2, 4, [[0], [0], [1], [1]])])
+def test_each_rank_loads_its_heads(
+    heads: int, ranks: int, held: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvlatent.serve import vllm_model
+
+    monkeypatch.setattr(vllm_model, "get_tensor_model_parallel_world_size", lambda: ranks)
+    whole = torch.arange(heads).float()[:, None, None].expand(heads, 5, 3)
+    for rank, expected in enumerate(held):
+        monkeypatch.setattr(vllm_model, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        parameter = vllm_model._by_head(torch.empty(len(expected), 5, 3), heads)
+        parameter.weight_loader(parameter, whole)
+        assert parameter[:, 0, 0].tolist() == expected
+    with pytest.raises(ValueError, match="the model has"):
+        parameter.weight_loader(parameter, whole[:1])
+
+
+def test_gpus_get_a_backend_with_two_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as a CPU lets: the choice, and a cache laid out with keys of 48 and values of 16 dims."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from kvlatent.serve import vllm_model
+
+    config = VllmConfig()
+    with set_current_vllm_config(config):
+        assert vllm_model.choose_backend() == "CPU_ATTN"
+        monkeypatch.setattr(vllm_model, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+        assert vllm_model.choose_backend() == "DIFFKV"
+        backend = vllm_model._diffkv_backend(16)
+        assert (backend.get_name(), backend.head_size_v) == ("TRITON_ATTN_DIFFKV", 16)
+        attention = Attention(4, 48, 0.1, num_kv_heads=2, prefix="0.attn", attn_backend=backend, head_size_v=16)
+        spec = attention.get_kv_cache_spec(config)
+        assert spec.page_size_bytes == spec.block_size * 2 * (48 + 16) * spec.dtype.itemsize
+        config.attention_config.backend = AttentionBackendEnum.FLASH_ATTN_DIFFKV
+        assert (vllm_model.choose_backend(), vllm_model._diffkv_name()) == ("DIFFKV", "FLASH_ATTN_DIFFKV")
+        config.attention_config.backend = AttentionBackendEnum.FLASH_ATTN
+        assert vllm_model.choose_backend() == "EQUAL"
 
 
 def test_vllm_finds_the_plugin() -> None:
