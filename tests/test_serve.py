@@ -170,13 +170,15 @@ def test_engines_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatc
 
 def test_commands_pass_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     where = {"name": "m", "host": "127.0.0.1", "port": 8123, "context": 512, "seed": 3}
-    command = launch.vllm_command("/models/m", dtype="bfloat16", **where)
+    command = launch.vllm_command("/models/m", dtype="bfloat16", eager=False, **where)
     assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     options = dict(zip(command[3::2], command[4::2], strict=True))
     assert options == {
         "--model": "/models/m", "--served-model-name": "m", "--host": "127.0.0.1", "--port": "8123",
         "--dtype": "bfloat16", "--seed": "3", "--max-model-len": "512",
     }  # fmt: skip
+    eager = launch.vllm_command("/models/m", dtype="bfloat16", eager=True, **where)
+    assert eager == [*command, "--enforce-eager"]
     install(monkeypatch, program="/usr/bin/llama-server")
     command = launch.llama_cpp_command(Path("m.gguf"), **where)
     assert command[:2] == ["/usr/bin/llama-server", "--jinja"]

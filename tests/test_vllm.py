@@ -103,12 +103,15 @@ def own_frequencies_and_maps(teacher: PreTrainedModel) -> PreTrainedModel:
     return own_frequencies(teacher, qk_map="after_rope")
 
 
-def unlike_layers(teacher: PreTrainedModel) -> PreTrainedModel:
-    """Random weights with other dims in each layer, as a budget by layer would give."""
-    student = graft(teacher)
-    spec = replace(spec_of(student), d_qk=(8, 14), d_vo=(16, 4), qk_map="after_rope")
+def unlike_layers(_: PreTrainedModel) -> PreTrainedModel:
+    """Random weights with other dims in each layer, as a budget by layer gives them; cached 32, 48 and 64 wide."""
+    config = LlamaConfig(
+        vocab_size=260, hidden_size=64, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=256, initializer_range=0.2,
+    )  # fmt: skip
     torch.manual_seed(0)
-    set_spec(student, spec)
+    student = graft(LlamaForCausalLM(config).eval())
+    set_spec(student, replace(spec_of(student), d_qk=(32, 40, 64), d_vo=(16, 48, 8), qk_map="after_rope"))
     return student.requires_grad_(False).eval()
 
 
@@ -135,7 +138,7 @@ def test_log_probabilities_are_those_of_transformers(
     tiny_student: Callable[..., PreTrainedModel],
     tmp_path: Path,
 ) -> None:
-    """Heads of 4 to 16 dims, all padded to 32 by the CPU backend; prompts are prefilled in chunks."""
+    """Heads of 4 to 64 dims, padded as the CPU backend wants them; prompts are prefilled in chunks."""
     student = layout(tiny_teacher("llama")) if callable(layout) else tiny_student(*layout)
     student.save_pretrained(tmp_path / "student")
     prompts = random_prompts(120, 33, 75)
@@ -167,15 +170,16 @@ def test_a_cached_prefix_is_used_and_changes_nothing(
     assert list(first.outputs[0].token_ids) == list(again.outputs[0].token_ids) == expected
 
 
-def test_two_ranks_share_the_heads(
-    tiny_teacher: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("parallel", ["tensor", "pipeline"])
+def test_two_processes_share_the_model(
+    parallel: str, tiny_teacher: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two processes, each with half of the query and KV heads, their maps and their frequencies."""
+    """Each has half of the query and KV heads, with their maps and frequencies; or one of the layers."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     student = own_frequencies_and_maps(tiny_teacher("llama"))
     student.save_pretrained(tmp_path / "student")
     prompts = random_prompts(60, 33)
-    with engine(tmp_path / "student", max_model_len=128, tensor_parallel_size=2) as llm:
+    with engine(tmp_path / "student", max_model_len=128, **{f"{parallel}_parallel_size": 2}) as llm:
         difference = mean_difference(vllm_logprobs(llm, prompts), logprobs(student, prompts))
     print(f"mean |Δ log-probability| {difference:.1e}")
     assert difference <= TOLERANCE

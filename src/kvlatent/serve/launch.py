@@ -53,14 +53,15 @@ def pick_engine(name: Literal["auto"] | Engine) -> Engine:
 
 
 def vllm_command(
-    model: str, *, name: str, host: str, port: int, dtype: str, context: int | None, seed: int
+    model: str, *, name: str, host: str, port: int, dtype: str, eager: bool, context: int | None, seed: int
 ) -> list[str]:
-    """How to start vLLM's OpenAI-compatible server on a folder or hub id."""
+    """How to start vLLM's OpenAI-compatible server on a folder or hub id; `eager` is without compiling the model."""
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     length = [] if context is None else ["--max-model-len", str(context)]
     where = ["--host", host, "--port", str(port)]
     return [
-        *server, "--model", model, "--served-model-name", name, *where, "--dtype", dtype, "--seed", str(seed), *length
+        *server, "--model", model, "--served-model-name", name, *where, "--dtype", dtype, "--seed", str(seed), *length,
+        *(["--enforce-eager"] if eager else []),
     ]  # fmt: skip
 
 
@@ -227,8 +228,10 @@ def serve(
         if chosen == "vllm":
             from kvlatent.checkpoints import pick_device, pick_dtype
 
-            kind = str(pick_dtype(dtype, pick_device())).removeprefix("torch.")
-            command, environment = vllm_command(source, dtype=kind, **where), VLLM_ENVIRONMENT
+            device = pick_device()
+            kind = str(pick_dtype(dtype, device)).removeprefix("torch.")
+            eager = device.type == "cpu"  # where compiling takes a C++ compiler, and minutes before the first answer
+            command, environment = vllm_command(source, dtype=kind, eager=eager, **where), VLLM_ENVIRONMENT
         else:
             gguf = stack.enter_context(gguf_of(source, dtype=dtype))
             command, environment = llama_cpp_command(gguf, **where), {}
