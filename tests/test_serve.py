@@ -100,7 +100,7 @@ def test_signals_reach_the_engine_and_nothing_is_left(
     processes, signals = notes(tmp_path)
     assert urls == [f"http://127.0.0.1:{port}/v1"] == [result["url"]]
     assert result["start_seconds"] >= 0.5
-    assert signals == [number.name]
+    assert signals == [launch.FORWARDED[number].name]
     assert gone(processes)
     assert signal.getsignal(number) is before
     launch.check_port("127.0.0.1", port)
@@ -175,7 +175,7 @@ def test_commands_pass_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     options = dict(zip(command[3::2], command[4::2], strict=True))
     assert options == {
         "--model": "/models/m", "--served-model-name": "m", "--host": "127.0.0.1", "--port": "8123",
-        "--dtype": "bfloat16", "--seed": "3", "--max-model-len": "512",
+        "--dtype": "bfloat16", "--seed": "3", "--max-model-len": "512", "--shutdown-timeout": "30",
     }  # fmt: skip
     eager = launch.vllm_command("/models/m", dtype="bfloat16", eager=True, **where)
     assert eager == [*command, "--enforce-eager"]

