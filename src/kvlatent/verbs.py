@@ -36,13 +36,14 @@ from kvlatent.checkpoints import (
     save_checkpoint,
 )
 from kvlatent.convert import check_request, convert
-from kvlatent.data import TokenBlocks, check_held_out, sample_from_teacher, token_blocks
+from kvlatent.data import TokenBlocks, check_held_out, token_blocks
 from kvlatent.errors import UserError
 from kvlatent.evaluate import Perplexity, compare, lm_eval_tasks, needle, perplexity
 from kvlatent.families import family_of
 from kvlatent.heal import HealConfig, heal
 from kvlatent.modeling import check_teacher, head_dim_of, spec_of
 from kvlatent.report import model_card, write_report
+from kvlatent.sample import sample_from_teacher
 from kvlatent.spec import LatentSpec, Preset
 
 TEACHER_TEXT = "teacher"
