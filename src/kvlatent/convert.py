@@ -13,7 +13,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvlatent import reduce
 from kvlatent.attention import LatentAttention
-from kvlatent.calibrate import LayerStatistics, Statistics, calibrate, fit_batch, input_and_output, layer_arguments
+from kvlatent.calibrate import (
+    LayerStatistics,
+    Statistics,
+    calibrate,
+    fit_batch,
+    input_and_output,
+    input_of,
+    layer_arguments,
+)
 from kvlatent.errors import UserError
 from kvlatent.families import family_of
 from kvlatent.modeling import check_teacher, graft, head_dim_of, identity_spec, set_spec
@@ -23,6 +31,8 @@ from kvlatent.spec import LatentSpec, Preset, check_dims
 
 RIDGE = 1.0
 """Pull of refitted weights towards the old ones, in units of the mean input energy."""
+KEEP_BYTES = 2**30
+"""A layer's FFN activations are kept in host memory up to this size; beyond it they are computed twice."""
 
 
 def convert(
@@ -198,8 +208,8 @@ def _convert_in_order(
 ) -> PreTrainedModel:
     """Reduce and refit layer after layer; `student` comes in unreduced and is changed in place.
 
-    Hidden states of all tokens wait in host memory, twice (batch_size, block_size, hidden) per batch, and one layer's
-    head outputs.
+    Hidden states of all tokens wait in host memory, twice (batch_size, block_size, hidden) per batch, one layer's head
+    outputs and, up to `KEEP_BYTES`, its FFN activations.
     """
     device = student.device
     batches = ids.split(batch_size)
@@ -229,24 +239,29 @@ def _convert_in_order(
             state = student_states[b].to(device)
             attend = partial(layer.self_attn, layer.input_layernorm(state))
             kwargs["position_embeddings"] = position_embeddings
-            heads, _ = input_and_output(layer.self_attn.o_proj, partial(attend, **kwargs))
+            heads = input_of(layer.self_attn.o_proj, partial(attend, **kwargs))
             ridge.add(heads, after_attention - state, size=after_attention)
             outputs.append(heads.cpu())
         ridge.solve(strength=RIDGE)
 
         # The FFN's down projection: give the teacher's residual stream after the layer.
-        ridge = Ridge(layer.mlp.down_proj)
+        ridge, activations = Ridge(layer.mlp.down_proj), list[Tensor | None]()
+        keep = ids.numel() * layer.mlp.down_proj.in_features * 4 <= KEEP_BYTES
         for b, heads in enumerate(outputs):
             state = student_states[b].to(device) + layer.self_attn.o_proj(heads.to(device))
             student_states[b] = state.cpu()
-            feed = partial(layer.mlp, layer.post_attention_layernorm(state))
-            activations, _ = input_and_output(layer.mlp.down_proj, feed)
+            x = input_of(layer.mlp.down_proj, partial(layer.mlp, layer.post_attention_layernorm(state)))
             after_layer = teacher_states[b].to(device)
-            ridge.add(activations, after_layer - state, size=after_layer)
+            ridge.add(x, after_layer - state, size=after_layer)
+            activations.append(x.cpu() if keep else None)
         ridge.solve(strength=RIDGE)
-        for b, state in enumerate(student_states):
-            x = state.to(device)
-            student_states[b] = (x + layer.mlp(layer.post_attention_layernorm(x))).cpu()
+        for b, (state, kept) in enumerate(zip(student_states, activations, strict=True)):
+            state = state.to(device)
+            if kept is None:
+                out = layer.mlp(layer.post_attention_layernorm(state))
+            else:
+                out = layer.mlp.down_proj(kept.to(device))
+            student_states[b] = (state + out).cpu()
     student.config.latent = spec.to_dict()
     student.model.rotary_emb = rotary
     return student
