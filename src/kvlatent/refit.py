@@ -50,9 +50,8 @@ class Ridge:
     @torch.no_grad()
     def solve(self, *, strength: float) -> None:
         """Move the layer's weight W to argmin ‖Y − XWᵀ − b‖² + λ‖W − W_old‖², λ = `strength` × mean diagonal of XᵀX."""
-        old = self.linear.weight.double().T
-        xx = self.xx.triu() + self.xx.triu(1).T
-        wanted = self.xy - xx @ old
-        xx.diagonal().add_(strength * xx.diagonal().mean())
-        change = torch.cholesky_solve(wanted, torch.linalg.cholesky(xx))
-        self.linear.weight.copy_((old + change).T)
+        damping = strength * self.xx.diagonal().mean()
+        xx = self.xx + damping * torch.eye(len(self.xx), dtype=self.xx.dtype, device=self.xx.device)
+        wanted = self.xy + damping * self.linear.weight.double().T
+        factor = torch.linalg.cholesky(xx, upper=True)  # looks at the upper triangle only
+        self.linear.weight.copy_(torch.cholesky_solve(wanted, factor, upper=True).T)
