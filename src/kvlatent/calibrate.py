@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -102,10 +102,14 @@ class Statistics:
     layers: list[LayerStatistics]
     about: dict[str, Any]
     """Model, sources, tokens and fingerprints of the text."""
+    probes: Float[Tensor, "2 layers"] | None = None
+    """From `budget.probe`: what narrow keys [0] or values [1] of one layer alone cost, in nats per token."""
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; `about` goes into its metadata."""
         tensors = {f"layers.{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.sums.items()}
+        if self.probes is not None:
+            tensors["probes"] = self.probes
         meta = {"about": json.dumps(self.about), "tokens": json.dumps([layer.tokens for layer in self.layers])}
         partial = path.with_name(path.name + ".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,9 +131,10 @@ class Statistics:
                     LayerStatistics({name: file.get_tensor(f"layers.{i}.{name}") for name in NAMES}, count)
                     for i, count in enumerate(tokens)
                 ]
+                probes = file.get_tensor("probes") if "probes" in file.keys() else None  # noqa: SIM118
         except Exception as error:
             raise UserError(f"{path} holds no calibration statistics of kvlatent: {error}") from None
-        return cls(layers, about)
+        return cls(layers, about, probes)
 
     def merge(self, other: Statistics) -> Statistics:
         """Statistics of both texts together, as if calibrated in one pass."""
@@ -139,8 +144,12 @@ class Statistics:
             LayerStatistics({n: a.sums[n] + b.sums[n] for n in NAMES}, a.tokens + b.tokens)
             for a, b in zip(self.layers, other.layers, strict=True)
         ]
+        probes = None
+        if self.probes is not None and other.probes is not None:
+            weight = other.layers[0].tokens / layers[0].tokens
+            probes = torch.lerp(self.probes, other.probes, weight)
         both = {"fingerprints": sorted({*self.about.get("fingerprints", ()), *other.about.get("fingerprints", ())})}
-        return Statistics(layers, {**self.about, **both, "tokens": layers[0].tokens})
+        return Statistics(layers, {**self.about, **both, "tokens": layers[0].tokens}, probes)
 
 
 def calibrate(
