@@ -329,6 +329,35 @@ class Generate(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Serve(Verb):
+    """Serve a model to OpenAI clients: by vLLM if it is installed, otherwise by llama.cpp from an exported GGUF file.
+
+    Ends when interrupted, after the requests in flight. Options not listed here: vllm serve MODEL takes converted
+    models too.
+    """
+
+    model: Positional[Model]
+    """The model."""
+    host: Annotated[str, arg(metavar="ADDRESS")] = "127.0.0.1"
+    """Where to listen; 0.0.0.0 is every interface, without any password."""
+    port: Number = 8000
+    """Likewise."""
+    engine: Literal["auto", "vllm", "llama.cpp"] = "auto"
+    """auto takes the first that is installed."""
+    context: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's positions)")] = None
+    """Tokens of a request at most, answer included."""
+    common: OmitArgPrefixes[Common] = field(default_factory=Common)
+
+    def run(self) -> dict[str, Any]:
+        from kvlatent.verbs import serve_model
+
+        return serve_model(
+            self.model, host=self.host, port=self.port, engine=self.engine, context=self.context,
+            dtype=self.common.dtype, seed=self.common.seed or 0,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report(Verb):
     """Write one HTML page with tables and figures about run folders."""
 
@@ -383,6 +412,7 @@ VERBS: dict[str, Callable[..., Verb]] = {
     "eval": Eval,
     "bench": Bench,
     "generate": Generate,
+    "serve": Serve,
     "report": Report,
     "run": Run,
 }

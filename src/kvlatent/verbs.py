@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -47,6 +48,7 @@ from kvlatent.heal import HealConfig, heal
 from kvlatent.modeling import check_teacher, head_dim_of, spec_of
 from kvlatent.report import model_card, write_report
 from kvlatent.sample import sample_from_teacher
+from kvlatent.serve.launch import Engine, serve
 from kvlatent.spec import LatentSpec, Preset
 
 TEACHER_TEXT = "teacher"
@@ -706,6 +708,27 @@ def generate_text(
     completion, new_tokens = complete(loaded, tokenizer, prompt, max_new_tokens, chat=chat)
     seconds = time.monotonic() - began
     return {"model": model, "prompt": prompt, "completion": completion, "new_tokens": new_tokens, "seconds": seconds}
+
+
+def serve_model(
+    model: str, *, host: str, port: int, engine: Literal["auto"] | Engine, context: int | None, dtype: str, seed: int
+) -> dict[str, Any]:
+    """Serve a model to OpenAI clients until interrupted.
+
+    Raises:
+        UserError: The model can't be used or has fewer positions than `context`, the engine is not installed, can't run
+            the model or failed, or the port is in use.
+    """
+    config = load_config(model)
+    load_tokenizer(model)
+    positions = config.max_position_embeddings
+    if context is not None and not 1 <= context <= positions:
+        raise UserError(f"the model has {positions} positions, so context is 1 to {positions} tokens; got {context}")
+    name = Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model
+    return serve(
+        locate(model), name=name, host=host, port=port, engine=engine, dtype=dtype, context=context, seed=seed,
+        announce=lambda line: print(f"{line}; stop with ^C", file=sys.stderr, flush=True),
+    )  # fmt: skip
 
 
 def complete(
