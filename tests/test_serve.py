@@ -270,10 +270,23 @@ def test_no_model_no_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 # --- llama.cpp, the real one -----------------------------------------------------------------------------------------
 
 
+def test_layouts_that_llama_cpp_cannot_hold_are_refused_with_the_reason(
+    tmp_path: Path,
+    tiny_student: Callable[..., PreTrainedModel],
+    byte_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    install(monkeypatch, "xllamacpp")
+    tiny_student("llama", "best", 8, 8).save_pretrained(tmp_path / "best")
+    byte_tokenizer.save_pretrained(tmp_path / "best")
+    assert cli.main(["serve", f"{tmp_path}/best"]) == 2
+    assert "projected after RoPE" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_llama_cpp_serves_a_student(folder: Path, port: int, tmp_path: Path) -> None:
     """From the exported GGUF, in a process of its own as users start it, until SIGTERM."""
     pytest.importorskip("xllamacpp")
-    pytest.importorskip("kvlatent.export.gguf")
     command = [sys.executable, "-m", "kvlatent.cli", "serve", str(folder), "--engine", "llama.cpp"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import kvlatent
@@ -112,6 +113,8 @@ def _unpacked(gguf: Path) -> Path:
     try:
         where = {"gguf_file": gguf.name}
         family_of(AutoConfig.from_pretrained(gguf.parent, **where))
+        if any(tensor.name == "rope_freqs.weight" and (tensor.data != 1).any() for tensor in GGUFReader(gguf).tensors):
+            raise UserError(f"{gguf} has frequencies of its own (rope_freqs), which transformers ignores: wrong logits")
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
     except UserError:
@@ -153,18 +156,27 @@ def new_folder(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     Raises:
         UserError: `path` exists, its parent can't be written, or `needed_bytes` don't fit on the disk.
     """
+    with new_file(path, needed_bytes=needed_bytes) as partial:
+        partial.mkdir()
+        yield partial
+
+
+@contextmanager
+def new_file(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
+    """As `new_folder`, for one file: the block creates what it is given the name of."""
     refuse_existing(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         check_disk(path, needed_bytes)
-        partial.mkdir()
         yield partial
         partial.rename(path)
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def save_checkpoint(

@@ -358,6 +358,56 @@ class Serve(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Export(Verb):
+    """Write a model in a form that engines without kvlatent read; `doctor` says which forms it can take.
+
+    stock: an ordinary Llama, Mistral or Qwen2 folder for transformers, vLLM and SGLang. gguf: one file for llama.cpp.
+    """
+
+    model: Positional[Annotated[str, arg(metavar="DIR")]]
+    """A converted model; for gguf also a stock one."""
+    to: Literal["stock", "gguf", "vllm"]
+    """The form; vllm is refused, because vLLM with kvlatent serves the folder as it is."""
+    out: Annotated[Path, arg(metavar="PATH")]
+    """The new folder, or the new .gguf file."""
+    type: Annotated[Literal["f32", "f16", "bf16", "q8_0"] | None, arg(help_behavior_hint="(default: f16)")] = None
+    """Of the matrices in a GGUF file."""
+    common: OmitArgPrefixes[Common] = field(default_factory=Common)
+
+    def run(self) -> dict[str, Any]:
+        from kvlatent.verbs import export_model
+
+        return export_model(self.model, self.out, to=self.to, file_type=self.type, **self.common.place())
+
+    def table(self, result: dict[str, Any]) -> str:
+        return _pairs({key: value for key, value in result.items() if value is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor(Verb):
+    """Say for each engine whether a model runs on it here, from which files, with what cache, and why not."""
+
+    model: Positional[Annotated[str, arg(metavar="DIR")]]
+    """The model. Its weights are not read."""
+    common: OmitArgPrefixes[Common] = field(default_factory=Common)
+
+    def run(self) -> dict[str, Any]:
+        from kvlatent.verbs import diagnose_model
+
+        return diagnose_model(self.model)
+
+    def table(self, result: dict[str, Any]) -> str:
+        lines = []
+        for row in result["engines"]:
+            found = ", ".join(row["installed"]) or "not installed"
+            lines.append(f"{row['engine']} ({found}), {row['reads']}: {'runs' if row['runs'] else 'does not run'}")
+            cache = _text(row["cache_bytes_per_token"]) if "cache_bytes_per_token" in row else None
+            details = {"cache bytes per token": cache, "why not": row["why_not"], "note": row["note"]}
+            lines += [f"  {name}: {value}" for name, value in details.items() if value]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report(Verb):
     """Write one HTML page with tables and figures about run folders."""
 
@@ -412,6 +462,8 @@ VERBS: dict[str, Callable[..., Verb]] = {
     "eval": Eval,
     "bench": Bench,
     "generate": Generate,
+    "export": Export,
+    "doctor": Doctor,
     "serve": Serve,
     "report": Report,
     "run": Run,

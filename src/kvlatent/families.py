@@ -48,7 +48,9 @@ def family_of(config: PreTrainedConfig) -> Family:
     family = FAMILIES.get(config.model_type.removeprefix(PREFIX))
     if family is None:
         raise UserError(f"{config.model_type!r} models are not supported; supported are {', '.join(FAMILIES)}")
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in ROPE_TYPES:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    rope = parameters.get("rope_type", "default")
+    one_list = rope == "longrope" and parameters.get("short_factor") == parameters.get("long_factor")  # our own exports
+    if rope not in ROPE_TYPES and not one_list:
         raise UserError(f"rope_type {rope!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
     return family

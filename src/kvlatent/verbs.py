@@ -43,6 +43,17 @@ from kvlatent.convert import check_request, convert
 from kvlatent.data import TokenBlocks, check_held_out, token_blocks
 from kvlatent.errors import UserError
 from kvlatent.evaluate import Perplexity, compare, lm_eval_tasks, needle, perplexity
+from kvlatent.export.engines import (
+    check_gguf,
+    check_stock,
+    diagnose,
+    dims_by_layer,
+    engine_names,
+    routes,
+    spec_in,
+)
+from kvlatent.export.gguf import FileType, export_gguf
+from kvlatent.export.stock import export_stock
 from kvlatent.families import family_of
 from kvlatent.heal import HealConfig, heal
 from kvlatent.modeling import check_teacher, head_dim_of, spec_of
@@ -97,7 +108,7 @@ def _loaded(model: str, kind: Any) -> Any:
 def describe(model: str) -> dict[str, Any]:
     """Family, dims, layout, engines, size and cache bytes per token of a model, from its config alone."""
     config = load_config(model)
-    spec = None if getattr(config, "latent", None) is None else LatentSpec.from_dict(config.latent)
+    spec = spec_in(config)
     with torch.device("meta"), init.no_init_weights():
         shape = AutoModelForCausalLM.from_config(config)
         shape.tie_weights()
@@ -116,7 +127,7 @@ def describe(model: str) -> dict[str, Any]:
         "frequencies": head_dim_of(config) // 2 if spec is None else len(spec.inv_freq),
         "parameters": shape.num_parameters(),
         "positions": config.max_position_embeddings,
-        "engines": ["any that runs the family"] if spec is None else ["transformers + kvlatent"],
+        "engines": engine_names(config),
         "cache_bytes_per_token": {
             name: config.num_key_value_heads * (sum(d_qk) + sum(d_vo)) * size
             for name, size in (("float32", 4), ("bfloat16", 2))
@@ -755,3 +766,61 @@ def report_runs(runs: Sequence[Path], out: Path | None) -> dict[str, Any]:
     if not runs:
         raise UserError("no run folder given; expected at least one folder with results.json")
     return {"out": str(write_report(runs, out or runs[0] / "report.html")), "runs": [str(run) for run in runs]}
+
+
+# --- engines ---------------------------------------------------------------------------------------------------------
+
+
+def export_model(
+    model: str, out: Path, *, to: str, file_type: FileType | None, device: str, dtype: str, seed: int
+) -> dict[str, Any]:
+    """Write a model in a form that engines without kvlatent read.
+
+    Args:
+        model: A converted model; for gguf also a stock one.
+        out: The new folder (stock) or file (gguf).
+        to: `stock` or `gguf`.
+        file_type: Of a GGUF file's matrices; None is `f16`.
+        device: Ignored; nothing is computed.
+        dtype: Of the weights read, and for stock written; `auto` is the checkpoint's.
+        seed: Ignored; nothing is random.
+
+    Raises:
+        UserError: `out` exists, the form can't hold the model, or the model can't be used.
+    """
+    if to == "vllm":
+        raise UserError(
+            "vLLM needs no export: with kvlatent installed beside it, it serves the folder as it is; "
+            "for a vLLM without kvlatent take --to stock"
+        )
+    refuse_existing(out)
+    config = load_config(model)
+    if to == "stock" and file_type is not None:
+        raise UserError("--type is for --to gguf; the dtype of a stock checkpoint is set with --dtype")
+    (check_stock if to == "stock" else check_gguf)(config)
+    kind = stored_dtype(config, dtype)
+    loaded, tokenizer = load_model(model, device="cpu", dtype=str(kind).removeprefix("torch."))
+    route = next(route for route in routes(config) if route.form == to)
+    if to == "gguf":
+        file_type = file_type or "f16"
+        export_gguf(loaded, tokenizer, out, file_type=file_type)
+    else:
+        record = {"teacher": None} | record_of(model)
+        step = {"verb": "export", "to": to, "record": environment()}
+        export_stock(loaded, tokenizer, out, record=record | {"steps": [*record.get("steps", ()), step]})
+    d_qk, d_vo = dims_by_layer(config)
+    per_dim = config.num_key_value_heads * (kind.itemsize if to == "stock" else 2)  # llama.cpp caches float16
+    return {
+        "out": str(out),
+        "to": to,
+        **({"type": file_type} if to == "gguf" else {}),
+        "cache_bytes_per_token": (sum(route.d_qk) + sum(route.d_vo)) * per_dim,
+        "student_cache_bytes_per_token": (sum(d_qk) + sum(d_vo)) * per_dim,
+        "teacher_cache_bytes_per_token": 2 * head_dim_of(config) * len(d_qk) * per_dim,
+        "note": route.note,
+    }
+
+
+def diagnose_model(model: str) -> dict[str, Any]:
+    """Which engines run a model, here and elsewhere, with what cache, and why not."""
+    return {"model": model, "engines": diagnose(load_config(model))}

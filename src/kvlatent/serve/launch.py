@@ -177,12 +177,16 @@ def answers(url: str) -> bool:
 @contextmanager
 def gguf_of(source: str, *, dtype: str) -> Iterator[Path]:
     """A GGUF file of the model for as long as it is served; refused layouts raise `UserError` with the reason."""
-    from kvlatent.checkpoints import load_model
-    from kvlatent.export.gguf import export_gguf
+    from transformers import AutoConfig
 
-    model, tokenizer = load_model(source, device="cpu", dtype="float32")
-    kinds = {"auto": "f16", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+    from kvlatent.checkpoints import load_model
+    from kvlatent.export.engines import check_gguf
+    from kvlatent.export.gguf import FileType, export_gguf
+
+    check_gguf(AutoConfig.from_pretrained(source))  # before its weights are read
+    kinds: dict[str, FileType] = {"auto": "f16", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
+        model, tokenizer = load_model(source, device="cpu", dtype="float32")
         export_gguf(model, tokenizer, Path(folder, "model.gguf"), file_type=kinds[dtype])
         del model
         yield Path(folder, "model.gguf")

