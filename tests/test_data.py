@@ -1,4 +1,4 @@
-"""Documents from every kind of source, exact accounting of packed blocks, held-out refusal, the teacher's own text."""
+"""Documents from every kind of source, exact accounting of packed blocks, held-out refusal."""
 
 import json
 import re
@@ -10,9 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from kvlatent import data
 from kvlatent.data import (
@@ -24,7 +23,6 @@ from kvlatent.data import (
     plain_rst,
     plain_wikitext,
     read_documents,
-    sample_from_teacher,
     separator_id,
     token_blocks,
 )
@@ -65,21 +63,6 @@ def build_tokenizer(**special: str) -> PreTrainedTokenizerFast:
 
 TOKENIZER = build_tokenizer(bos_token="<s>", eos_token="</s>")
 SEPARATOR = 0
-
-
-def teacher(seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(TOKENIZER),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config)
 
 
 def prose(name: str, characters: int) -> str:
@@ -398,78 +381,9 @@ def test_fingerprint_ignores_whitespace() -> None:
     assert len(fingerprint("")) == 16
 
 
-# --- the teacher's own text ------------------------------------------------------------------------------------------
-
-
 def test_separator_is_the_pretraining_one_not_the_chat_markers() -> None:
     assert separator_id(TOKENIZER) == SEPARATOR
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "</s>": 1})), eos_token="</s>")
     assert separator_id(plain) == 1
     with pytest.raises(UserError, match="neither"):
         separator_id(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}))))
-
-
-def sample(model: LlamaForCausalLM, seed: int = 0, **changes: Any) -> TokenBlocks:
-    options = {"tokens": 5 * 24, "block_size": 24, "batch_size": 2, **changes}
-    return sample_from_teacher(model, TOKENIZER, seed=seed, **options)
-
-
-def test_teacher_sampling_is_reproducible_and_leaves_no_trace() -> None:
-    model = teacher().train()
-    model.generation_config.temperature = 0.3
-    state, config = torch.get_rng_state(), model.generation_config.to_dict()
-    first, again, other = sample(model, 1), sample(model, 1), sample(model, 2)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert model.training and model.generation_config.to_dict() == config
-    assert torch.equal(first.ids, again.ids) and not torch.equal(first.ids, other.ids)
-    assert first.ids.shape == (5, 24) and first.ids.dtype == torch.int64
-    assert first.sources == ("teacher",) and (first.ids[:, 0] == SEPARATOR).all()
-    assert first.bytes == sum(len(TOKENIZER.decode(row, skip_special_tokens=True).encode()) for row in first.ids)
-
-
-def test_teacher_goes_on_after_an_end_token() -> None:
-    model = teacher()
-    with torch.no_grad():
-        model.lm_head.weight[2] *= 100  # an end token about every other time
-    ids = sample(model, tokens=200, block_size=20, batch_size=10).ids
-    ended = (ids == model.generation_config.eos_token_id)[:, :-1]
-    assert ids.shape == (10, 20) and ended.any(dim=1).all()
-    assert (ids[:, 1:][ended] != SEPARATOR).any()  # new text, not padding
-
-
-def test_teacher_sampling_follows_the_model_distribution() -> None:
-    model = teacher()
-    with torch.no_grad():
-        model.model.embed_tokens.weight.copy_(torch.ones_like(model.model.embed_tokens.weight))
-        model.lm_head.weight.zero_()
-        model.lm_head.weight[7] = 0.2
-        expected = model(torch.zeros(1, 1, dtype=torch.int64)).logits[0, -1].softmax(-1)[7].item()
-    drawn = (sample(model, tokens=20_000, block_size=5, batch_size=4000).ids[:, 1:] == 7).float().mean().item()
-    assert drawn == pytest.approx(expected, abs=0.02)
-
-
-def test_teacher_text_is_cached_and_reused_only_when_settings_match(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = tmp_path / "made" / "text.safetensors"
-    model, runs = teacher(), []
-    generate = LlamaForCausalLM.generate
-    monkeypatch.setattr(LlamaForCausalLM, "generate", lambda *a, **k: (runs.append(1), generate(*a, **k))[1])
-    first = sample(model, 1, cache=cache, batch_size=8)
-    again = sample(model, 1, cache=cache, batch_size=8)
-    assert len(runs) == 1
-    assert torch.equal(first.ids, again.ids) and first.bytes == again.bytes and first.fingerprints == again.fingerprints
-    assert [path.name for path in cache.parent.iterdir()] == ["text.safetensors"]
-    with safe_open(cache, "pt") as file:
-        assert file.metadata()["seed"] == "1" and file.metadata()["temperature"] == "1.0"
-    for expected, changed in enumerate([{"seed": 2}, {"temperature": 0.5}, {"tokens": 96}, {"model": teacher(9)}], 2):
-        sample(**{"model": model, "seed": 1, "cache": cache, "batch_size": 8, **changed})
-        assert len(runs) == expected
-    cache.write_bytes(b"truncated")
-    sample(model, 1, cache=cache, batch_size=8)
-    assert len(runs) == 6
-
-
-def test_temperature_must_be_positive() -> None:
-    with pytest.raises(UserError, match="temperature must be positive"):
-        sample(teacher(), temperature=0.0)

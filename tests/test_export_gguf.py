@@ -72,7 +72,7 @@ def test_teachers_go_too(
 
 
 @pytest.mark.parametrize(
-    ("file_type", "atol", "mean"), [("f16", 0.03, 0.003), ("bf16", 0.5, 0.003), ("q8_0", 0.5, 0.003)]
+    ("file_type", "atol", "mean"), [("f16", 0.03, 0.005), ("bf16", 0.25, 0.03), ("q8_0", 0.5, 0.1)]
 )
 @pytest.mark.parametrize("d_vo", [8, 4])
 def test_smaller_types_stay_near(

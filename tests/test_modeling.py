@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from kvlatent.attention import LatentAttention
-from kvlatent.benchmark import cache_bytes
+from kvlatent.cache import cache_bytes
 from kvlatent.errors import UserError
 from kvlatent.families import FAMILIES
 from kvlatent.modeling import CONFIGS, MODELS, graft, head_dim_of, identity_spec, set_spec, spec_of

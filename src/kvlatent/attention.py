@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
+from kvlatent import cpu_decode
 from kvlatent.rope import rotate
 from kvlatent.spec import LatentSpec
 
@@ -123,7 +124,7 @@ def latent_attention(
     v: Float[Tensor, "batch kv_heads kv_len d_vo"],
     *,
     scale: float,
-    mask: Bool[Tensor, "batch 1 q_len kv_len"] | Float[Tensor, "batch 1 q_len kv_len"] | None = None,
+    mask: Bool[Tensor, "mask_batch 1 q_len kv_len"] | Float[Tensor, "mask_batch 1 q_len kv_len"] | None = None,
 ) -> Float[Tensor, "batch q_heads q_len d_vo"]:
     """Attend causally with grouped heads (KV-Latent, arXiv:2507.11273, Eq. 1), d_qk and d_vo independent.
 
@@ -141,20 +142,50 @@ def latent_attention(
     Raises:
         ValueError: `q_heads` is not a multiple of `kv_heads`.
     """
-    batch, q_heads, q_len, d_qk = q.shape
-    kv_heads, d_vo = k.shape[1], v.shape[-1]
-    if q_heads % kv_heads:
-        raise ValueError(f"{q_heads} query heads can't share {kv_heads} key/value heads evenly")
-    group_size = q_heads // kv_heads
-    if q_len == 1:  # decode: read the cache once per KV head instead of repeating it per query head
-        grouped = q.view(batch, kv_heads, group_size, d_qk)
-        logits = (grouped @ k.transpose(-1, -2)).float() * scale  # (batch, kv_heads, group, kv_len)
-        if mask is not None:
-            logits = torch.where(mask, logits, -torch.inf) if mask.dtype == torch.bool else logits + mask
-        return (logits.softmax(-1).to(v.dtype) @ v).view(batch, q_heads, 1, d_vo)
-    if group_size > 1:
-        k, v = (x.repeat_interleave(group_size, dim=1) for x in (k, v))
-    width = max(d_qk, d_vo)  # the flash kernels want equal dims; zeros change nothing
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads can't share {k.shape[1]} key/value heads evenly")
+    return PATHS[choose_path(q, k, v, mask)](q, k, v, scale=scale, mask=mask)
+
+
+def choose_path(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
+    """Name the path of `PATHS` that fits phase, device, dtypes, kind of mask, and whether gradients or a trace want it.
+
+    | phase | device | when | path |
+    |---|---|---|---|
+    | decode (one query) | CPU | no gradients, not being compiled, dtypes of `STORED`, boolean mask or none | `kernel` |
+    | decode | any | otherwise | `grouped` |
+    | prefill, training, several queries | any | always | `flash` |
+    """
+    if q.shape[2] > 1:
+        return "flash"
+    traced = torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+    stored = k.dtype in cpu_decode.STORED and v.dtype in cpu_decode.STORED
+    masked = mask is None or mask.dtype == torch.bool
+    if q.device.type == "cpu" and not traced and stored and masked and cpu_decode.available():
+        return "kernel"
+    return "grouped"
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:
+    """One query: read the cache once per KV head instead of repeating it per query head."""
+    batch, q_heads, _, d_qk = q.shape
+    grouped = q.view(batch, k.shape[1], -1, d_qk)
+    logits = (grouped @ k.transpose(-1, -2)).float() * scale  # (batch, kv_heads, group, kv_len)
+    if mask is not None:
+        logits = torch.where(mask, logits, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    return (logits.softmax(-1).to(v.dtype) @ v).view(batch, q_heads, 1, -1)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:
+    """PyTorch's flash attention, which wants equal dims: zeros change nothing."""
+    d_qk, d_vo = q.shape[-1], v.shape[-1]
+    if q.shape[1] > k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    width = max(d_qk, d_vo)
     q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return out[..., :d_vo]
+
+
+PATHS = {"kernel": cpu_decode.decode_attention, "grouped": _grouped, "flash": _flash}
+"""Ways to compute the same attention."""

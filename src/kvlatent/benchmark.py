@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from kvlatent.cache import cache_bytes
 from kvlatent.errors import UserError
 
 
@@ -29,22 +30,6 @@ class Measurement:
     peak_memory_bytes: int
     cache_bytes: int
     cache_bytes_predicted: int
-
-
-def cache_bytes(cache: Cache) -> int:
-    """Return the bytes of all keys and values a cache holds, from its tensors (`element_size * numel`).
-
-    Raises:
-        TypeError: A layer is quantised: it keeps most of its content outside `keys` and `values`.
-    """
-    total = 0
-    for layer in cache.layers:
-        if hasattr(layer, "_quantized_keys"):
-            raise TypeError(f"{type(layer).__name__} keeps quantised content that cache_bytes can't see")
-        for tensor in (layer.keys, layer.values):
-            if tensor is not None:
-                total += tensor.element_size() * tensor.numel()
-    return total
 
 
 def predicted_cache_bytes(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -52,29 +52,47 @@ class LayerStatistics:
         """
         cos, sin = kwargs["position_embeddings"]
         q, k, v = (t.float() for t in attention.queries_keys_values(x, cos, sin))
-        batch, kv_heads, seq, _ = k.shape
-        grouped = q.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # (batch, kv_heads, group·seq, dim)
-        logits = (grouped @ k.transpose(-1, -2)).mul_(attention.scale).unflatten(2, (-1, seq))
-        visible = kwargs.get("attention_mask")
-        if visible is None:
-            visible = torch.ones(seq, seq, dtype=torch.bool, device=x.device).tril()[None, None]
-        probs = logits.masked_fill_(~visible[:, :, None], -torch.inf).softmax(-1).flatten(2, 3)
-        mean_key = probs @ k
-        weighted = k * probs.sum(2)[..., None]
+        mean_key, out, received = _attend(q, k, v, mask=kwargs.get("attention_mask"), scale=attention.scale)
         # Every query contributes once, so the group's heads are averaged.
-        k_centred = (torch.einsum("bhsd,bhse->hde", k, weighted) - _moment(mean_key)) / attention.group_size
+        k_centred = (_moment(k, k * received[..., None]) - _moment(mean_key)) / attention.group_size
         unscale = 1 / rope_scaling**2
         q_unrotated, k_unrotated = (rotate(t, cos[:, None], -sin[:, None]) * unscale for t in (q, k))
-        out = (probs @ v).unflatten(2, (-1, seq)).flatten(1, 2)
         moments = (_moment(q), k_centred, _moment(q_unrotated), _moment(k_unrotated), _moment(out))
         for name, moment in zip(NAMES, moments, strict=True):
             self.sums[name] = self.sums.get(name, 0.0) + moment.double()
-        self.tokens += batch * seq
+        self.tokens += x.shape[0] * x.shape[1]
 
 
-def _moment(x: Tensor) -> Tensor:
-    """Sum over batch and tokens of x xᵀ: (batch, heads, seq, dim) → (heads, dim, dim)."""
-    return torch.einsum("bhsd,bhse->hde", x, x)
+def _moment(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Sum over batch and tokens of x yᵀ (or x xᵀ): (batch, heads, seq, dim) → (heads, dim, dim)."""
+    return torch.einsum("bhsd,bhse->hde", x, x if y is None else y)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float, rows: int = 128
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend causally, `rows` queries at a time, so that memory and time go to visible keys only.
+
+    Returns:
+        Mean key of each query, (batch, kv_heads, group·seq, dim); mean value, (batch, q_heads, seq, dim); and the
+        attention that each key receives from its group, (batch, kv_heads, seq).
+    """
+    (batch, kv_heads, seq, dim), parts = k.shape, []
+    grouped, both = q.unflatten(1, (kv_heads, -1)), torch.cat((k, v), dim=-1)
+    received = k.new_zeros(batch, kv_heads, seq)
+    for start in range(0, seq, rows):
+        end = min(start + rows, seq)
+        logits = (grouped[..., start:end, :].flatten(2, 3) @ k[:, :, :end].mT).mul_(scale)
+        if mask is None:
+            visible = torch.ones(end - start, end, dtype=torch.bool, device=k.device).tril(start)[None, None]
+        else:
+            visible = mask[..., start:end, :end]
+        logits = logits.unflatten(2, (-1, end - start)).masked_fill_(~visible[:, :, None], -torch.inf)
+        probs = logits.softmax(-1).flatten(2, 3)
+        received[..., :end] += probs.sum(2)
+        parts.append((probs @ both[:, :, :end]).unflatten(2, (-1, end - start)))
+    mean_key, out = torch.cat(parts, dim=3).split((dim, v.shape[-1]), dim=-1)
+    return mean_key.flatten(2, 3), out.flatten(1, 2), received
 
 
 @dataclass
@@ -84,10 +102,14 @@ class Statistics:
     layers: list[LayerStatistics]
     about: dict[str, Any]
     """Model, sources, tokens and fingerprints of the text."""
+    probes: Float[Tensor, "2 layers"] | None = None
+    """From `budget.probe`: what narrow keys [0] or values [1] of one layer alone cost, in nats per token."""
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; `about` goes into its metadata."""
         tensors = {f"layers.{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.sums.items()}
+        if self.probes is not None:
+            tensors["probes"] = self.probes
         meta = {"about": json.dumps(self.about), "tokens": json.dumps([layer.tokens for layer in self.layers])}
         partial = path.with_name(path.name + ".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,9 +131,10 @@ class Statistics:
                     LayerStatistics({name: file.get_tensor(f"layers.{i}.{name}") for name in NAMES}, count)
                     for i, count in enumerate(tokens)
                 ]
+                probes = file.get_tensor("probes") if "probes" in file.keys() else None  # noqa: SIM118
         except Exception as error:
             raise UserError(f"{path} holds no calibration statistics of kvlatent: {error}") from None
-        return cls(layers, about)
+        return cls(layers, about, probes)
 
     def merge(self, other: Statistics) -> Statistics:
         """Statistics of both texts together, as if calibrated in one pass."""
@@ -121,8 +144,12 @@ class Statistics:
             LayerStatistics({n: a.sums[n] + b.sums[n] for n in NAMES}, a.tokens + b.tokens)
             for a, b in zip(self.layers, other.layers, strict=True)
         ]
+        probes = None
+        if self.probes is not None and other.probes is not None:
+            weight = other.layers[0].tokens / layers[0].tokens
+            probes = torch.lerp(self.probes, other.probes, weight)
         both = {"fingerprints": sorted({*self.about.get("fingerprints", ()), *other.about.get("fingerprints", ())})}
-        return Statistics(layers, {**self.about, **both, "tokens": layers[0].tokens})
+        return Statistics(layers, {**self.about, **both, "tokens": layers[0].tokens}, probes)
 
 
 def calibrate(
@@ -154,18 +181,28 @@ def calibrate(
 def layer_arguments(model: PreTrainedModel, ids: Int[Tensor, "batch block_size"]) -> list[dict[str, Any]]:
     """What the model's body passes to each decoder layer besides hidden states, for full blocks of this size.
 
-    The stock body decides on masks and position embeddings; asking it keeps windows and mixed layer types right.
+    The stock body decides on masks and position embeddings; asking it keeps windows and mixed layer types right. The
+    layers themselves don't run.
     """
     arguments: list[dict[str, Any]] = []
-    with (
-        torch.no_grad(),
-        hooks(
-            layer.register_forward_pre_hook(lambda _m, _a, kwargs: arguments.append(kwargs), with_kwargs=True)
-            for layer in model.model.layers
-        ),
-    ):
-        model.model(ids[:1].to(model.device), use_cache=False)
-    return [{name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")} for kwargs in arguments]
+
+    def record(hidden: Tensor, **kwargs: Any) -> Tensor:
+        arguments.append({name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")})
+        return hidden
+
+    layers = model.model.layers
+    own = [vars(layer).get("forward") for layer in layers]  # accelerate's hooks put one there
+    try:
+        for layer in layers:
+            layer.forward = record
+        with torch.no_grad():
+            model.model(ids[:1].to(model.device), use_cache=False)
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+    return arguments
 
 
 def fit_batch(kwargs: dict[str, Any], batch: int) -> dict[str, Any]:
@@ -191,3 +228,22 @@ def input_and_output(module: nn.Module, run: Callable[[], Any]) -> tuple[Tensor,
     with hooks(iter([module.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))])):
         result = run()
     return seen[0], result
+
+
+class _Reached(Exception):
+    """Carries what a module was about to be given."""
+
+
+def input_of(module: nn.Module, run: Callable[[], Any]) -> Tensor:
+    """Call `run` until it reaches `module`, and return the tensor that it would be given there."""
+
+    def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise _Reached(args[0])
+
+    with hooks(iter([module.register_forward_pre_hook(stop)])):
+        try:
+            run()
+        except _Reached as reached:
+            tensor: Tensor = reached.args[0]
+            return tensor
+    raise AssertionError("the module is not part of what ran")

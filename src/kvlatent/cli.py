@@ -101,6 +101,43 @@ class Calibrate(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plan(Verb):
+    """Show how a budget would be spent over layers, keys and values, as table and plot. Converts nothing."""
+
+    model: Positional[Model]
+    """The teacher."""
+    budget: Annotated[float, arg(metavar="SHARE")]
+    """The share of the cache bytes to keep."""
+    out: Annotated[Path, arg(metavar="PLOT")] = Path("plan.png")
+    """The plot to write: .png, .svg or .pdf."""
+    stats: Annotated[Path | None, arg(metavar="STATS", help_behavior_hint="")] = None
+    """Statistics from calibrate; without them, they are taken on text."""
+    text: Sources = ("teacher",)
+    """Calibration text, as for calibrate."""
+    tokens: Number = 4096
+    """Tokens of text."""
+    block_size: Number = 512
+    """Tokens per block."""
+    common: OmitArgPrefixes[Common] = field(default_factory=Common)
+
+    def run(self) -> dict[str, Any]:
+        from kvlatent.verbs import plan_model
+
+        return plan_model(
+            self.model, self.budget, self.out, stats=self.stats, text=self.text, tokens=self.tokens,
+            block_size=self.block_size, **self.common.place(),
+        )  # fmt: skip
+
+    def table(self, result: dict[str, Any]) -> str:
+        columns = [result[key] for key in ("d_qk", "d_vo", "qk_loss", "vo_loss")]
+        lines = ["layer  d_qk  d_vo  loss of keys  loss of values  (each alone, nats per token)"]
+        for layer, (d_qk, d_vo, qk, vo) in enumerate(zip(*columns, strict=True)):
+            lines.append(f"{layer:5}  {d_qk:4}  {d_vo:4}  {qk:12.4f}  {vo:14.4f}")
+        keys = ("budget", "cache_bytes_per_token", "teacher_cache_bytes_per_token", "expected_loss", "uniform_loss")
+        return "\n".join([*lines, "", _pairs({key: result[key] for key in (*keys, "out")})])
+
+
+@dataclass(frozen=True, kw_only=True)
 class Convert(Verb):
     """Make a student with fewer dims per head from a teacher."""
 
@@ -113,11 +150,11 @@ class Convert(Verb):
     d_vo: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
     """Value/output dims per head. Goes with --d-qk."""
     budget: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="(default: 0.5)")] = None
-    """Instead of dims: the share of the cache bytes to keep."""
+    """Instead of dims: the share of the cache bytes to keep; best spends it layer by layer, as plan shows."""
     preset: Preset = "best"
     """best: what measures best; portable: the same dims and frequencies everywhere; paper: KV-Latent's own recipe."""
     stats: Annotated[Path | None, arg(metavar="STATS", help_behavior_hint="")] = None
-    """Statistics from calibrate, instead of text."""
+    """Statistics from calibrate, instead of text; with text, only the budget is spent by them."""
     text: Sources = ()
     """Calibration text, as for calibrate; better than statistics, since layers are refitted. Not for paper."""
     tokens: Number = 16384
@@ -131,15 +168,16 @@ class Convert(Verb):
             raise UserError("--d-qk and --d-vo go together; give both, or --budget")
         if self.d_qk is not None and self.budget is not None:
             raise UserError("give either --d-qk and --d-vo or --budget, not both")
-        from kvlatent.verbs import convert_folder, dims_for_budget
+        from kvlatent.verbs import convert_folder
 
-        d_qk, d_vo = self.d_qk, self.d_vo
-        if d_qk is None or d_vo is None:
-            d_qk = d_vo = dims_for_budget(self.model, 0.5 if self.budget is None else self.budget)
+        budget = 0.5 if self.d_qk is None and self.budget is None else self.budget
         return convert_folder(
-            self.model, self.out, preset=self.preset, d_qk=d_qk, d_vo=d_vo, stats=self.stats, text=self.text,
-            tokens=self.tokens, block_size=self.block_size, **self.common.place(),
+            self.model, self.out, preset=self.preset, d_qk=self.d_qk, d_vo=self.d_vo, budget=budget, stats=self.stats,
+            text=self.text, tokens=self.tokens, block_size=self.block_size, **self.common.place(),
         )  # fmt: skip
+
+    def table(self, result: dict[str, Any]) -> str:
+        return _pairs({key: _span(value) if isinstance(value, list) else value for key, value in result.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +329,35 @@ class Generate(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Serve(Verb):
+    """Serve a model to OpenAI clients: by vLLM if it is installed, otherwise by llama.cpp from an exported GGUF file.
+
+    Ends when interrupted, after the requests in flight. Options not listed here: vllm serve MODEL takes converted
+    models too.
+    """
+
+    model: Positional[Model]
+    """The model."""
+    host: Annotated[str, arg(metavar="ADDRESS")] = "127.0.0.1"
+    """Where to listen; 0.0.0.0 is every interface, without any password."""
+    port: Number = 8000
+    """Likewise."""
+    engine: Literal["auto", "vllm", "llama.cpp"] = "auto"
+    """auto takes the first that is installed."""
+    context: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's positions)")] = None
+    """Tokens of a request at most, answer included."""
+    common: OmitArgPrefixes[Common] = field(default_factory=Common)
+
+    def run(self) -> dict[str, Any]:
+        from kvlatent.verbs import serve_model
+
+        return serve_model(
+            self.model, host=self.host, port=self.port, engine=self.engine, context=self.context,
+            dtype=self.common.dtype, seed=self.common.seed or 0,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
 class Export(Verb):
     """Write a model in a form that engines without kvlatent read; `doctor` says which forms it can take.
 
@@ -389,6 +456,7 @@ class Run(Verb):
 VERBS: dict[str, Callable[..., Verb]] = {
     "info": Info,
     "calibrate": Calibrate,
+    "plan": Plan,
     "convert": Convert,
     "heal": Heal,
     "eval": Eval,
@@ -396,6 +464,7 @@ VERBS: dict[str, Callable[..., Verb]] = {
     "generate": Generate,
     "export": Export,
     "doctor": Doctor,
+    "serve": Serve,
     "report": Report,
     "run": Run,
 }

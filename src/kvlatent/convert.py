@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvlatent import reduce
 from kvlatent.attention import LatentAttention
-from kvlatent.calibrate import LayerStatistics, Statistics, calibrate, fit_batch, input_and_output, layer_arguments
+from kvlatent.calibrate import (
+    LayerStatistics,
+    Statistics,
+    calibrate,
+    fit_batch,
+    input_and_output,
+    input_of,
+    layer_arguments,
+)
 from kvlatent.errors import UserError
 from kvlatent.families import family_of
 from kvlatent.modeling import check_teacher, graft, head_dim_of, identity_spec, set_spec
@@ -23,14 +32,16 @@ from kvlatent.spec import LatentSpec, Preset, check_dims
 
 RIDGE = 1.0
 """Pull of refitted weights towards the old ones, in units of the mean input energy."""
+KEEP_BYTES = 2**30
+"""A layer's FFN activations are kept in host memory up to this size; beyond it they are computed twice."""
 
 
 def convert(
     teacher: PreTrainedModel,
     *,
     preset: Preset = "best",
-    d_qk: int,
-    d_vo: int,
+    d_qk: int | Sequence[int],
+    d_vo: int | Sequence[int],
     statistics: Statistics | None = None,
     ids: Int[Tensor, "blocks block_size"] | None = None,
     batch_size: int = 4,
@@ -44,8 +55,8 @@ def convert(
     Args:
         teacher: A stock model of a supported family; left as it is.
         preset: The recipe.
-        d_qk: Query/key dims per head.
-        d_vo: Value/output dims per head.
+        d_qk: Query/key dims per head: one number, or one per layer (`best` only), as `budget.plan` gives them.
+        d_vo: Value/output dims per head, likewise.
         statistics: From `calibrate`.
         ids: Calibration text as token blocks.
         batch_size: Blocks per forward.
@@ -53,7 +64,7 @@ def convert(
     Raises:
         UserError: Dims the preset or the model doesn't allow, or neither statistics nor text where needed.
     """
-    check_request(teacher.config, preset=preset, d_qk=d_qk, d_vo=d_vo)
+    d_qk, d_vo = check_request(teacher.config, preset=preset, d_qk=d_qk, d_vo=d_vo)
     if preset != "paper" and statistics is None and ids is None:
         raise UserError(f"preset {preset} is calibrated: give text (--text) or statistics (--stats)")
     if preset == "portable" and statistics is None:
@@ -71,32 +82,49 @@ def convert(
     return _convert_in_order(student, teacher, spec, groups, ids, batch_size)
 
 
-def check_request(config: PreTrainedConfig, *, preset: Preset, d_qk: int, d_vo: int) -> None:
-    """Raise `UserError` for a teacher or dims that can't be; needs no weights, so it can come before loading them."""
+def check_request(
+    config: PreTrainedConfig, *, preset: Preset, d_qk: int | Sequence[int], d_vo: int | Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the dims layer by layer; needs no weights, so it can come before loading them.
+
+    Raises:
+        UserError: A teacher or dims that can't be.
+    """
     check_teacher(config)
     layers, head_dim = config.num_hidden_layers, head_dim_of(config)
-    check_dims(head_dim, (d_qk,) * layers, (d_vo,) * layers)
+    qk, vo = ((d,) * layers if isinstance(d, int) else tuple(d) for d in (d_qk, d_vo))
+    check_dims(head_dim, qk, vo)
+    if len(qk) != layers:
+        raise UserError(f"d_qk and d_vo must name every one of {layers} layers; got {len(qk)} entries")
+    if preset != "best" and len({*zip(qk, vo, strict=True)}) > 1:
+        raise UserError(f"preset {preset} has the same dims in every layer; different ones need preset best")
     if preset == "paper":
-        reduce.stride_channels(head_dim, d_qk, "d_qk")
-        reduce.stride_channels(head_dim, d_vo, "d_vo")
-        frequency_aware_exponents(d_qk)
+        reduce.stride_channels(head_dim, qk[0], "d_qk")
+        reduce.stride_channels(head_dim, vo[0], "d_vo")
+        frequency_aware_exponents(qk[0])
+    return qk, vo
 
 
 def plan_spec(
-    teacher: PreTrainedModel, *, preset: Preset, d_qk: int, d_vo: int, statistics: Statistics | None
+    teacher: PreTrainedModel,
+    *,
+    preset: Preset,
+    d_qk: tuple[int, ...],
+    d_vo: tuple[int, ...],
+    statistics: Statistics | None,
 ) -> tuple[LatentSpec, list[tuple[int, int, int]]]:
     """The spec of a preset, and for `portable` the groups of rotary pairs behind its frequency list."""
     whole = identity_spec(teacher)
-    layers, head_dim = len(whole.d_qk), whole.head_dim
+    narrow = d_qk[0]  # of every layer, except under `best`
     groups: list[tuple[int, int, int]] = []
     fields: dict[str, Any] = {}
     if preset == "best":
-        fields = {"qk_map": "after_rope"} if d_qk < head_dim else {}
+        fields = {"qk_map": "after_rope"} if min(d_qk) < whole.head_dim else {}
     else:
         # QK-norm needs all of head_dim, so there the reduction stays a step of its own.
-        fields = {"qk_map": "before_rope" if family_of(teacher.config).qk_norm else "folded", "scale": d_qk**-0.5}
+        fields = {"qk_map": "before_rope" if family_of(teacher.config).qk_norm else "folded", "scale": narrow**-0.5}
         if preset == "paper":
-            fields["inv_freq"] = _paper_frequencies(teacher, d_qk, whole.inv_freq)
+            fields["inv_freq"] = _paper_frequencies(teacher, narrow, whole.inv_freq)
         else:
             assert statistics is not None
             distances = torch.logspace(0, 9, 64, base=2)  # 1 to 512 tokens, as many near as far
@@ -104,10 +132,10 @@ def plan_spec(
                 [layer.mean("q_unrotated") for layer in statistics.layers],
                 [layer.mean("k_unrotated") for layer in statistics.layers],
                 torch.tensor(whole.inv_freq),
-                d_qk // 2,
+                narrow // 2,
                 distances,
             )
-    known = whole.to_dict() | {"preset": preset, "d_qk": [d_qk] * layers, "d_vo": [d_vo] * layers} | fields
+    known = whole.to_dict() | {"preset": preset, "d_qk": d_qk, "d_vo": d_vo} | fields
     return LatentSpec.from_dict(known), groups
 
 
@@ -198,8 +226,8 @@ def _convert_in_order(
 ) -> PreTrainedModel:
     """Reduce and refit layer after layer; `student` comes in unreduced and is changed in place.
 
-    Hidden states of all tokens wait in host memory, twice (batch_size, block_size, hidden) per batch, and one layer's
-    head outputs.
+    Hidden states of all tokens wait in host memory, twice (batch_size, block_size, hidden) per batch, one layer's head
+    outputs and, up to `KEEP_BYTES`, its FFN activations.
     """
     device = student.device
     batches = ids.split(batch_size)
@@ -229,24 +257,29 @@ def _convert_in_order(
             state = student_states[b].to(device)
             attend = partial(layer.self_attn, layer.input_layernorm(state))
             kwargs["position_embeddings"] = position_embeddings
-            heads, _ = input_and_output(layer.self_attn.o_proj, partial(attend, **kwargs))
+            heads = input_of(layer.self_attn.o_proj, partial(attend, **kwargs))
             ridge.add(heads, after_attention - state, size=after_attention)
             outputs.append(heads.cpu())
         ridge.solve(strength=RIDGE)
 
         # The FFN's down projection: give the teacher's residual stream after the layer.
-        ridge = Ridge(layer.mlp.down_proj)
+        ridge, activations = Ridge(layer.mlp.down_proj), list[Tensor | None]()
+        keep = ids.numel() * layer.mlp.down_proj.in_features * 4 <= KEEP_BYTES
         for b, heads in enumerate(outputs):
             state = student_states[b].to(device) + layer.self_attn.o_proj(heads.to(device))
             student_states[b] = state.cpu()
-            feed = partial(layer.mlp, layer.post_attention_layernorm(state))
-            activations, _ = input_and_output(layer.mlp.down_proj, feed)
+            x = input_of(layer.mlp.down_proj, partial(layer.mlp, layer.post_attention_layernorm(state)))
             after_layer = teacher_states[b].to(device)
-            ridge.add(activations, after_layer - state, size=after_layer)
+            ridge.add(x, after_layer - state, size=after_layer)
+            activations.append(x.cpu() if keep else None)
         ridge.solve(strength=RIDGE)
-        for b, state in enumerate(student_states):
-            x = state.to(device)
-            student_states[b] = (x + layer.mlp(layer.post_attention_layernorm(x))).cpu()
+        for b, (state, kept) in enumerate(zip(student_states, activations, strict=True)):
+            state = state.to(device)
+            if kept is None:
+                out = layer.mlp(layer.post_attention_layernorm(state))
+            else:
+                out = layer.mlp.down_proj(kept.to(device))
+            student_states[b] = (state + out).cpu()
     student.config.latent = spec.to_dict()
     student.model.rotary_emb = rotary
     return student

@@ -1,7 +1,7 @@
-"""Text to token blocks: files, folders, packaged corpora, hub datasets, or text the teacher writes itself.
+"""Text to token blocks: files, folders, packaged corpora or hub datasets.
 
 A *source* is a string. `read_documents` turns it into documents; `token_blocks` mixes sources, shuffles, tokenises and
-packs them; `sample_from_teacher` needs no text at all. Every `TokenBlocks` carries fingerprints of its documents, so
+packs them. Every `TokenBlocks` carries fingerprints of its documents, so
 `check_held_out` can refuse an evaluation on text that was used for calibration or training.
 """
 
@@ -13,7 +13,6 @@ import html
 import importlib
 import importlib.util
 import json
-import os
 import random
 import re
 import sys
@@ -29,12 +28,8 @@ from typing import Any
 import mwparserfromhell
 import torch
 from jaxtyping import Int64
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedTokenizerBase
 
 from kvlatent.errors import UserError
 
@@ -508,7 +503,7 @@ def token_blocks(
     Raises:
         UserError: A source can't be read, the text is too short, or fewer tokens than one block were asked for.
     """
-    blocks = _whole_blocks(tokens, block_size)
+    blocks = whole_blocks(tokens, block_size)
     if not sources:
         raise UserError("no text given; name at least one file, folder, package:NAME or hf:ID")
     if not tokenizer.is_fast:
@@ -560,7 +555,12 @@ def check_held_out(used: Iterable[str], held_out: TokenBlocks) -> None:
         )
 
 
-def _whole_blocks(tokens: int, block_size: int) -> int:
+def whole_blocks(tokens: int, block_size: int) -> int:
+    """How many whole blocks that many tokens fill.
+
+    Raises:
+        UserError: Blocks too short to predict anything in, or fewer tokens than one block.
+    """
     if block_size < 2:
         raise UserError(f"block_size must be at least 2; got {block_size}")
     if tokens < block_size:
@@ -615,127 +615,3 @@ def _covered(text: str, tokens: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """The whole characters that the first tokens of a text cover."""
     offsets = _encode(tokenizer, text, return_offsets_mapping=True)["offset_mapping"]
     return text[: min(offsets[tokens - 1][1], max(offsets[tokens][0], offsets[tokens - 1][0]))]
-
-
-# --- text from the teacher -------------------------------------------------------------------------------------------
-
-
-class _Ticks(BaseStreamer):
-    """Counts the tokens that `generate` emits on a progress bar."""
-
-    def __init__(self, bar: tqdm[Any]) -> None:
-        self.bar = bar
-
-    def put(self, value: Tensor) -> None:
-        self.bar.update(value.numel())
-
-    def end(self) -> None:
-        pass
-
-
-def sample_from_teacher(
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    tokens: int,
-    block_size: int,
-    seed: int,
-    temperature: float = 1.0,
-    batch_size: int = 64,
-    cache: Path | None = None,
-) -> TokenBlocks:
-    """Let the teacher write the text: plain ancestral sampling from the document separator, one row per block.
-
-    Rows never stop early: after an end token the teacher goes on with a new document. The caller's random state, the
-    teacher's mode and its generation config are left as they were.
-
-    Args:
-        teacher: The model to sample from, on its own device.
-        tokenizer: Its tokenizer, for the separator and the byte count.
-        tokens: Tokens wanted, separators at the row starts included; rounded down to whole blocks.
-        block_size: Tokens per row.
-        seed: Equal seeds (with equal batch sizes) give equal text.
-        temperature: 1 samples the teacher's own distribution; lower is safer and less diverse.
-        batch_size: Rows sampled at a time.
-        cache: A safetensors file to reuse if it was made with the same settings, and to write otherwise.
-
-    Raises:
-        UserError: Fewer tokens than one block, or a temperature that is not positive.
-    """
-    blocks = _whole_blocks(tokens, block_size)
-    if temperature <= 0:
-        raise UserError(f"temperature must be positive; got {temperature}")
-    start = separator_id(tokenizer)
-    weights = teacher.get_input_embeddings().weight[:64].detach().float().cpu().numpy().tobytes()
-    settings = {
-        "model": str(teacher.config._name_or_path),
-        "weights": hashlib.sha256(weights).hexdigest()[:16],  # a name alone may be reused for another model
-        "blocks": str(blocks),
-        "block_size": str(block_size),
-        "seed": str(seed),
-        "temperature": str(temperature),
-        "batch_size": str(batch_size),
-        "start": str(start),
-    }
-    ids = _load_ids(cache, settings) if cache is not None else None
-    if ids is None:
-        ids = _sample(teacher, start, blocks, block_size, seed, temperature, batch_size)
-        if cache is not None:
-            _save_ids(cache, ids, settings)
-    rows = tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return TokenBlocks(ids, sum(len(row.encode()) for row in rows), ("teacher",), frozenset(map(fingerprint, rows)))
-
-
-def _sample(
-    teacher: PreTrainedModel,
-    start: int,
-    blocks: int,
-    block_size: int,
-    seed: int,
-    temperature: float,
-    batch_size: int,
-) -> Int64[Tensor, "blocks block_size"]:
-    # no eos_token_id, so nothing stops a row; generate() fills unset fields from the model's own config, so replace it
-    plain = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=block_size - 1,
-        pad_token_id=start,
-    )
-    device, config, training = teacher.device, teacher.generation_config, teacher.training
-    rows: list[Tensor] = []
-    bar = tqdm(total=blocks * block_size, desc="teacher writes", unit="tok", unit_scale=True)
-    with bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        try:
-            teacher.generation_config = plain
-            teacher.eval()
-            for first in range(0, blocks, batch_size):
-                prompt = torch.full((min(batch_size, blocks - first), 1), start, device=device)
-                out = teacher.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=_Ticks(bar))
-                rows.append(out.cpu())  # (batch, block_size)
-        finally:
-            teacher.generation_config = config
-            teacher.train(training)
-    return torch.cat(rows)
-
-
-def _load_ids(path: Path, settings: dict[str, str]) -> Tensor | None:
-    """The cached ids, or None if there are none made with these settings."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.get_tensor("ids") if file.metadata() == settings else None
-    except (OSError, SafetensorError):
-        return None
-
-
-def _save_ids(path: Path, ids: Tensor, settings: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file({"ids": ids}, unfinished, metadata=settings)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -7,10 +7,11 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from kvlatent.attention import LatentAttention
+from kvlatent.cache import LatentCache, grow_in_place
 from kvlatent.config import CONFIGS
 from kvlatent.errors import UserError
 from kvlatent.families import FAMILIES, PREFIX, Family, family_of
@@ -32,6 +33,30 @@ class KVLatentForCausalLM:
         if len(spec.d_qk) != config.num_hidden_layers:
             raise UserError(f"the latent spec names {len(spec.d_qk)} layers; the model has {config.num_hidden_layers}")
         set_spec(self, spec)
+        self.model.register_forward_pre_hook(  # type: ignore[attr-defined]
+            _give_cache, with_kwargs=True
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Let the cache that `generate` makes by default, or offloaded, grow in place."""
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        made = model_kwargs.get("past_key_values")
+        if given is None and type(made) is DynamicCache:
+            grow_in_place(made)
+
+
+def _give_cache(
+    body: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], Any] | None:
+    """Where the body is asked to cache and given no cache, give it one that grows in place."""
+    use_cache = kwargs.get("use_cache")
+    wanted = body.config.use_cache if use_cache is None else use_cache
+    if not wanted or body.training or len(args) > 1 or kwargs.get("past_key_values") is not None:
+        return None
+    return args, kwargs | {"past_key_values": LatentCache(body.config)}
 
 
 def _model_class(model_type: str, family: Family) -> type[PreTrainedModel]:

@@ -203,14 +203,42 @@ def value_output_svd(
         d_vo: Dims kept.
         kv_heads: Heads that share a value subspace with their group.
     """
-    q_heads, head_dim = o_cov.shape[:2]
-    group_size = q_heads // kv_heads
-    pooled = o_cov.view(kv_heads, group_size, head_dim, head_dim).mean(1)
-    w = o_weight.double().T.reshape(kv_heads, group_size, head_dim, -1).transpose(1, 2).flatten(2)  # (kv, D, G·hidden)
-    root, inverse = _roots(pooled)
+    inverse, root, w = _output_factors(o_cov, o_weight, kv_heads)
     u = torch.linalg.svd(root @ w, full_matrices=False).U[..., :d_vo]
     v_map, o_map = _orthonormal(inverse @ u, root @ u)
     return VOReduction(v_map=v_map, o_map=o_map.mT)
+
+
+def _output_factors(o_cov: Tensor, o_weight: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """C^-½, C^½ and the group's stacked W_O, (kv_heads, head_dim, group·hidden)."""
+    q_heads, head_dim = o_cov.shape[:2]
+    group_size = q_heads // kv_heads
+    w = o_weight.double().T.reshape(kv_heads, group_size, head_dim, -1).transpose(1, 2).flatten(2)
+    root, inverse = _roots(o_cov.view(kv_heads, group_size, head_dim, head_dim).mean(1))
+    return inverse, root, w
+
+
+def project_tail(q_cov: Tensor, k_cov: Tensor) -> Float[Tensor, "dims"]:
+    """What `project` leaves of the expected squared logits, by dims kept (0 to head_dim), summed over KV heads.
+
+    Args:
+        q_cov: Rotated queries, (q_heads, head_dim, head_dim).
+        k_cov: Rotated keys, (kv_heads, head_dim, head_dim).
+    """
+    pooled = q_cov.view(len(k_cov), -1, *k_cov.shape[1:]).sum(1)
+    return _tail(_singular_values(pooled, k_cov))
+
+
+def value_output_tail(o_cov: Tensor, o_weight: Tensor, *, kv_heads: int) -> Float[Tensor, "dims"]:
+    """What `value_output_svd` leaves of the expected squared output, by dims kept, summed over KV heads."""
+    root, w = _output_factors(o_cov, o_weight, kv_heads)[1:]
+    return _tail(torch.linalg.svdvals(root @ w))
+
+
+def _tail(singular_values: Tensor) -> Tensor:
+    """Σ of the squares beyond the first r, over heads, for r = 0 … dim: (heads, dim) → (dim + 1,)."""
+    energy = singular_values.square().sum(0)
+    return torch.cat((energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)))
 
 
 def complex_covariance(cov: Float[Tensor, "heads head_dim head_dim"]) -> Tensor:

@@ -6,14 +6,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+_BLOCKS = 8
+"""Rows of blocks that XᵀX is computed in; half of it follows by symmetry."""
+
 
 class Ridge:
     """Normal equations of Y ≈ X·Wᵀ + b, summed over batches in float64, solved for W with a pull towards the old W."""
 
     def __init__(self, linear: nn.Linear) -> None:
         self.linear = linear
-        self.xx: Tensor | float = 0.0
-        self.xy: Tensor | float = 0.0
+        inputs, outputs, device = linear.in_features, linear.out_features, linear.weight.device
+        # Only the blocks of xx on and above the diagonal are computed; what is below them stays zero.
+        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self.xy = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
 
     def add(
         self,
@@ -36,14 +41,17 @@ class Ridge:
         if size is not None:
             weight = size.flatten(0, -2).float().square().mean(-1, keepdim=True).rsqrt()
             x, y = x * weight, y * weight
-        self.xx = self.xx + (x.T @ x).double()
-        self.xy = self.xy + (x.T @ y).double()
+        at = 0
+        for rows in x.T.tensor_split(_BLOCKS):
+            self.xx[at : at + len(rows), at:] += rows @ x[:, at:]
+            at += len(rows)
+        self.xy += x.T @ y
 
     @torch.no_grad()
     def solve(self, *, strength: float) -> None:
         """Move the layer's weight W to argmin ‖Y − XWᵀ − b‖² + λ‖W − W_old‖², λ = `strength` × mean diagonal of XᵀX."""
-        assert isinstance(self.xx, Tensor) and isinstance(self.xy, Tensor)
-        old = self.linear.weight.double().T
-        damping = strength * self.xx.diagonal().mean() * torch.eye(len(old), dtype=old.dtype, device=old.device)
-        change = torch.linalg.solve(self.xx + damping, self.xy - self.xx @ old)
-        self.linear.weight.copy_((old + change).T)
+        damping = strength * self.xx.diagonal().mean()
+        xx = self.xx + damping * torch.eye(len(self.xx), dtype=self.xx.dtype, device=self.xx.device)
+        wanted = self.xy + damping * self.linear.weight.double().T
+        factor = torch.linalg.cholesky(xx, upper=True)  # looks at the upper triangle only
+        self.linear.weight.copy_(torch.cholesky_solve(wanted, factor, upper=True).T)

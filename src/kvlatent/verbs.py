@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +26,7 @@ from transformers import (
 )
 from transformers import initialization as init
 
+from kvlatent import budget as budgets
 from kvlatent.benchmark import benchmark, cache_dims
 from kvlatent.calibrate import Statistics, calibrate
 from kvlatent.checkpoints import (
@@ -36,7 +40,7 @@ from kvlatent.checkpoints import (
     save_checkpoint,
 )
 from kvlatent.convert import check_request, convert
-from kvlatent.data import TokenBlocks, check_held_out, sample_from_teacher, token_blocks
+from kvlatent.data import TokenBlocks, check_held_out, token_blocks
 from kvlatent.errors import UserError
 from kvlatent.evaluate import Perplexity, compare, lm_eval_tasks, needle, perplexity
 from kvlatent.export.engines import (
@@ -54,6 +58,8 @@ from kvlatent.families import family_of
 from kvlatent.heal import HealConfig, heal
 from kvlatent.modeling import check_teacher, head_dim_of, spec_of
 from kvlatent.report import model_card, write_report
+from kvlatent.sample import sample_from_teacher
+from kvlatent.serve.launch import Engine, serve
 from kvlatent.spec import LatentSpec, Preset
 
 TEACHER_TEXT = "teacher"
@@ -62,6 +68,10 @@ SHORTEST_SAMPLE = 128
 """Where little text is sampled, blocks are packed from texts of at least this many tokens."""
 BATCH_SIZE = 4
 """Blocks per forward where nothing is trained."""
+PLAN_TOKENS = 4096
+"""A budget is planned on this much of the calibration text."""
+PROBE_TOKENS = 512
+"""How much layers matter is measured on this much text."""
 NEEDLE_CONTEXT, NEEDLE_TRIALS = 1024, 20
 
 # --- what a model is, without its weights ----------------------------------------------------------------------------
@@ -128,11 +138,11 @@ def describe(model: str) -> dict[str, Any]:
     return about
 
 
-def dims_for_budget(model: str, budget: float) -> int:
+def dims_for_budget(config: PreTrainedConfig, budget: float) -> int:
     """The even number of dims per head, d_qk and d_vo alike, nearest below `budget` × head_dim.
 
     Args:
-        model: As everywhere.
+        config: The teacher's.
         budget: Share of the cache bytes kept.
 
     Raises:
@@ -140,7 +150,7 @@ def dims_for_budget(model: str, budget: float) -> int:
     """
     if not 0 < budget <= 1:
         raise UserError(f"budget is the share of the cache bytes that is kept, above 0 and at most 1; got {budget}")
-    head_dim = head_dim_of(load_config(model))
+    head_dim = head_dim_of(config)
     dims = int(budget * head_dim + 1e-9) // 2 * 2
     if dims < 2:
         raise UserError(f"budget {budget} leaves no rotary pair of head_dim {head_dim}; give at least {2 / head_dim:g}")
@@ -235,7 +245,7 @@ def calibrate_file(
         "fingerprints": sorted(blocks.fingerprints),
         "record": environment(),
     }
-    statistics = calibrate(teacher(), blocks.ids, batch_size=BATCH_SIZE, about=about)
+    statistics = probed_statistics(teacher(), blocks.ids, about=about)
     try:
         statistics.save(out)
     finally:
@@ -243,13 +253,76 @@ def calibrate_file(
     return {"out": str(out), "tokens": blocks.ids.numel(), "text": about["text"], "seconds": time.monotonic() - began}
 
 
+def probed_statistics(
+    teacher: PreTrainedModel, ids: Int[Tensor, "blocks block_size"], *, about: dict[str, Any]
+) -> Statistics:
+    """Statistics of the teacher on token blocks, and how much each layer matters, measured on the first few."""
+    statistics = calibrate(teacher, ids, batch_size=BATCH_SIZE, about=about)
+    statistics.probes = budgets.probe(teacher, statistics, ids[: max(1, PROBE_TOKENS // ids.shape[1])])
+    return statistics
+
+
+def plan_model(
+    model: str,
+    budget: float,
+    out: Path,
+    *,
+    stats: Path | None,
+    text: Sequence[str],
+    tokens: int,
+    block_size: int,
+    device: str,
+    dtype: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Say how a budget would be spent on a model's layers, and draw it; nothing is converted.
+
+    Args:
+        model: The teacher.
+        budget: Share of the cache bytes kept.
+        out: The figure to write; .png, .svg or .pdf.
+        stats: A file of `calibrate_file`; without it, statistics are taken on text.
+        text: Calibration text.
+        tokens: Of the text.
+        block_size: Tokens per block.
+        device: Where to compute.
+        dtype: Of the weights.
+        seed: Of the order of the text.
+
+    Raises:
+        UserError: `out` exists, or the model, the budget, the text or the statistics can't be used.
+    """
+    refuse_existing(out)
+    config, tokenizer = load_config(model), load_tokenizer(model)
+    check_teacher(config)
+    budgets.total_dims(config, budget)
+    statistics = None if stats is None else _load_statistics(stats, config)
+    teacher = load_model(model, device=device, dtype=dtype)[0]
+    if statistics is None:
+        blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=lambda: teacher)
+        statistics = probed_statistics(teacher, blocks.ids, about={})
+    allocation = budgets.plan(teacher, statistics, budget)
+    kv_heads, head_dim, size = config.num_key_value_heads, head_dim_of(config), stored_dtype(config, "auto").itemsize
+    budgets.draw(allocation, out, title=f"{model}: {budget:.4g} of the cache", head_dim=head_dim)
+    return {
+        "model": model,
+        "budget": budget,
+        **asdict(allocation),
+        "expected_loss": allocation.expected_loss,
+        "cache_bytes_per_token": kv_heads * (sum(allocation.d_qk) + sum(allocation.d_vo)) * size,
+        "teacher_cache_bytes_per_token": kv_heads * 2 * head_dim * config.num_hidden_layers * size,
+        "out": str(out),
+    }
+
+
 def convert_folder(
     model: str,
     out: Path,
     *,
     preset: Preset,
-    d_qk: int,
-    d_vo: int,
+    d_qk: int | None,
+    d_vo: int | None,
+    budget: float | None = None,
     stats: Path | None,
     text: Sequence[str],
     tokens: int,
@@ -266,7 +339,8 @@ def convert_folder(
         preset: The recipe.
         d_qk: Query/key dims per head.
         d_vo: Value/output dims per head.
-        stats: A file of `calibrate_file`, instead of text.
+        budget: Instead of dims: the share of the cache bytes to keep. `best` spends it as `plan_model` shows.
+        stats: A file of `calibrate_file`: instead of text or, with a budget, what it is spent by.
         text: Calibration text; `paper` takes neither.
         tokens: Of the text.
         block_size: Tokens per block.
@@ -279,11 +353,24 @@ def convert_folder(
     """
     refuse_existing(out)
     config, tokenizer = load_config(model), load_tokenizer(model)
-    check_request(config, preset=preset, d_qk=d_qk, d_vo=d_vo)
+    planned = budget is not None and preset == "best"
+    dims: tuple[int | Sequence[int], int | Sequence[int]] | None = None
+    if budget is not None and planned:
+        check_teacher(config)
+        budgets.total_dims(config, budget)
+    else:
+        if budget is not None:
+            d_qk = d_vo = dims_for_budget(config, budget)
+        if d_qk is None or d_vo is None:
+            raise UserError("give d_qk and d_vo, or a budget")
+        check_request(config, preset=preset, d_qk=d_qk, d_vo=d_vo)
+        dims = d_qk, d_vo
     if preset == "paper" and (stats or text):
         raise UserError("preset paper is not calibrated; leave --text and --stats out")
-    if preset != "paper" and bool(stats) == bool(text):
-        raise UserError(f"preset {preset} is calibrated: give either text (--text) or statistics (--stats)")
+    if preset != "paper" and not (stats or text):
+        raise UserError(f"preset {preset} is calibrated: give text (--text) or statistics (--stats)")
+    if preset != "paper" and stats and text and not planned:
+        raise UserError("give either text (--text) or statistics (--stats); both only for best with a --budget")
     statistics = None if stats is None else _load_statistics(stats, config)
 
     @lru_cache(maxsize=1)
@@ -293,8 +380,17 @@ def convert_folder(
     blocks = None
     if text:
         blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=teacher)
+    if dims is None:
+        known = statistics
+        if known is None:
+            assert blocks is not None
+            known = probed_statistics(teacher(), blocks.ids[: max(1, PLAN_TOKENS // block_size)], about={})
+        assert budget is not None
+        allocation = budgets.plan(teacher(), known, budget)
+        dims = allocation.d_qk, allocation.d_vo
+        statistics = None if text else statistics
     return convert_loaded(
-        teacher(), tokenizer, out, name=model, preset=preset, d_qk=d_qk, d_vo=d_vo, blocks=blocks,
+        teacher(), tokenizer, out, name=model, preset=preset, d_qk=dims[0], d_vo=dims[1], blocks=blocks,
         statistics=statistics, dtype=stored_dtype(config, dtype),
     )  # fmt: skip
 
@@ -320,8 +416,8 @@ def convert_loaded(
     *,
     name: str,
     preset: Preset,
-    d_qk: int,
-    d_vo: int,
+    d_qk: int | Sequence[int],
+    d_vo: int | Sequence[int],
     blocks: TokenBlocks | None,
     statistics: Statistics | None,
     dtype: torch.dtype,
@@ -625,6 +721,27 @@ def generate_text(
     return {"model": model, "prompt": prompt, "completion": completion, "new_tokens": new_tokens, "seconds": seconds}
 
 
+def serve_model(
+    model: str, *, host: str, port: int, engine: Literal["auto"] | Engine, context: int | None, dtype: str, seed: int
+) -> dict[str, Any]:
+    """Serve a model to OpenAI clients until interrupted.
+
+    Raises:
+        UserError: The model can't be used or has fewer positions than `context`, the engine is not installed, can't run
+            the model or failed, or the port is in use.
+    """
+    config = load_config(model)
+    load_tokenizer(model)
+    positions = config.max_position_embeddings
+    if context is not None and not 1 <= context <= positions:
+        raise UserError(f"the model has {positions} positions, so context is 1 to {positions} tokens; got {context}")
+    name = Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model
+    return serve(
+        locate(model), name=name, host=host, port=port, engine=engine, dtype=dtype, context=context, seed=seed,
+        announce=lambda line: print(f"{line}; stop with ^C", file=sys.stderr, flush=True),
+    )  # fmt: skip
+
+
 def complete(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, *, chat: bool = False
 ) -> tuple[str, int]:
@@ -673,7 +790,7 @@ def export_model(
     """
     if to == "vllm":
         raise UserError(
-            "vLLM needs no export: with kvlatent installed beside it, it serves the folder as it is; "
+            "vLLM needs no export: with kvlatent beside it, it serves the folder as it is (kvlatent serve); "
             "for a vLLM without kvlatent take --to stock"
         )
     refuse_existing(out)

@@ -1,0 +1,216 @@
+"""One byte budget for the whole model, spent over its layers and over keys against values by measured loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kvlatent import reduce
+from kvlatent.attention import LatentAttention
+from kvlatent.calibrate import Statistics, fit_batch, layer_arguments
+from kvlatent.convert import fill, plan_spec, reductions
+from kvlatent.errors import UserError
+from kvlatent.losses import kl_loss
+from kvlatent.modeling import graft, head_dim_of
+
+PROBE_SHARE = 0.5
+"""A probe keeps this share of one layer's key dims, or of its value dims, and everything else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """Dims per layer that spend a budget, and the loss that the curves expect of each."""
+
+    d_qk: tuple[int, ...]
+    d_vo: tuple[int, ...]
+    qk_loss: tuple[float, ...]
+    """Of each layer's keys, in nats per token, on its own."""
+    vo_loss: tuple[float, ...]
+    """Of each layer's values, likewise."""
+    uniform_loss: float
+    """Of the same budget spent alike everywhere; all losses added up, as for `expected_loss`."""
+
+    @property
+    def expected_loss(self) -> float:
+        """Sum over layers, for keys and values: how plans compare, not a forecast (errors don't simply add up)."""
+        return sum(self.qk_loss) + sum(self.vo_loss)
+
+
+def step_of(head_dim: int) -> int:
+    """Dims are spent in steps of a sixteenth of head_dim (8 of 128): even, and wide enough for kernels' loads."""
+    return max(2, head_dim // 16)
+
+
+def total_dims(config: PreTrainedConfig, budget: float) -> int:
+    """d_qk + d_vo of all layers that a share of the cache bytes pays for; every KV head of a layer costs the same.
+
+    Raises:
+        UserError: The budget is not a share, or leaves less than a step per layer for keys and for values.
+    """
+    if not 0 < budget <= 1:
+        raise UserError(f"budget is the share of the cache bytes that is kept, above 0 and at most 1; got {budget}")
+    head_dim, layers = head_dim_of(config), config.num_hidden_layers
+    step = step_of(head_dim)
+    total = int(budget * 2 * head_dim * layers + 1e-9) // step * step
+    if total < 2 * step * layers:
+        raise UserError(
+            f"budget {budget} leaves less than {step} of {head_dim} dims; give at least {step / head_dim:g}"
+        )
+    return total
+
+
+def plan(teacher: PreTrainedModel, statistics: Statistics, budget: float) -> Allocation:
+    """Spend `budget` where the teacher's statistics expect it to save the most loss.
+
+    Layers and keys against values differ; KV heads of one layer can't, since a cache tensor
+    (batch, kv_heads, seq, d) has one width.
+
+    Args:
+        teacher: A stock model of a supported family.
+        statistics: From `calibrate`, with losses from `probe`.
+        budget: Share of the cache bytes kept.
+
+    Raises:
+        UserError: The budget can't be, or the statistics were never probed.
+    """
+    total, step = total_dims(teacher.config, budget), step_of(head_dim_of(teacher.config))
+    curves = loss_curves(teacher, statistics)  # (2, layers, head_dim + 1)
+    layers = curves.shape[1]
+    steps = curves.flatten(0, 1)[:, ::step]
+    spent = allocate(steps, total // step, floor=1)
+    dims = [step * n for n in spent]
+    losses = [float(curve[n]) for curve, n in zip(steps, spent, strict=True)]
+    each, between = divmod(total / (2 * layers), 1)
+    alike = torch.lerp(curves[..., int(each)], curves[..., min(int(each) + 1, curves.shape[-1] - 1)], between)
+    return Allocation(
+        d_qk=tuple(dims[:layers]),
+        d_vo=tuple(dims[layers:]),
+        qk_loss=tuple(losses[:layers]),
+        vo_loss=tuple(losses[layers:]),
+        uniform_loss=float(alike.sum()),
+    )
+
+
+def loss_curves(teacher: PreTrainedModel, statistics: Statistics) -> Float[Tensor, "2 layers dims"]:
+    """Expected loss in nats per token by dims kept, for each layer's keys [0] and values [1].
+
+    The tail of a layer's singular values says how the loss falls with dims, its probe how much a layer matters.
+    """
+    tails = []
+    for layer, stats in zip(teacher.model.layers, statistics.layers, strict=True):
+        o_weight = layer.self_attn.o_proj.weight.detach().cpu()
+        kv_heads = teacher.config.num_key_value_heads
+        qk = reduce.project_tail(stats.mean("q").cpu(), stats.mean("k").cpu())
+        tails.append(torch.stack((qk, reduce.value_output_tail(stats.mean("o").cpu(), o_weight, kv_heads=kv_heads))))
+    curves = torch.stack(tails, dim=1)
+    if statistics.probes is None:
+        raise UserError("these statistics say nothing about how much each layer matters; calibrate again")
+    probed = curves[..., _probe_dims(curves.shape[-1] - 1)]
+    return curves * (statistics.probes / probed.clamp_min(torch.finfo(torch.float64).tiny))[..., None]
+
+
+def _probe_dims(head_dim: int) -> int:
+    return int(PROBE_SHARE * head_dim) // 2 * 2
+
+
+@torch.no_grad()
+def probe(
+    teacher: PreTrainedModel, statistics: Statistics, ids: Int[Tensor, "blocks block_size"]
+) -> Float[Tensor, "2 layers"]:
+    """KL from the teacher, in nats per token, when one layer alone has narrow keys [0] or narrow values [1].
+
+    Every probe goes through the layers behind its own: as many layer forwards of `ids` as layers². All probes advance
+    together, so each layer's weights are used once.
+
+    Args:
+        teacher: A stock model of a supported family.
+        statistics: What the probes' reductions are derived from.
+        ids: Token blocks; one or two are enough to rank layers.
+    """
+    student = graft(teacher)
+    head_dim, layers = head_dim_of(teacher.config), student.model.layers
+    narrow, whole = ((d,) * len(layers) for d in (_probe_dims(head_dim), head_dim))
+    specs = [
+        plan_spec(teacher, preset="best", d_qk=d_qk, d_vo=d_vo, statistics=None)[0]
+        for d_qk, d_vo in ((narrow, whole), (whole, narrow))
+    ]
+    state, probes = student.model.embed_tokens(ids.to(student.device)), list[Tensor]()
+    for index, kwargs in enumerate(tqdm(layer_arguments(student, ids), unit="layer", desc="probe")):
+        layer, kwargs, stats = layers[index], fit_batch(kwargs, len(ids)), statistics.layers[index]
+        probes = [layer(probe, **kwargs) for probe in probes]
+        attention, unchanged = layer.self_attn, layer(state, **kwargs)
+        for spec in specs:
+            reduced = LatentAttention(student.config, index, attention, spec)
+            layer.self_attn = fill(reduced, attention, *reductions(spec, index, attention, stats, []))
+            probes.append(layer(state, **kwargs))
+        layer.self_attn, state = attention, unchanged
+    head = student.get_output_embeddings().weight
+    wanted, *got = (student.model.norm(x).flatten(0, 1) for x in (state, *probes))
+    return torch.tensor([float(kl_loss(x, head, wanted, head)) for x in got], dtype=torch.float64).view(-1, 2).T
+
+
+def allocate(curves: Float[Tensor, "items options"], total: int, *, floor: int) -> list[int]:
+    """Give every item a number of units, `total` in all, for the least sum of losses.
+
+    Exact, by dynamic programming over items; curves needn't be convex.
+
+    Args:
+        curves: Loss of each item by the number of units it gets, 0 to options - 1.
+        total: Units to spend, all of them.
+        floor: Units that each item gets at least.
+
+    Raises:
+        UserError: `total` can't be spent exactly.
+    """
+    items, most = curves.shape[0], curves.shape[1] - 1
+    if not items * floor <= total <= items * most:
+        raise UserError(f"{total} units can't be shared among {items} items of {floor} to {most} units each")
+    best = torch.full((total + 1,), torch.inf, dtype=torch.float64)
+    best[0] = 0.0
+    choices: list[Tensor] = []
+    for curve in curves.double():
+        options = torch.full((most + 1, total + 1), torch.inf, dtype=torch.float64)
+        for units in range(floor, min(most, total) + 1):
+            options[units, units:] = best[: total + 1 - units] + curve[units]
+        best, choice = options.min(0)
+        choices.append(choice)
+    spent: list[int] = []
+    for choice in reversed(choices):
+        spent.append(int(choice[total - sum(spent)]))
+    return spent[::-1]
+
+
+def draw(allocation: Allocation, out: Path, *, title: str, head_dim: int) -> None:
+    """Draw dims and expected losses layer by layer into an image file.
+
+    Raises:
+        UserError: matplotlib doesn't know files that end like `out`.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    dims, losses = figure.subplots(2, sharex=True)
+    parts = (
+        ("keys (d_qk)", allocation.d_qk, allocation.qk_loss),
+        ("values (d_vo)", allocation.d_vo, allocation.vo_loss),
+    )
+    for offset, (label, width, loss) in zip((-0.2, 0.2), parts, strict=True):
+        at = [layer + offset for layer in range(len(width))]
+        dims.bar(at, width, width=0.4, label=label)
+        losses.bar(at, loss, width=0.4, label=label)
+    dims.axhline(head_dim, color="grey", linewidth=0.8, linestyle="--", label="head_dim (teacher)")
+    dims.set_ylabel("Dims per head")
+    dims.set_title(title)
+    dims.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.02), frameon=False)
+    losses.set_ylabel("Expected loss alone\n(nats per token)")
+    losses.set_xlabel("Layer")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(out, dpi=150)
+    except ValueError as error:
+        raise UserError(f"can't draw {out}: {error}") from None

@@ -1,0 +1,1 @@
+"""Serving with the engines people run: the vLLM plugin and the launcher."""

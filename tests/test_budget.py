@@ -1,0 +1,155 @@
+"""Budgets are met to the byte, spent where brute force would spend them, and never make a plan worse by growing."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvlatent import budget
+from kvlatent.calibrate import Statistics, calibrate
+from kvlatent.convert import convert
+from kvlatent.errors import UserError
+from kvlatent.modeling import spec_of
+
+
+def falling(items: int, options: int, seed: int) -> Tensor:
+    """Random curves that fall, not all of them convex."""
+    drops = torch.rand(items, options, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return drops.flip(1).cumsum(1).flip(1)
+
+
+def probed(teacher: PreTrainedModel, ids: Tensor) -> Statistics:
+    statistics = calibrate(teacher, ids, about={})
+    statistics.probes = budget.probe(teacher, statistics, ids[:2])
+    return statistics
+
+
+# --- allocate
+
+
+@settings(deadline=None, max_examples=30)
+@given(items=st.integers(1, 4), options=st.integers(2, 5), floor=st.integers(0, 1), data=st.data())
+def test_allocation_is_exact_and_no_other_is_better(items: int, options: int, floor: int, data: st.DataObject) -> None:
+    total = data.draw(st.integers(items * floor, items * (options - 1)))
+    curves = falling(items, options, data.draw(st.integers(0, 99)))
+    spent = budget.allocate(curves, total, floor=floor)
+    assert sum(spent) == total and min(spent) >= floor
+
+    def loss(units: tuple[int, ...]) -> float:
+        return float(sum(curve[n] for curve, n in zip(curves, units, strict=True)))
+
+    every = (u for u in itertools.product(range(floor, options), repeat=items) if sum(u) == total)
+    assert loss(tuple(spent)) == pytest.approx(min(map(loss, every)))
+
+
+def test_what_costs_nothing_gets_only_its_floor() -> None:
+    curves = torch.stack((torch.zeros(9), torch.linspace(1, 0, 9)))
+    assert budget.allocate(curves, 9, floor=1) == [1, 8]
+
+
+def test_totals_that_do_not_fit_are_refused() -> None:
+    for total in (1, 9):
+        with pytest.raises(UserError, match="2 items of 1 to 4 units"):
+            budget.allocate(falling(2, 5, 0), total, floor=1)
+
+
+# --- plan
+
+
+@pytest.mark.parametrize("share", [0.25, 0.4, 0.5, 0.75, 1.0])
+def test_a_planned_student_has_exactly_the_bytes_of_its_budget(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, share: float
+) -> None:
+    teacher = tiny_teacher("qwen2")
+    statistics = probed(teacher, ids)
+    allocation = budget.plan(teacher, statistics, share)
+    total = int(share * 64) // 2 * 2  # two layers of 16 + 16 dims, in steps of 2
+    assert sum(allocation.d_qk) + sum(allocation.d_vo) == total == budget.total_dims(teacher.config, share)
+    assert all(d % 2 == 0 and 2 <= d <= 16 for d in allocation.d_qk + allocation.d_vo)
+    student = convert(teacher, d_qk=allocation.d_qk, d_vo=allocation.d_vo, ids=ids)
+    with torch.no_grad():
+        cache = student(ids[:1], use_cache=True).past_key_values
+    kept = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert kept == ids.shape[1] * teacher.config.num_key_value_heads * total
+    assert spec_of(student).cache_bytes_per_token(2, 4) * ids.shape[1] == kept * 4
+
+
+def test_a_larger_budget_never_expects_more_loss_and_a_plan_no_more_than_uniform_dims(
+    any_teacher: PreTrainedModel, ids: Tensor
+) -> None:
+    statistics = probed(any_teacher, ids)
+    plans = [budget.plan(any_teacher, statistics, share) for share in (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)]
+    expected = [plan.expected_loss for plan in plans]
+    assert expected == sorted(expected, reverse=True)
+    assert expected[-1] == pytest.approx(0, abs=1e-12)
+    assert all(plan.expected_loss <= plan.uniform_loss + 1e-12 for plan in plans)
+
+
+def test_a_layer_whose_values_do_not_matter_pays_for_the_others(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor
+) -> None:
+    teacher = tiny_teacher("llama")
+    teacher.model.layers[0].self_attn.o_proj.weight.data.mul_(1e-4)
+    allocation = budget.plan(teacher, probed(teacher, ids), 0.5)
+    assert allocation.d_qk[0] == allocation.d_vo[0] == 2
+    assert allocation.d_qk[1] + allocation.d_vo[1] == 28
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "llama-yarn", "mistral-mha"])
+def test_probes_are_the_kl_of_models_with_one_narrow_part(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str
+) -> None:
+    teacher = tiny_teacher(name)
+    statistics = calibrate(teacher, ids, about={})
+    probes = budget.probe(teacher, statistics, ids[:2])
+    dims = [((8, 16), (16, 16)), ((16, 8), (16, 16)), ((16, 16), (8, 16)), ((16, 16), (16, 8))]
+    for measured, (d_qk, d_vo) in zip(probes.flatten(), dims, strict=True):
+        student = convert(teacher, d_qk=d_qk, d_vo=d_vo, statistics=statistics)
+        with torch.no_grad():
+            wanted, got = (model(ids[:2]).logits.double().log_softmax(-1) for model in (teacher, student))
+        kl = (wanted.exp() * (wanted - got)).sum(-1).mean()
+        assert float(measured) == pytest.approx(float(kl), rel=1e-3, abs=1e-6)
+
+
+def test_curves_pass_through_the_probes_and_end_at_zero(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor
+) -> None:
+    teacher = tiny_teacher("llama")
+    statistics = probed(teacher, ids)
+    curves = budget.loss_curves(teacher, statistics)
+    assert curves.shape == (2, 2, 17)
+    torch.testing.assert_close(curves[..., 8], statistics.probes)
+    assert float(curves[..., 16].abs().max()) == 0
+    assert bool((curves.diff(dim=-1) <= 0).all())
+
+
+# --- refused
+
+
+@pytest.mark.parametrize(
+    ("share", "message"), [(0, "above 0 and at most 1; got 0"), (1.5, "got 1.5"), (0.06, "give at least 0.125")]
+)
+def test_budgets_that_can_not_be_are_refused(
+    tiny_teacher: Callable[[str], PreTrainedModel], share: float, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        budget.total_dims(tiny_teacher("llama").config, share)
+
+
+def test_statistics_without_probes_are_refused(tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor) -> None:
+    teacher = tiny_teacher("llama")
+    with pytest.raises(UserError, match="calibrate again"):
+        budget.plan(teacher, calibrate(teacher, ids, about={}), 0.5)
+
+
+@pytest.mark.parametrize("preset", ["portable", "paper"])
+def test_dims_by_layer_need_the_best_preset(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, preset: str
+) -> None:
+    with pytest.raises(UserError, match="different ones need preset best"):
+        convert(tiny_teacher("llama"), preset=preset, d_qk=(8, 4), d_vo=(8, 8), ids=ids)

