@@ -45,7 +45,7 @@ def run(
     context: int = 256,
     cache: str = "F32",
     flash: bool = False,
-    ascii_token: int = 34,
+    ascii_token: int = 33,
 ) -> tuple[list[Any], list[Any], str]:
     """Load a GGUF file, ask, and return the completions, the answers to posts, and the engine's log."""
     job = {
@@ -70,10 +70,6 @@ def log_probs(path: Path, ids: list[int], *, vocabulary: int, **options: Any) ->
     return result
 
 
-def cache_bytes(log: str) -> list[int]:
-    """Bytes of every KV cache that the engine made, from `size = … MiB` and the cells and layers beside it.
-
-    The sizes in the log are rounded to hundredths of a MiB.
-    """
-    found = re.findall(r"llama_kv_cache: size = +([\d.]+) MiB", log)
-    return [round(float(size) * 2**20) for size in found]
+def cache_mib(log: str) -> list[float]:
+    """MiB of every KV cache that the engine made, as its log says, rounded to hundredths."""
+    return [float(size) for size in re.findall(r"llama_kv_cache: size = +([\d.]+) MiB", log)]

@@ -115,7 +115,7 @@ def test_info_counts_from_the_config_alone(folder: Path, capsys: pytest.CaptureF
     assert teacher["cache_bytes_per_token"] == {"float32": 2 * 2 * 32 * 4, "bfloat16": 2 * 2 * 32 * 2}
     assert student["cache_bytes_per_token"]["float32"] * 2 == teacher["cache_bytes_per_token"]["float32"]
     assert (teacher["layout"], student["layout"]) == ("stock", "best")
-    assert student["engines"] == ["transformers + kvlatent"]
+    assert student["engines"] == ["transformers + kvlatent", "vLLM + kvlatent"]
     assert teacher["family"] == "Llama"
     assert cli.main(["info", f"{folder}/student"]) == 0
     assert "cache bytes per token" in capsys.readouterr().out
@@ -204,6 +204,40 @@ def test_heal_evaluate_bench_generate(folder: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == told["completion"] + "\n"
 
 
+def test_export_and_doctor(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = ["convert", f"{folder}/teacher", "--preset", "paper", "--d-qk", "8", "--d-vo", "4"]
+    answer(capsys, [*student, "--out", f"{tmp_path}/student"])
+    told = answer(capsys, ["doctor", f"{tmp_path}/student"])
+    runs = {(row["engine"], row["reads"]): row["runs"] for row in told["engines"]}
+    assert runs["transformers", "the folder"] and runs["transformers", "export --to stock"]
+    assert cli.main(["doctor", f"{folder}/student"]) == 0
+    printed = capsys.readouterr().out
+    assert "transformers (transformers 5" in printed and "projected after RoPE" in printed
+
+    stock = answer(capsys, ["export", f"{tmp_path}/student", "--to", "stock", "--out", f"{tmp_path}/stock"])
+    assert stock["cache_bytes_per_token"] == 2 * 2 * (8 + 8) * 4
+    assert stock["student_cache_bytes_per_token"] == 2 * 2 * (8 + 4) * 4
+    assert stock["teacher_cache_bytes_per_token"] == 2 * 2 * (16 + 16) * 4
+    assert "zero-padded" in stock["note"]
+    record = json.loads((tmp_path / "stock" / RECORD).read_text())
+    assert [step["verb"] for step in record["steps"]] == ["convert", "export"]
+    text = ["--text", f"{folder}/other.txt", "--tokens", "256", "--block-size", "32"]
+    ours = answer(capsys, ["eval", f"{tmp_path}/student", *text])  # the export is measured like any model
+    theirs = answer(capsys, ["eval", f"{tmp_path}/stock", *text])
+    assert theirs["perplexity"] == pytest.approx(ours["perplexity"], rel=1e-4)
+    assert answer(capsys, ["info", f"{tmp_path}/stock"])["layout"] == "stock"
+
+    for source in (f"{tmp_path}/student", f"{folder}/teacher"):
+        out = tmp_path / f"{Path(source).name}.gguf"
+        told = answer(capsys, ["export", source, "--to", "gguf", "--type", "q8_0", "--out", str(out)])
+        assert told["type"] == "q8_0" and out.read_bytes().startswith(b"GGUF")
+    assert told["cache_bytes_per_token"] == told["teacher_cache_bytes_per_token"] == 2 * 2 * 32 * 2
+    assert cli.main(["export", source, "--to", "gguf", "--out", f"{tmp_path}/f16.gguf"]) == 0
+    assert "cache bytes per token" in capsys.readouterr().out
+
+
 def test_weights_are_written_in_the_dtype_asked_for(
     folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -270,6 +304,7 @@ CONVERT = ["convert", "{folder}/teacher", "--out", "{root}/out"]
 DIMS = ["--d-qk", "8", "--d-vo", "8"]
 HEAL = ["heal", "{folder}/student", "--out", "{root}/out", "--block-size", "32"]
 STAGES = ["--stage1-tokens", "64", "--stage2-tokens", "64"]
+EXPORT = ["export", "{folder}/student", "--to"]
 EVAL = ["eval", "{folder}/student", "--block-size", "32", "--tokens", "64"]
 
 BAD = {
@@ -314,6 +349,21 @@ BAD = {
     "benchmark against itself": (["bench", "{folder}/student", "--against", "{folder}/student"], "twice"),
     "empty prompt": (["generate", "{folder}/student", "--prompt", ""], "empty"),
     "no chat template": (["generate", "{folder}/student", "--prompt", "x", "--chat"], "no chat template"),
+    "exporting best to stock": ([*EXPORT, "stock", "--out", "{root}/out"], "--preset portable"),
+    "exporting best to gguf": ([*EXPORT, "gguf", "--out", "{root}/out"], "--preset portable"),
+    "exporting to vllm": ([*EXPORT, "vllm", "--out", "{root}/out"], "vLLM needs no export"),
+    "exporting a teacher to stock": (
+        ["export", "{folder}/teacher", "--to", "stock", "--out", "{root}/out"],
+        "ordinary checkpoint already",
+    ),
+    "exporting to a folder that exists": ([*EXPORT, "stock", "--out", "{root}/taken"], "exists already"),
+    "exporting to a file that exists": ([*EXPORT, "gguf", "--out", "{root}/empty.txt"], "exists already"),
+    "stock with a GGUF type": ([*EXPORT, "stock", "--type", "f16", "--out", "{root}/out"], "--type is for --to gguf"),
+    "exporting an unsupported family": (
+        ["export", "{root}/gpt2", "--to", "gguf", "--out", "{root}/out"],
+        "supported are",
+    ),
+    "doctor of nothing": (["doctor", "{root}/nowhere"], "no such folder"),
     "no run": (["report", "{root}/foreign"], "no results.json"),
     "no recipe": (["run", "{root}/none.yaml", "--out", "{root}/out"], "can't read recipe"),
 }

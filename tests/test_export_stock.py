@@ -186,7 +186,7 @@ def test_what_an_ordinary_checkpoint_cannot_hold_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=said) as refusal:
         export_stock(tiny_student(name, preset, *dims), byte_tokenizer, tmp_path / "out", record={})
-    assert "transformers + kvlatent" in str(refusal.value)  # what would work
+    assert "transformers and vLLM with kvlatent" in str(refusal.value)  # what would work
     assert list(tmp_path.iterdir()) == []
 
 

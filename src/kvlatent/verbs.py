@@ -790,7 +790,7 @@ def export_model(
     """
     if to == "vllm":
         raise UserError(
-            "vLLM needs no export: with kvlatent installed beside it, it serves the folder as it is; "
+            "vLLM needs no export: with kvlatent beside it, it serves the folder as it is (kvlatent serve); "
             "for a vLLM without kvlatent take --to stock"
         )
     refuse_existing(out)

