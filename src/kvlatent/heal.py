@@ -48,7 +48,7 @@ class HealConfig:
     """Stage 1: error relative to each position's norm, or the paper's plain squared error."""
     temperature: float = 1.0
     """Divides student's and teacher's logits in the KL."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 3e-4
     """Peak; cosine to zero over each stage."""
     stage1_learning_rate: float = 5e-4
     """The same for stage 1."""

@@ -48,7 +48,7 @@ def sample_from_teacher(
     block_size: int,
     seed: int,
     temperature: float = TEMPERATURE,
-    batch_size: int = 64,
+    batch_size: int = 128,
     cache: Path | None = None,
 ) -> TokenBlocks:
     """Let the teacher write the text, one row per block: the document separator, an opening of ours, then its own.
