@@ -4,8 +4,8 @@
     kvlatent export student --to gguf --out student.gguf
     python benchmarks/llama_cpp.py teacher.gguf student.gguf
 
-One JSON object per model: MiB of float16 cache for 8,192 tokens, as llama.cpp's log says, and medians of three rounds in
-which the models take turns. The engine is the prebuilt one in `xllamacpp`, on two threads, with flash attention.
+One JSON object per model: MiB of float16 cache for 8,192 tokens, as llama.cpp's log says, and medians of three rounds,
+in which the models take turns. The engine is the prebuilt one in `xllamacpp`, on two threads, with flash attention.
 """
 
 import json
