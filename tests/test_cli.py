@@ -1,5 +1,6 @@
 """The command line: light help, one JSON object; bad input gives one line, exit code 2, and leaves nothing behind."""
 
+import itertools
 import json
 import random
 import shutil
@@ -198,6 +199,21 @@ def test_heal_evaluate_bench_generate(folder: Path, capsys: pytest.CaptureFixtur
     assert cli.main(["bench", out, *sizes]) == 0
     assert "ttft ms" in capsys.readouterr().out
 
+    grid = ["--context", "8", "16", "--batch", "1", "2", "--dtypes", "float32", "bfloat16", "--new-tokens", "2"]
+    extra = ["--repeats", "1", "--synthetic", "--own", "--memory", "0.01", "--out", f"{tmp_path}/bench"]
+    told = answer(capsys, ["bench", out, "--against", teacher, *grid, *extra])
+    assert [row["model"] for row in told["rows"]] == [out, teacher, f"{teacher} (our path)"] * 8
+    assert {(row["context"], row["batch"], row["dtype"]) for row in told["rows"]} == set(
+        itertools.product((8, 16), (1, 2), ("float32", "bfloat16"))
+    )
+    longest = {(x["model"], x["batch"], x["dtype"]): x["context"] for x in told["n_max"]}
+    assert longest[out, 1, "float32"] > 1.7 * longest[teacher, 1, "float32"] > 0
+    assert json.loads((tmp_path / "bench" / "bench.json").read_text())["rows"] == told["rows"]
+    page = (tmp_path / "bench" / "bench.html").read_text()
+    assert page.count("<svg") == 4 and "TPOT, batch 2, bfloat16" in page
+    assert cli.main(["bench", out, "--against", teacher, *grid, "--repeats", "1"]) == 0
+    assert "roofline" in capsys.readouterr().out
+
     told = answer(capsys, ["generate", out, "--prompt", "river stone", "--max-new-tokens", "3"])
     assert told["new_tokens"] == 3
     assert cli.main(["generate", out, "--prompt", "river stone", "--max-new-tokens", "3"]) == 0
@@ -346,6 +362,7 @@ BAD = {
     "evaluating on training text": ([*EVAL, "--text", "{folder}/train.txt"], "evaluate on other text"),
     "evaluating on nothing": (EVAL, "nothing to evaluate on"),
     "context too long": (["bench", "{folder}/student", "--context", "999"], "exceed the 256 positions"),
+    "own path of nothing": (["bench", "{folder}/student", "--own"], "give --against"),
     "benchmark against itself": (["bench", "{folder}/student", "--against", "{folder}/student"], "twice"),
     "empty prompt": (["generate", "{folder}/student", "--prompt", ""], "empty"),
     "no chat template": (["generate", "{folder}/student", "--prompt", "x", "--chat"], "no chat template"),

@@ -20,6 +20,7 @@ from kvlatent.spec import Preset
 
 Model = Annotated[str, arg(metavar="MODEL")]
 Number = Annotated[int, arg(metavar="N")]
+Numbers = Annotated[tuple[int, ...], arg(metavar="N…")]
 Folder = Annotated[Path, arg(metavar="DIR")]
 Sources = Annotated[tuple[str, ...], arg(metavar="F…", help_behavior_hint="")]
 
@@ -282,25 +283,44 @@ class Bench(Verb):
     """The model."""
     against: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
     """Another one, say its teacher, measured in turns with it."""
-    context: Number = 1024
-    """Tokens of the prompt."""
-    batch: Number = 1
-    """Sequences."""
+    context: Numbers = (1024,)
+    """Tokens of the prompt; several make a grid."""
+    batch: Numbers = (1,)
+    """Sequences; several make a grid."""
+    dtypes: Annotated[tuple[Literal["float32", "bfloat16", "float16"], ...], arg(metavar="T…")] = ()
+    """Dtypes of the grid; without them, --dtype."""
     new_tokens: Number = 32
     """Tokens to decode."""
+    repeats: Number = 5
+    """Rounds, after one that isn't counted."""
+    synthetic: bool = False
+    """Fill the cache with random numbers instead of a prefill, which takes long; there is no TTFT then."""
+    own: bool = False
+    """Measure the model of --against on our own cache and attention too."""
+    memory: Annotated[float | None, arg(metavar="GIB", help_behavior_hint="")] = None
+    """Also tell the longest context that fits in so much memory, for every batch and dtype, and allocate it."""
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """A new folder for bench.json and bench.html with plots."""
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
         from kvlatent.verbs import benchmark_models
 
+        place = self.common.place()
+        dtypes = self.dtypes or (place.pop("dtype"),)
         return benchmark_models(
-            self.model, against=self.against, context=self.context, batch=self.batch, new_tokens=self.new_tokens,
-            **self.common.place(),
+            self.model, against=self.against, contexts=self.context, batches=self.batch, dtypes=dtypes,
+            new_tokens=self.new_tokens, repeats=self.repeats, synthetic=self.synthetic, own=self.own,
+            memory=self.memory, out=self.out, seed=place["seed"], device=place["device"],
         )  # fmt: skip
 
     def table(self, result: dict[str, Any]) -> str:
-        keys = ("cache_bytes", "cache_bytes_per_token", "ttft_ms", "tpot_ms", "tokens_per_s", "peak_memory_bytes")
-        return _side_by_side(result, keys)
+        if len(result["rows"]) <= 2:
+            keys = ("cache_bytes", "cache_bytes_per_token", "ttft_ms", "tpot_ms", "tokens_per_s", "roofline_share")
+            return _side_by_side(result, (*keys, "peak_memory_bytes"))
+        from kvlatent.report import bench_table
+
+        return bench_table(result)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -27,13 +28,14 @@ from transformers import (
 from transformers import initialization as init
 
 from kvlatent import budget as budgets
-from kvlatent.benchmark import benchmark, cache_dims
+from kvlatent.benchmark import benchmark, cache_dims, n_max_of
 from kvlatent.calibrate import Statistics, calibrate
 from kvlatent.checkpoints import (
     check_disk,
     environment,
     load_model,
     locate,
+    new_folder,
     pick_dtype,
     record_of,
     refuse_existing,
@@ -56,8 +58,8 @@ from kvlatent.export.gguf import FileType, export_gguf
 from kvlatent.export.stock import export_stock
 from kvlatent.families import family_of
 from kvlatent.heal import HealConfig, heal
-from kvlatent.modeling import check_teacher, head_dim_of, spec_of
-from kvlatent.report import model_card, write_report
+from kvlatent.modeling import check_teacher, graft, head_dim_of, spec_of
+from kvlatent.report import bench_page, model_card, write_report
 from kvlatent.sample import sample_from_teacher
 from kvlatent.serve.launch import Engine, serve
 from kvlatent.spec import LatentSpec, Preset
@@ -681,21 +683,66 @@ def scores_of(score: Perplexity) -> dict[str, Any]:
 
 
 def benchmark_models(
-    model: str, *, against: str | None, context: int, batch: int, new_tokens: int, device: str, dtype: str, seed: int
+    model: str,
+    *,
+    against: str | None,
+    contexts: Sequence[int],
+    batches: Sequence[int],
+    dtypes: Sequence[str],
+    new_tokens: int,
+    repeats: int,
+    synthetic: bool,
+    own: bool,
+    memory: float | None,
+    out: Path | None,
+    device: str,
+    seed: int,
 ) -> dict[str, Any]:
-    """Cache bytes, TTFT, TPOT and throughput of a model; with another's, measured in turns, under `against`.
+    """Cache bytes, TTFT, TPOT, throughput and roofline of a model, over a grid, in turns with another's.
+
+    Returns:
+        The first cell's row, the other model's under `against`, all cells under `rows`, and under `n_max` the longest
+        contexts that fit in `memory` GiB.
 
     Raises:
-        UserError: A size is out of range, or a model can't be used.
+        UserError: A size is out of range, a model can't be used, or `own` asks for a model that can't be grafted.
     """
     if model == against:
         raise UserError(f"--against must be another model; got {model} twice")
+    if own and against is None:
+        raise UserError("--own measures the model of --against on our path; give --against")
+    if not (contexts and batches):
+        raise UserError("give at least one --context and one --batch")
+    if memory is not None and memory <= 0:
+        raise UserError(f"--memory must be positive; got {memory}")
     names = [model] if against is None else [model, against]
     for name in names:
         load_config(name)
-    models = {name: load_model(name, device=device, dtype=dtype)[0] for name in names}
-    rows = benchmark(models, context=context, batch=batch, new_tokens=new_tokens, seed=seed)
-    return rows[0] | ({} if against is None else {"against": rows[1]})
+    rows: list[dict[str, Any]] = []
+    n_max: list[dict[str, Any]] = []
+    with new_folder(out) if out is not None else nullcontext() as folder:
+        for dtype in dtypes:
+            models = {name: load_model(name, device=device, dtype=dtype)[0] for name in names}
+            if own and against is not None:
+                models[f"{against} (our path)"] = graft(models[against], share=True)
+            for batch in batches:
+                for context in contexts:
+                    sizes = {"context": context, "batch": batch, "new_tokens": new_tokens, "repeats": repeats}
+                    rows += benchmark(models, **sizes, synthetic=synthetic, seed=seed)
+                if memory is not None:
+                    n_max += [
+                        {"model": name, "batch": batch, **n_max_of(loaded, memory=int(memory * 2**30), batch=batch)}
+                        for name, loaded in models.items()
+                    ]
+            del models
+        result = rows[0] | ({} if against is None else {"against": rows[1]}) | {"rows": rows}
+        if n_max:
+            result |= {"memory_gib": memory, "n_max": n_max}
+        if folder is not None:
+            (folder / "bench.json").write_text(json.dumps(result, indent=2))
+            (folder / "bench.html").write_text(bench_page(result))
+            result |= {"out": str(out)}
+    return result
 
 
 def generate_text(
