@@ -17,9 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlatent import heal as heal_module
+from kvlatent.adapters import ATTENTION, FFN, MAPS
 from kvlatent.errors import UserError
-from kvlatent.heal import ATTENTION, FFN, HealConfig, Stage, heal, in_layer_losses
+from kvlatent.heal import heal
 from kvlatent.losses import hidden_mse, kl_loss, relative_error
+from kvlatent.settings import HealConfig
+from kvlatent.stages import Stage, in_layer_losses
 
 SEQ = 16
 STEP = 2 * SEQ
@@ -164,7 +167,9 @@ def test_stage_2_after_stage_1_starts_its_own_schedule_on_the_next_blocks(
 ) -> None:
     seen: list[Tensor] = []
     forward = Stage.forward
-    monkeypatch.setattr(Stage, "forward", lambda self, ids: (seen.append(ids), forward(self, ids))[1])
+    monkeypatch.setattr(
+        Stage, "forward", lambda self, ids, **options: (seen.append(ids), forward(self, ids, **options))[1]
+    )
     settings = config(stage1_learning_rate=1e-3, learning_rate=3e-4, warmup=0.0)
     heal(tiny_student("llama"), tiny_teacher("llama"), blocks, tmp_path / "work", settings)
     assert torch.equal(torch.cat(seen), blocks[:16])
@@ -181,7 +186,7 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert factors[10] == pytest.approx(0)
 
 
-@pytest.mark.parametrize("train_norms", [False, True])
+@pytest.mark.parametrize("train", [("attention", "maps"), ("attention", "maps", "norms")])
 @pytest.mark.parametrize("name", ["llama", "qwen2-mha-tied", "qwen3"])
 def test_healing_touches_only_what_it_may(
     tiny_teacher: Callable[[str], PreTrainedModel],
@@ -189,19 +194,19 @@ def test_healing_touches_only_what_it_may(
     blocks: Tensor,
     tmp_path: Path,
     name: str,
-    train_norms: bool,
+    train: tuple[str, ...],
 ) -> None:
     teacher, student = tiny_teacher(name), tiny_student(name)
     before, teacher_before = weights(student), weights(teacher)
-    healed = heal(student, teacher, blocks, tmp_path / "work", config(train_norms=train_norms, learning_rate=1e-3))
+    healed = heal(student, teacher, blocks, tmp_path / "work", config(train=train, learning_rate=1e-3))
     assert healed is student and not healed.training
     assert same(weights(teacher), teacher_before)
     after = weights(healed)
     assert after.keys() == before.keys()  # LoRA is gone
     assert not any(isinstance(module, LoraLayer) for module in healed.modules())
     for parameter_name, value in after.items():
-        trained = {*ATTENTION, *FFN} & set(parameter_name.split("."))
-        trains = train_norms if "norm" in parameter_name else bool(trained)
+        trained = {*ATTENTION, *MAPS, *FFN} & set(parameter_name.split("."))
+        trains = "norms" in train if "norm" in parameter_name else bool(trained)
         assert torch.equal(value, before[parameter_name]) != trains, parameter_name
     assert (healed.lm_head.weight is healed.model.embed_tokens.weight) == name.endswith("tied")
 
@@ -232,7 +237,9 @@ def test_trained_norms_survive_saving(
 
     student = tiny_student("qwen3")
     start = weights(student)
-    healed = heal(student, tiny_teacher("qwen3"), blocks, tmp_path / "work", config(train_norms=True))
+    healed = heal(
+        student, tiny_teacher("qwen3"), blocks, tmp_path / "work", config(train=("attention", "maps", "norms"))
+    )
     save_checkpoint(healed, byte_tokenizer, tmp_path / "model", record={})
     loaded = weights(AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32))
     assert same(loaded, weights(healed))
@@ -252,7 +259,7 @@ def test_lora_merge_keeps_the_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     unmerged: list[Tensor] = []
-    merge = heal_module._merged
+    merge = heal_module.merged
 
     def compare(trained: torch.nn.Module, student: PreTrainedModel) -> PreTrainedModel:
         assert sum(isinstance(module, LoraLayer) for module in trained.modules()) == 3 * 2
@@ -260,7 +267,7 @@ def test_lora_merge_keeps_the_logits(
             unmerged.append(trained.eval()(blocks[:4]).logits)
         return merge(trained, student)
 
-    monkeypatch.setattr(heal_module, "_merged", compare)
+    monkeypatch.setattr(heal_module, "merged", compare)
     student = tiny_student("llama")
     down = student.model.layers[0].mlp.down_proj.weight.clone()
     healed = heal(student, tiny_teacher("llama"), blocks, tmp_path / "work", config(learning_rate=5e-3))
@@ -315,12 +322,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     steps = 0
     forward = Stage.forward
 
-    def kill_once(self: Stage, ids: Tensor) -> Any:
+    def kill_once(self: Stage, **batch: Any) -> Any:
         nonlocal steps
         steps += 1
         if steps == killed_at + 1:
             os.kill(os.getpid(), number)
-        return forward(self, ids)
+        return forward(self, **batch)
 
     monkeypatch.setattr(Stage, "forward", kill_once)
     with pytest.raises(KeyboardInterrupt):
@@ -342,7 +349,7 @@ def test_a_run_that_dies_without_warning_resumes_from_its_last_save(
 ) -> None:
     models = tiny_teacher, tiny_student
     whole = run(*models, blocks, tmp_path / "whole", config(save_minutes=0))
-    save, saves = heal_module._save_state, []
+    save, saves = heal_module.save_state, []
 
     def die_while_saving(*args: Any) -> None:
         saves.append(args)
@@ -352,7 +359,7 @@ def test_a_run_that_dies_without_warning_resumes_from_its_last_save(
         save(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(heal_module, "_save_state", die_while_saving)
+        patch.setattr(heal_module, "save_state", die_while_saving)
         with pytest.raises(RuntimeError, match="power cut"):
             run(*models, blocks, tmp_path / "killed", config(save_minutes=0))
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
@@ -430,7 +437,8 @@ def test_paper_settings_are_the_papers() -> None:
     assert (train.learning_rate, distill.learning_rate, distill.temperature) == (2e-5, 2e-7, 10.0)
     for settings in (train, distill):
         assert (settings.lora_rank, settings.lora_alpha, settings.eps, settings.weight_decay) == (256, 512, 2e-4, 0.01)
-        assert (settings.warmup, settings.clip, settings.batch_size, settings.train_norms) == (0.0, None, 8, True)
+        assert (settings.warmup, settings.clip, settings.batch_size) == (0.0, None, 8)
+        assert settings.train == ("attention", "maps", "norms")
         assert settings.stage1_loss == "mse"
 
 
@@ -446,14 +454,15 @@ DATA_PARALLEL = """
 import sys
 from pathlib import Path
 import torch
-from kvlatent.heal import HealConfig, heal
+from kvlatent.heal import heal
+from kvlatent.settings import HealConfig
 from kvlatent.modeling import MODELS
 from transformers import AutoModelForCausalLM
 folder, batch_size = Path(sys.argv[1]), int(sys.argv[2])
 blocks = torch.load(folder / "blocks.pt")
 teacher, student = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("teacher", "student"))
 config = HealConfig(stage1_tokens=64 * 4, stage2_tokens=64 * 4, lora_rank=4, lora_alpha=8, batch_size=batch_size,
-                    train_norms=True)
+                    train=("attention", "maps", "norms"))
 heal(student, teacher, blocks, folder / f"work{batch_size}", config)
 """
 
@@ -495,6 +504,6 @@ def test_the_teacher_is_neither_trained_nor_saved(
     tiny_teacher: Callable[[str], PreTrainedModel], tiny_student: Callable[..., PreTrainedModel]
 ) -> None:
     student = tiny_student("llama")
-    stage = Stage(student, student, tiny_teacher("llama"), 1, config())
+    stage = Stage(student, student, tiny_teacher("llama"), config())
     assert {id(p) for p in stage.parameters()} == {id(p) for p in student.parameters()}
     assert len(copy.deepcopy(stage.state_dict())) == len(student.state_dict())

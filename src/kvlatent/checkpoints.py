@@ -41,6 +41,13 @@ def pick_device(name: str = "auto") -> torch.device:
     return accelerator or torch.device("cpu")
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16; emulated, it is many times slower than float32."""
+    if device.type == "cpu":
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 on accelerators and float32 on the CPU."""
     if name == "auto":

@@ -159,8 +159,20 @@ class Heal(Verb):
     """Tokens of in-layer distillation; 0 leaves it out."""
     stage2_tokens: Number
     """Tokens of end-to-end training; 0 leaves it out."""
-    loss: Literal["kl", "ntp"] = "kl"
-    """Stage 2: KL to the teacher, or next-token prediction."""
+    loss: Literal["kl", "ntp", "mix"] = "kl"
+    """Stage 2: KL to the teacher, next-token prediction, or both."""
+    kl_weight: Annotated[float | None, arg(metavar="X", help_behavior_hint="(default: 0.5)")] = None
+    """Share of the KL in mix."""
+    temperature: Annotated[float | None, arg(metavar="T", help_behavior_hint="")] = None
+    """Divides both models' logits in the KL."""
+    temperature_squared: bool = False
+    """Multiply the KL by T², so that its gradients keep their size."""
+    teacher_cache: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """Keep the teacher's likeliest tokens there, and use them in stage 2 instead of the teacher."""
+    top_k: Number = 64
+    """How many of them per position; all others count as one."""
+    stream_layers: bool = False
+    """Stage 1 one layer after the other, the others off the device and hidden states on disk: the same weights."""
     resume: bool = False
     """Continue the interrupted healing of OUT."""
     lora_rank: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
@@ -168,7 +180,11 @@ class Heal(Verb):
     learning_rate: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
     """Peak learning rate of both stages."""
     batch_size: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
-    """Blocks per step."""
+    """Blocks per forward and process."""
+    accumulate: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
+    """Forwards per step."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time."""
     block_size: Number = 512
     """Tokens per block."""
     teacher: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="(default: the one in the record)")] = None
@@ -178,18 +194,15 @@ class Heal(Verb):
     def run(self) -> dict[str, Any]:
         from kvlatent.verbs import heal_folder
 
-        changes = {
-            "stage1_tokens": self.stage1_tokens,
-            "stage2_tokens": self.stage2_tokens,
-            "loss": self.loss,
-            "lora_rank": self.lora_rank,
-            "learning_rate": self.learning_rate,
-            "stage1_learning_rate": self.learning_rate,
-            "batch_size": self.batch_size,
-        }
+        names = (
+            "stage1_tokens", "stage2_tokens", "loss", "kl_weight", "temperature", "temperature_squared",
+            "stream_layers", "lora_rank", "learning_rate", "batch_size", "accumulate", "checkpointing",
+        )  # fmt: skip
+        changes = {name: getattr(self, name) for name in names} | {"stage1_learning_rate": self.learning_rate}
         return heal_folder(
             str(self.student), self.out, text=self.text, block_size=self.block_size, changes=changes,
-            teacher=self.teacher, resume=self.resume, **self.common.place(),
+            teacher=self.teacher, resume=self.resume, cache=self.teacher_cache, top_k=self.top_k,
+            **self.common.place(),
         )  # fmt: skip
 
     def how_to_resume(self) -> str:

@@ -28,8 +28,8 @@ from kvlatent.convert import check_request
 from kvlatent.data import TokenBlocks, check_held_out
 from kvlatent.errors import UserError
 from kvlatent.evaluate import Perplexity, compare, perplexity
-from kvlatent.heal import HealConfig
 from kvlatent.report import model_card, write_report
+from kvlatent.settings import HealConfig
 from kvlatent.spec import Preset
 from kvlatent.verbs import (
     BATCH_SIZE,
@@ -73,11 +73,17 @@ class Healing(_Entry):
     """The preset whose hyperparameters are changed; the student's own by default."""
     stage1_tokens: int = Field(ge=0)
     stage2_tokens: int = Field(ge=0)
-    loss: Literal["kl", "ntp"] = "kl"
+    loss: Literal["kl", "ntp", "mix"] = "kl"
+    kl_weight: float | None = Field(default=None, gt=0, lt=1)
+    temperature: float | None = Field(default=None, gt=0)
+    temperature_squared: bool | None = None
+    stream_layers: bool | None = None
     learning_rate: float | None = Field(default=None, gt=0)
     stage1_learning_rate: float | None = Field(default=None, gt=0)
     lora_rank: int | None = Field(default=None, ge=0)
     batch_size: PositiveInt | None = None
+    accumulate: PositiveInt | None = None
+    checkpointing: bool | None = None
 
     def settings(self, preset: Preset, seed: int) -> HealConfig:
         """The hyperparameters for a student of `preset`."""

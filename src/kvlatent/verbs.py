@@ -30,6 +30,8 @@ from kvlatent.checkpoints import (
     environment,
     load_model,
     locate,
+    multiplies_bfloat16,
+    pick_device,
     pick_dtype,
     record_of,
     refuse_existing,
@@ -40,10 +42,14 @@ from kvlatent.data import TokenBlocks, check_held_out, sample_from_teacher, toke
 from kvlatent.errors import UserError
 from kvlatent.evaluate import Perplexity, compare, lm_eval_tasks, needle, perplexity
 from kvlatent.families import family_of
-from kvlatent.heal import HealConfig, heal
+from kvlatent.heal import heal
 from kvlatent.modeling import check_teacher, head_dim_of, spec_of
 from kvlatent.report import model_card, write_report
+from kvlatent.settings import HealConfig
 from kvlatent.spec import LatentSpec, Preset
+from kvlatent.streaming import hidden_bytes
+from kvlatent.teacher_cache import BYTES as TOP_K_BYTES
+from kvlatent.teacher_cache import TeacherCache
 
 TEACHER_TEXT = "teacher"
 """The text source that stands for text sampled from the teacher."""
@@ -377,6 +383,8 @@ def heal_folder(
     changes: dict[str, Any],
     teacher: str | None,
     resume: bool,
+    cache: Path | None,
+    top_k: int,
     device: str,
     dtype: str,
     seed: int,
@@ -391,6 +399,8 @@ def heal_folder(
         changes: Fields of `HealConfig` that differ from the preset's defaults.
         teacher: Its teacher; None is the one that `start` was converted from.
         resume: Continue the interrupted healing of `out`.
+        cache: Folder for the teacher's likeliest tokens, used in stage 2 instead of the teacher.
+        top_k: How many of them.
         device: Where to train; master weights are float32.
         dtype: Of the weights written; `auto` is that of `start`.
         seed: Of the order of the text and of LoRA's start.
@@ -416,16 +426,26 @@ def heal_folder(
     settings = heal_config(LatentSpec.from_dict(config.latent).preset, changes, seed)
     tokenizer = load_tokenizer(start)
 
+    if not 0 < top_k <= config.vocab_size:
+        raise UserError(f"top_k must be between 1 and the vocabulary's {config.vocab_size}; got {top_k}")
+
     @lru_cache(maxsize=1)
     def teacher_model() -> PreTrainedModel:
-        return load_model(name, device=device, dtype="float32")[0]
+        return load_teacher(name, device=device, stream_layers=settings.stream_layers)
 
     tokens = healing_blocks(settings, block_size) * block_size
     blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=teacher_model)
     return heal_student(
         start, out, teacher=teacher_model(), blocks=blocks, settings=settings, resume=resume, device=device,
-        dtype=stored_dtype(config, dtype),
+        dtype=stored_dtype(config, dtype), cache=None if cache is None else TeacherCache(cache, top_k),
     )  # fmt: skip
+
+
+def load_teacher(name: str, *, device: str, stream_layers: bool) -> PreTrainedModel:
+    """A teacher to heal by: on the host if layers are streamed, in bfloat16 where the hardware computes in it."""
+    place = pick_device(device)
+    dtype = "bfloat16" if multiplies_bfloat16(place) else "float32"
+    return load_model(name, device="cpu" if stream_layers else str(place), dtype=dtype)[0]
 
 
 def heal_config(preset: Preset, changes: dict[str, Any], seed: int) -> HealConfig:
@@ -438,8 +458,13 @@ def heal_config(preset: Preset, changes: dict[str, Any], seed: int) -> HealConfi
     for field in ("stage1_tokens", "stage2_tokens", "lora_rank"):
         if getattr(settings, field) < 0:
             raise UserError(f"{field} must not be negative; got {getattr(settings, field)}")
-    if settings.batch_size < 1:
-        raise UserError(f"batch_size must be at least 1; got {settings.batch_size}")
+    for field in ("batch_size", "accumulate"):
+        if getattr(settings, field) < 1:
+            raise UserError(f"{field} must be at least 1; got {getattr(settings, field)}")
+    if settings.temperature <= 0:
+        raise UserError(f"temperature must be above 0; got {settings.temperature}")
+    if not 0 < settings.kl_weight < 1:
+        raise UserError(f"kl_weight is the KL's share in mix, between 0 and 1; got {settings.kl_weight}")
     if settings.stage1_tokens + settings.stage2_tokens == 0:
         raise UserError("healing needs tokens for stage 1, stage 2 or both; got 0 and 0")
     return settings
@@ -460,6 +485,7 @@ def heal_student(
     resume: bool,
     device: str,
     dtype: torch.dtype,
+    cache: TeacherCache | None = None,
 ) -> dict[str, Any]:
     """Train the student in folder `start` on ready blocks and write it to `out`.
 
@@ -467,10 +493,14 @@ def heal_student(
         UserError: No disk space, or the training failed.
         KeyboardInterrupt: Interrupted; the state is in `work_folder(out)`.
     """
-    student, tokenizer = load_model(start, device=device, dtype="float32")
-    check_disk(out, _weight_bytes(student, dtype) + 2 * _state_bytes(student, settings) + 50_000_000)
+    place = pick_device(device)
+    host = "cpu" if settings.stream_layers else str(place)
+    student, tokenizer = load_model(start, device=host, dtype="float32")
+    check_disk(out, _weight_bytes(student, dtype) + _work_bytes(student, teacher, settings) + 50_000_000)
+    if cache is not None:
+        check_disk(cache.folder, settings.stage2_tokens * cache.k * TOP_K_BYTES)
     began, work = time.monotonic(), work_folder(out)
-    student = heal(student, teacher, blocks.ids, work, settings, resume=resume)
+    student = heal(student, teacher, blocks.ids, work, settings, resume=resume, cache=cache, device=place)
     record = record_of(start)
     step = {"verb": "heal", "text": list(blocks.sources), "block_size": blocks.ids.shape[1], **asdict(settings)}
     step["seconds"] = time.monotonic() - began
@@ -495,13 +525,19 @@ def heal_student(
     }
 
 
-def _state_bytes(student: PreTrainedModel, settings: HealConfig) -> int:
-    """About what one resumable state takes: every weight, LoRA, and AdamW's two moments of what trains, in float32."""
+def _work_bytes(student: PreTrainedModel, teacher: PreTrainedModel, settings: HealConfig) -> int:
+    """About what healing's work folder takes: two states and, if layers are streamed, their hidden states.
+
+    A state is what trains and AdamW's two moments of it, in float32.
+    """
     trained = 0
     for layer in student.model.layers:
         trained += sum(p.numel() for p in layer.self_attn.parameters())
         trained += sum(sum(p.shape) for p in layer.mlp.parameters() if p.ndim == 2) * settings.lora_rank
-    return 4 * (sum(p.numel() for p in student.parameters()) + 3 * trained)
+    states = 2 * 3 * 4 * trained
+    if not settings.stream_layers:
+        return states
+    return states + hidden_bytes(settings.stage1_tokens, student.config.hidden_size, teacher.dtype)
 
 
 # --- evaluate, bench, generate ---------------------------------------------------------------------------------------
