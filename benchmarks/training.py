@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def with_trainer(student: Any, teacher: Any, ids: Any, steps: int, batch: int) -
             train_dataset=[{"input_ids": row} for row in ids],
             callbacks=[Clock()],
         ).train()  # fmt: skip
-    return [b - a for a, b in zip(times, times[1:], strict=False)]
+    return [b - a for a, b in pairwise(times)]
 
 
 def with_heal(student: Any, teacher: Any, ids: Any, batch: int, case: str) -> list[float]:
