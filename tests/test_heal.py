@@ -4,8 +4,6 @@ import copy
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -446,58 +444,6 @@ def test_any_lora_rank_keeps_the_papers_ratio_of_alpha() -> None:
     assert HealConfig.for_preset("paper", lora_rank=16).lora_alpha == 32
     assert HealConfig.for_preset("best", lora_rank=16, lora_alpha=5).lora_alpha == 5
     assert HealConfig.for_preset("best", lora_rank=None) == HealConfig()
-
-
-# --- many devices
-
-DATA_PARALLEL = """
-import sys
-from pathlib import Path
-import torch
-from kvlatent.heal import heal
-from kvlatent.settings import HealConfig
-from kvlatent.modeling import MODELS
-from transformers import AutoModelForCausalLM
-folder, batch_size = Path(sys.argv[1]), int(sys.argv[2])
-blocks = torch.load(folder / "blocks.pt")
-teacher, student = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("teacher", "student"))
-config = HealConfig(stage1_tokens=64 * 4, stage2_tokens=64 * 4, lora_rank=4, lora_alpha=8, batch_size=batch_size,
-                    train=("attention", "maps", "norms"))
-heal(student, teacher, blocks, folder / f"work{batch_size}", config)
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_follow_one_process_of_twice_the_batch(
-    tiny_teacher: Callable[[str], PreTrainedModel],
-    tiny_student: Callable[..., PreTrainedModel],
-    blocks: Tensor,
-    tmp_path: Path,
-) -> None:
-    tiny_teacher("llama").save_pretrained(tmp_path / "teacher")
-    tiny_student("llama").save_pretrained(tmp_path / "student")
-    torch.save(blocks, tmp_path / "blocks.pt")
-    script = tmp_path / "heal_it.py"
-    script.write_text(DATA_PARALLEL)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    for command, batch_size in ((launcher, 2), ([sys.executable], 4)):
-        done = subprocess.run(
-            [*command, str(script), str(tmp_path), str(batch_size)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=environment,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    two, one = (metrics(tmp_path / f"work{batch_size}") for batch_size in (2, 4))
-    assert [(line["stage"], line["step"], line["tokens"]) for line in two] == [
-        (line["stage"], line["step"], line["tokens"]) for line in one
-    ]
-    assert [line["lr"] for line in two] == [line["lr"] for line in one]
-    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-3)
-    for a, b in zip(two[:4], one[:4], strict=True):
-        assert a["layer_loss"] == pytest.approx(b["layer_loss"], rel=1e-3)
 
 
 def test_the_teacher_is_neither_trained_nor_saved(

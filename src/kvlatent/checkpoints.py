@@ -11,11 +11,13 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import kvlatent
@@ -29,7 +31,7 @@ RECORD = "kvlatent.json"
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` takes the first accelerator, or the CPU."""
+    """`auto` takes the first accelerator (under a launcher, the process's own), or the CPU."""
     if name != "auto":
         try:
             device = torch.device(name)
@@ -38,7 +40,15 @@ def pick_device(name: str = "auto") -> torch.device:
             raise UserError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from None
         return device
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator or torch.device("cpu")
+    if accelerator is None:
+        return torch.device("cpu")
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def processes(device: torch.device) -> PartialState:
+    """The processes that a launcher started, or this one alone; they wait for each other as long as it takes."""
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    return PartialState(cpu=device.type == "cpu", **({} if alone else {"timeout": timedelta(days=7)}))
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

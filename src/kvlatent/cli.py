@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -185,6 +186,8 @@ class Heal(Verb):
     """Forwards per step."""
     checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Of matrix products; weights stay float32. auto: as accelerate launch says, or bf16 where the hardware has it."""
     block_size: Number = 512
     """Tokens per block."""
     teacher: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="(default: the one in the record)")] = None
@@ -197,6 +200,7 @@ class Heal(Verb):
         names = (
             "stage1_tokens", "stage2_tokens", "loss", "kl_weight", "temperature", "temperature_squared",
             "stream_layers", "lora_rank", "learning_rate", "batch_size", "accumulate", "checkpointing",
+            "mixed_precision",
         )  # fmt: skip
         changes = {name: getattr(self, name) for name in names} | {"stage1_learning_rate": self.learning_rate}
         return heal_folder(
@@ -382,6 +386,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"kvlatent: interrupted; {verb.how_to_resume()}", file=sys.stderr)
         return 130
+    if os.environ.get("RANK", "0") != "0":  # a launcher started several processes: the first one speaks
+        return 0
     print(json.dumps(result, indent=2, ensure_ascii=False) if verb.common.json else verb.table(result))
     return 0
 

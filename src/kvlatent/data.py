@@ -28,7 +28,7 @@ from typing import Any
 
 import mwparserfromhell
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -454,6 +454,8 @@ class TokenBlocks:
     sources: tuple[str, ...]
     fingerprints: frozenset[str]
     """One per document of which at least a token is in `ids`."""
+    answers: Bool[Tensor, "blocks block_size"] | None = None
+    """The tokens of `ids` that are an assistant's answers; None where the text is no chat."""
 
 
 @dataclass(frozen=True)
@@ -540,6 +542,32 @@ def token_blocks(
         given[index] += len(piece.ids) + 1
     ids = torch.tensor(stream[: blocks * block_size], dtype=torch.int64).view(blocks, block_size)
     return TokenBlocks(ids, covered, tuple(sources), frozenset(used))
+
+
+def save_blocks(blocks: TokenBlocks, path: Path) -> None:
+    """Write token blocks and what is known of them as one safetensors file."""
+    about = {"bytes": blocks.bytes, "sources": blocks.sources, "fingerprints": sorted(blocks.fingerprints)}
+    tensors = {"ids": blocks.ids} if blocks.answers is None else {"ids": blocks.ids, "answers": blocks.answers}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(tensors, partial, metadata={"about": json.dumps(about)})
+    partial.replace(path)
+
+
+def load_blocks(path: Path) -> TokenBlocks:
+    """Read what `save_blocks` wrote.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["about"])
+            ids: Int64[Tensor, "blocks block_size"] = file.get_tensor("ids")
+            answers = file.get_tensor("answers") if "answers" in file.keys() else None  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} can't be read as token blocks ({error}); remove it to make it again") from None
+    return TokenBlocks(ids, about["bytes"], tuple(about["sources"]), frozenset(about["fingerprints"]), answers)
 
 
 def check_held_out(used: Iterable[str], held_out: TokenBlocks) -> None:

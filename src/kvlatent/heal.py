@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel
 
 from kvlatent.adapters import merged, with_adapters
 from kvlatent.allocator import freed_memory_kept
-from kvlatent.checkpoints import multiplies_bfloat16
+from kvlatent.checkpoints import multiplies_bfloat16, processes
 from kvlatent.errors import UserError
 from kvlatent.settings import HealConfig
 from kvlatent.stages import Batch, Stage, Text
@@ -103,11 +104,7 @@ class _Healing:
     ) -> None:
         self.teacher, self.text, self.config, self.cache = teacher, text, config, cache
         self.work, self.metrics, self.interrupted = work, work / "metrics.jsonl", interrupted
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if multiplies_bfloat16(device) else "no",
-            cpu=device.type == "cpu",
-            gradient_accumulation_steps=config.accumulate,
-        )
+        self.accelerator = _accelerator(config, device)
         block_size = text.ids.shape[1]
         self.per_step = config.batch_size * config.accumulate * self.accelerator.num_processes
         self.step_tokens = self.per_step * block_size
@@ -339,6 +336,33 @@ def cosine(step: int, total: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def _accelerator(config: HealConfig, device: torch.device) -> Accelerator:
+    """The processes and devices, as the launcher's environment says.
+
+    Raises:
+        UserError: DeepSpeed was asked for, or fp16 on a CPU.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise UserError("healing can't save DeepSpeed's state; FSDP2 shards the same: accelerate launch --use_fsdp")
+    precision: str = config.mixed_precision
+    if precision == "auto":
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        precision = launched if launched != "no" else "bf16" if multiplies_bfloat16(device) else "no"
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("mixed precision fp16 needs an accelerator; use bf16 or no on the CPU")
+    processes(device)
+    accelerator = Accelerator(
+        mixed_precision=precision, cpu=device.type == "cpu", gradient_accumulation_steps=config.accumulate
+    )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and accelerator.num_processes > 1:
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise UserError("healing needs FSDP2: accelerate launch --use_fsdp --fsdp_version 2")
+        if accelerator.distributed_type == DistributedType.MULTI_CPU:  # accelerate leaves CPUs out; torch doesn't
+            accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            accelerator.state.distributed_type = DistributedType.FSDP
+    return accelerator
 
 
 def _without_weights(module: nn.Module) -> nn.Module:

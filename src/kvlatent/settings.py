@@ -55,6 +55,8 @@ class HealConfig:
     """Forwards per step, whose gradients are averaged."""
     checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Of matrix products; weights and their updates are float32. `auto`: accelerate's choice, or bf16 in hardware."""
     save_minutes: float = 5.0
     """A killed run loses at most this much."""
     seed: int = 0

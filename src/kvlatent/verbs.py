@@ -33,12 +33,13 @@ from kvlatent.checkpoints import (
     multiplies_bfloat16,
     pick_device,
     pick_dtype,
+    processes,
     record_of,
     refuse_existing,
     save_checkpoint,
 )
 from kvlatent.convert import check_request, convert
-from kvlatent.data import TokenBlocks, check_held_out, sample_from_teacher, token_blocks
+from kvlatent.data import TokenBlocks, check_held_out, load_blocks, sample_from_teacher, save_blocks, token_blocks
 from kvlatent.errors import UserError
 from kvlatent.evaluate import Perplexity, compare, lm_eval_tasks, needle, perplexity
 from kvlatent.families import family_of
@@ -368,9 +369,9 @@ def _card(record: dict[str, Any], spec: LatentSpec) -> str:
     return model_card(results, spec.to_dict())
 
 
-def healing_blocks(config: HealConfig, block_size: int) -> int:
+def healing_blocks(config: HealConfig, block_size: int, processes: int) -> int:
     """Blocks that both stages take, each stage rounded up to whole steps."""
-    per_step = config.batch_size
+    per_step = config.batch_size * config.accumulate * processes
     return sum(math.ceil(n / (per_step * block_size)) * per_step for n in (config.stage1_tokens, config.stage2_tokens))
 
 
@@ -433,12 +434,24 @@ def heal_folder(
     def teacher_model() -> PreTrainedModel:
         return load_teacher(name, device=device, stream_layers=settings.stream_layers)
 
-    tokens = healing_blocks(settings, block_size) * block_size
-    blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=teacher_model)
-    return heal_student(
+    group = processes(pick_device(device))
+    tokens = healing_blocks(settings, block_size, group.num_processes) * block_size
+    kept = out.with_name(f".{out.name}.text.safetensors")
+    if group.is_main_process and not (resume and kept.is_file()):
+        save_blocks(
+            read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=teacher_model), kept
+        )
+    group.wait_for_everyone()
+    blocks = load_blocks(kept)
+    if set(blocks.sources) != set(text) or blocks.ids.shape != (tokens // block_size, block_size):
+        raise UserError(f"the healing of {out} was begun with other text; use the same, or start without --resume")
+    result = heal_student(
         start, out, teacher=teacher_model(), blocks=blocks, settings=settings, resume=resume, device=device,
         dtype=stored_dtype(config, dtype), cache=None if cache is None else TeacherCache(cache, top_k),
     )  # fmt: skip
+    if group.is_main_process:
+        kept.unlink()
+    return result
 
 
 def load_teacher(name: str, *, device: str, stream_layers: bool) -> PreTrainedModel:
@@ -494,16 +507,18 @@ def heal_student(
         KeyboardInterrupt: Interrupted; the state is in `work_folder(out)`.
     """
     place = pick_device(device)
-    host = "cpu" if settings.stream_layers else str(place)
+    group, host = processes(place), "cpu" if settings.stream_layers else str(place)
     student, tokenizer = load_model(start, device=host, dtype="float32")
     check_disk(out, _weight_bytes(student, dtype) + _work_bytes(student, teacher, settings) + 50_000_000)
     if cache is not None:
         check_disk(cache.folder, settings.stage2_tokens * cache.k * TOP_K_BYTES)
     began, work = time.monotonic(), work_folder(out)
-    student = heal(student, teacher, blocks.ids, work, settings, resume=resume, cache=cache, device=place)
+    student = heal(
+        student, teacher, blocks.ids, work, settings, resume=resume, answers=blocks.answers, cache=cache, device=place
+    )
     record = record_of(start)
     step = {"verb": "heal", "text": list(blocks.sources), "block_size": blocks.ids.shape[1], **asdict(settings)}
-    step["seconds"] = time.monotonic() - began
+    step |= {"processes": group.num_processes, "seconds": time.monotonic() - began}
     record |= {
         "fingerprints": sorted(blocks.fingerprints.union(record.get("fingerprints", ()))),
         "steps": [*record.get("steps", ()), step | {"record": environment()}],
@@ -511,10 +526,13 @@ def heal_student(
     record.setdefault("teacher", teacher.config._name_or_path)
     spec = spec_of(student)
     assert spec is not None
-    save_checkpoint(student.to(dtype), tokenizer, out, record=record, card=_card(record, spec))
-    shutil.copyfile(work / "metrics.jsonl", out / "metrics.jsonl")
-    shutil.rmtree(work)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+    if group.is_main_process:
+        save_checkpoint(student.to(dtype), tokenizer, out, record=record, card=_card(record, spec))
+        shutil.copyfile(work / "metrics.jsonl", out / "metrics.jsonl")
+    group.wait_for_everyone()
+    if group.is_main_process:
+        shutil.rmtree(work)
     losses = {stage: [line["loss"] for line in lines if line["stage"] == stage] for stage in (1, 2)}
     return {
         "out": str(out),
