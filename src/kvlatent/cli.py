@@ -84,7 +84,7 @@ class Calibrate(Verb):
     model: Positional[Model]
     """The teacher."""
     text: Sources
-    """Calibration text: files, folders, package:NAME, hf:ID; or teacher, for text that the teacher writes."""
+    """Calibration text: files, folders, package:NAME, hf:ID[:CONFIG[:SPLIT]]; or teacher, for text that it writes."""
     out: Annotated[Path, arg(metavar="STATS")]
     """The file to write."""
     tokens: Number = 16384
@@ -155,7 +155,9 @@ class Heal(Verb):
     out: Folder
     """The new folder."""
     text: Sources
-    """Training text, as for calibrate."""
+    """Training text, as for calibrate; of chats, losses are taken on the answers alone."""
+    separate_documents: bool = False
+    """Keep documents in a block from seeing each other; slower on the CPU."""
     stage1_tokens: Number
     """Tokens of in-layer distillation; 0 leaves it out."""
     stage2_tokens: Number
@@ -206,7 +208,7 @@ class Heal(Verb):
         return heal_folder(
             str(self.student), self.out, text=self.text, block_size=self.block_size, changes=changes,
             teacher=self.teacher, resume=self.resume, cache=self.teacher_cache, top_k=self.top_k,
-            **self.common.place(),
+            separate_documents=self.separate_documents, **self.common.place(),
         )  # fmt: skip
 
     def how_to_resume(self) -> str:

@@ -39,7 +39,15 @@ from kvlatent.checkpoints import (
     save_checkpoint,
 )
 from kvlatent.convert import check_request, convert
-from kvlatent.data import TokenBlocks, check_held_out, load_blocks, sample_from_teacher, save_blocks, token_blocks
+from kvlatent.data import (
+    TokenBlocks,
+    check_held_out,
+    load_blocks,
+    sample_from_teacher,
+    save_blocks,
+    separator_id,
+    token_blocks,
+)
 from kvlatent.errors import UserError
 from kvlatent.evaluate import Perplexity, compare, lm_eval_tasks, needle, perplexity
 from kvlatent.families import family_of
@@ -187,8 +195,13 @@ def read_text(
         return written
     read = token_blocks(others, tokenizer, block_size=block_size, tokens=tokens - written.ids.numel(), seed=seed)
     ids = torch.cat((written.ids, read.ids))
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    answers = None
+    if read.answers is not None:
+        answers = torch.cat((torch.ones_like(written.ids, dtype=torch.bool), read.answers))[order]
     return TokenBlocks(
-        ids=ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))],
+        ids=ids[order],
+        answers=answers,
         bytes=written.bytes + read.bytes,
         sources=tuple(dict.fromkeys(sources)),
         fingerprints=written.fingerprints | read.fingerprints,
@@ -386,6 +399,7 @@ def heal_folder(
     resume: bool,
     cache: Path | None,
     top_k: int,
+    separate_documents: bool,
     device: str,
     dtype: str,
     seed: int,
@@ -402,6 +416,7 @@ def heal_folder(
         resume: Continue the interrupted healing of `out`.
         cache: Folder for the teacher's likeliest tokens, used in stage 2 instead of the teacher.
         top_k: How many of them.
+        separate_documents: Keep documents in a block from seeing each other.
         device: Where to train; master weights are float32.
         dtype: Of the weights written; `auto` is that of `start`.
         seed: Of the order of the text and of LoRA's start.
@@ -448,6 +463,7 @@ def heal_folder(
     result = heal_student(
         start, out, teacher=teacher_model(), blocks=blocks, settings=settings, resume=resume, device=device,
         dtype=stored_dtype(config, dtype), cache=None if cache is None else TeacherCache(cache, top_k),
+        separator=separator_id(tokenizer) if separate_documents else None,
     )  # fmt: skip
     if group.is_main_process:
         kept.unlink()
@@ -499,6 +515,7 @@ def heal_student(
     device: str,
     dtype: torch.dtype,
     cache: TeacherCache | None = None,
+    separator: int | None = None,
 ) -> dict[str, Any]:
     """Train the student in folder `start` on ready blocks and write it to `out`.
 
@@ -514,8 +531,9 @@ def heal_student(
         check_disk(cache.folder, settings.stage2_tokens * cache.k * TOP_K_BYTES)
     began, work = time.monotonic(), work_folder(out)
     student = heal(
-        student, teacher, blocks.ids, work, settings, resume=resume, answers=blocks.answers, cache=cache, device=place
-    )
+        student, teacher, blocks.ids, work, settings, resume=resume, answers=blocks.answers, separator=separator,
+        cache=cache, device=place,
+    )  # fmt: skip
     record = record_of(start)
     step = {"verb": "heal", "text": list(blocks.sources), "block_size": blocks.ids.shape[1], **asdict(settings)}
     step |= {"processes": group.num_processes, "seconds": time.monotonic() - began}
