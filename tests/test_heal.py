@@ -45,7 +45,10 @@ def metrics(work: Path) -> list[dict[str, Any]]:
 
 
 def without_speed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in ("tokens_per_s", "peak_memory_bytes")}
+        for line in lines
+    ]
 
 
 def weights(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -257,15 +260,15 @@ def test_lora_merge_keeps_the_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     unmerged: list[Tensor] = []
-    merge = heal_module.merged
+    finish = heal_module.finished
 
-    def compare(trained: torch.nn.Module, student: PreTrainedModel) -> PreTrainedModel:
+    def compare(trained: torch.nn.Module, *options: Any) -> PreTrainedModel:
         assert sum(isinstance(module, LoraLayer) for module in trained.modules()) == 3 * 2
         with torch.no_grad():
             unmerged.append(trained.eval()(blocks[:4]).logits)
-        return merge(trained, student)
+        return finish(trained, *options)
 
-    monkeypatch.setattr(heal_module, "merged", compare)
+    monkeypatch.setattr(heal_module, "finished", compare)
     student = tiny_student("llama")
     down = student.model.layers[0].mlp.down_proj.weight.clone()
     healed = heal(student, tiny_teacher("llama"), blocks, tmp_path / "work", config(learning_rate=5e-3))
@@ -380,7 +383,84 @@ def test_resume_of_nothing_starts_and_a_new_start_forgets(
     assert len(metrics(tmp_path / "work")) == 8
 
 
+# --- watching, and what is left in the end
+
+
+def test_held_out_perplexity_is_measured_on_the_way_and_tensorboard_is_told(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from kvlatent.evaluate import perplexity
+
+    settings = config(eval_tokens=2 * STEP, learning_rate=1e-3)
+    models = tiny_student("llama"), tiny_teacher("llama")
+    work = tmp_path / "work"
+    healed = heal(*models, blocks[:-6], work, settings, held_out=blocks[-6:], track=["tensorboard"])
+    lines = metrics(work)
+    assert [line["step"] for line in lines if "held_out_perplexity" in line] == [1, 3, 1, 3]
+    wanted = perplexity(healed, blocks[-6:], text_bytes=100, batch_size=2).perplexity
+    assert lines[-1]["held_out_perplexity"] == pytest.approx(wanted, rel=1e-4)
+    assert all(line["peak_memory_bytes"] > 1e7 for line in lines)
+    (events,) = (file.parent for file in (work / "tracked").glob("events*"))
+    told = EventAccumulator(str(events)).Reload()
+    assert [event.value for event in told.Scalars("stage2/loss")] == pytest.approx(
+        [line["loss"] for line in lines if line["stage"] == 2]
+    )
+    unwatched = heal(tiny_student("llama"), tiny_teacher("llama"), blocks[:-6], tmp_path / "unwatched", settings)
+    assert same(weights(unwatched), weights(healed))
+
+
+@pytest.mark.parametrize("how", ["keep", "save"])
+def test_adapters_can_be_kept_apart(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+    how: str,
+) -> None:
+    from peft import PeftModel
+
+    def run(how: str) -> PreTrainedModel:
+        settings = config(adapters=how, learning_rate=5e-3)
+        return heal(tiny_student("llama"), tiny_teacher("llama"), blocks, tmp_path / how, settings)
+
+    merged, healed = run("merge"), run(how)
+    assert not any(isinstance(module, LoraLayer) for module in healed.modules())
+    down = [model.model.layers[0].mlp.down_proj.weight for model in (healed, tiny_student("llama"), merged)]
+    assert torch.equal(down[0], down[1]) == (how == "keep")
+    assert torch.equal(down[0], down[2]) == (how == "save")
+    assert not (tmp_path / "merge" / "adapters").exists()
+    base = healed if how == "keep" else copy.deepcopy(healed)
+    if how == "save":
+        for layer, start in zip(base.model.layers, tiny_student("llama").model.layers, strict=True):
+            layer.mlp.load_state_dict(start.mlp.state_dict())
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / how / "adapters"))
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(blocks[:2]).logits, merged(blocks[:2]).logits, rtol=1e-4, atol=1e-4)
+
+
 # --- refused
+
+
+def test_an_absent_tracker_or_fp16_on_a_cpu_is_refused(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = tiny_student("llama"), tiny_teacher("llama")
+    with pytest.raises(UserError, match=r"tracker paper is not installed; there are: .*tensorboard"):
+        heal(*models, blocks, tmp_path / "work", config(), track=["paper"])
+    with pytest.raises(UserError, match="fp16 needs an accelerator"):
+        heal(*models, blocks, tmp_path / "work", config(mixed_precision="fp16"))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="can't save DeepSpeed's state; FSDP2 shards the same"):
+        heal(*models, blocks, tmp_path / "work", config())
 
 
 def test_resuming_with_other_settings_or_text_is_refused(

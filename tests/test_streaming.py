@@ -36,7 +36,7 @@ def config(**changes: Any) -> HealConfig:
 
 def metrics(work: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "peak_memory_bytes")} for line in lines]
 
 
 def close(first: PreTrainedModel, second: PreTrainedModel, tolerance: float = 0.0) -> None:

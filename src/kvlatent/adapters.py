@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -58,7 +59,17 @@ def lora_layers(module: nn.Module) -> Iterator[LoraLayer]:
     return (child for child in module.modules() if isinstance(child, LoraLayer))
 
 
-def merged(trained: nn.Module, student: PreTrainedModel) -> PreTrainedModel:
-    """The student with LoRA merged into its FFN weights."""
-    merge = getattr(trained, "merge_and_unload", None)
-    return student if merge is None else merge()
+def finished(trained: nn.Module, how: str, folder: Path) -> PreTrainedModel:
+    """The student without peft's wrapper.
+
+    Args:
+        trained: What `with_adapters` returned.
+        how: `merge` puts LoRA into the FFN's weights, `keep` leaves it apart, `save` does both.
+        folder: Where LoRA is written unless it is merged alone, for `peft.PeftModel.from_pretrained`.
+    """
+    if not isinstance(trained, PeftModel):
+        assert isinstance(trained, PreTrainedModel)
+        return trained
+    if how != "merge":
+        trained.save_pretrained(str(folder), save_embedding_layers=False)
+    return trained.unload() if how == "keep" else trained.merge_and_unload()

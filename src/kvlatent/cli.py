@@ -17,6 +17,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from kvlatent.errors import UserError
+from kvlatent.settings import Part
 from kvlatent.spec import Preset
 
 Model = Annotated[str, arg(metavar="MODEL")]
@@ -178,6 +179,18 @@ class Heal(Verb):
     """Stage 1 one layer after the other, the others off the device and hidden states on disk: the same weights."""
     resume: bool = False
     """Continue the interrupted healing of OUT."""
+    held_out: Sources = ()
+    """Text to measure perplexity on while training."""
+    held_out_tokens: Number = 8192
+    """Tokens of that text."""
+    eval_tokens: Number = 100_000
+    """Training tokens between measurements."""
+    track: Annotated[tuple[str, ...], arg(metavar="NAME…", help_behavior_hint="")] = ()
+    """Trackers of accelerate to tell of every step, such as tensorboard."""
+    train: Annotated[tuple[Part, ...] | None, arg(help_behavior_hint="(default: the preset's)")] = None
+    """What trains in full."""
+    adapters: Literal["merge", "keep", "save"] = "merge"
+    """The FFN's LoRA in the end: merged; kept apart in OUT/adapters; or both."""
     lora_rank: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
     """Rank of the FFN's LoRA; 0 leaves the FFN as it is."""
     learning_rate: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
@@ -202,13 +215,14 @@ class Heal(Verb):
         names = (
             "stage1_tokens", "stage2_tokens", "loss", "kl_weight", "temperature", "temperature_squared",
             "stream_layers", "lora_rank", "learning_rate", "batch_size", "accumulate", "checkpointing",
-            "mixed_precision",
+            "mixed_precision", "eval_tokens", "train", "adapters",
         )  # fmt: skip
         changes = {name: getattr(self, name) for name in names} | {"stage1_learning_rate": self.learning_rate}
         return heal_folder(
             str(self.student), self.out, text=self.text, block_size=self.block_size, changes=changes,
             teacher=self.teacher, resume=self.resume, cache=self.teacher_cache, top_k=self.top_k,
-            separate_documents=self.separate_documents, **self.common.place(),
+            separate_documents=self.separate_documents,
+            held_out=self.held_out, held_out_tokens=self.held_out_tokens, track=self.track, **self.common.place(),
         )  # fmt: skip
 
     def how_to_resume(self) -> str:

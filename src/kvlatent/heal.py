@@ -7,8 +7,10 @@ import hashlib
 import json
 import math
 import os
+import resource
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -17,13 +19,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from kvlatent.adapters import merged, with_adapters
+from kvlatent.adapters import finished, with_adapters
 from kvlatent.allocator import freed_memory_kept
 from kvlatent.checkpoints import multiplies_bfloat16, processes
 from kvlatent.errors import UserError
@@ -56,9 +59,11 @@ def heal(
     answers: Bool[Tensor, "blocks block_size"] | None = None,
     separator: int | None = None,
     cache: TeacherCache | None = None,
+    held_out: Int[Tensor, "blocks block_size"] | None = None,
+    track: Sequence[str] = (),
     device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Train `student` in place and return it, LoRA merged.
+    """Train `student` in place and return it, LoRA merged unless `config.adapters` says otherwise.
 
     Under `accelerate launch` or torchrun all processes call it alike; the first one writes. With FSDP the student that
     is returned is another one, and whole in the first process only.
@@ -73,6 +78,8 @@ def heal(
         answers: The tokens that losses are taken on; None is all.
         separator: The token that starts a document, if documents in a block must not see each other.
         cache: Where to keep the teacher's likeliest tokens, used in stage 2 instead of the teacher.
+        held_out: Text to measure the perplexity of, every `config.eval_tokens`.
+        track: Trackers of accelerate that are told of every step too, such as `tensorboard`.
         device: Where to train; None is where `student` is. With `stream_layers`, keep the models on the host.
 
     Raises:
@@ -84,7 +91,9 @@ def heal(
             stack.enter_context(freed_memory_kept())
         interrupted = stack.enter_context(interruptible())
         text = Text(ids=ids, answers=answers, separator=separator)
-        return _Healing(student, teacher, text, work, config, resume, cache, device, interrupted).follow()
+        healing = _Healing(student, teacher, text, work, config, resume, device, track)
+        healing.interrupted, healing.cache, healing.held_out = interrupted, cache, held_out
+        return healing.follow()
 
 
 class _Healing:
@@ -98,13 +107,15 @@ class _Healing:
         work: Path,
         config: HealConfig,
         resume: bool,
-        cache: TeacherCache | None,
         device: torch.device,
-        interrupted: list[int],
+        track: Sequence[str],
     ) -> None:
-        self.teacher, self.text, self.config, self.cache = teacher, text, config, cache
-        self.work, self.metrics, self.interrupted = work, work / "metrics.jsonl", interrupted
-        self.accelerator = _accelerator(config, device)
+        self.teacher, self.text, self.config = teacher, text, config
+        self.interrupted: list[int] = []
+        self.cache: TeacherCache | None = None
+        self.held_out: Tensor | None = None
+        self.work, self.metrics = work, work / "metrics.jsonl"
+        self.accelerator = _accelerator(config, device, track, work)
         block_size = text.ids.shape[1]
         self.per_step = config.batch_size * config.accumulate * self.accelerator.num_processes
         self.step_tokens = self.per_step * block_size
@@ -119,6 +130,7 @@ class _Healing:
             settings = {**asdict(config), "separator": text.separator, "text": mark.hexdigest()}
             prepare_folder(work, settings, resume)
         self.accelerator.wait_for_everyone()
+        self.accelerator.init_trackers("tracked", config={k: str(v) for k, v in asdict(config).items()})
         set_seed(config.seed)
         teacher.requires_grad_(False).eval()
         self.student, self.trained = student, with_adapters(student, config)
@@ -154,6 +166,8 @@ class _Healing:
             if stage == 2 and self.cache is not None:
                 self._fill(self.cache)
             self._stage(module, optimizer, stage, first)
+        for tracker in accelerator.trackers:
+            tracker.finish()
         return self._result(module).eval()
 
     def _stage(self, module: nn.Module, optimizer: torch.optim.Optimizer, stage: int, first: int) -> None:
@@ -181,8 +195,12 @@ class _Healing:
                         optimizer.step()
                         optimizer.zero_grad()
                 after: Progress = {"stage": stage, "step": step + 1}
+                line: dict[str, Any] = {"stage": stage, "step": step}
+                seconds = time.monotonic() - began
+                if self._measured_after(stage, step):
+                    line["held_out_perplexity"] = self._held_out_perplexity(module, stage)
                 self._report(
-                    {"stage": stage, "step": step}, total, by_layer, began, bar,
+                    line, total, by_layer, time.monotonic() - seconds, bar,
                     save=partial(save_state, accelerator, module, optimizer, self.work, after),
                 )  # fmt: skip
 
@@ -248,6 +266,7 @@ class _Healing:
             "loss": mean,
             "lr": self._rate(stage, step),
             "tokens_per_s": self.step_tokens / (time.monotonic() - began),
+            "peak_memory_bytes": _peak_memory(accelerator.device),
         }
         if by_layer is not None:
             line["layer_loss"] = accelerator.reduce(by_layer, reduction="mean").tolist()
@@ -256,11 +275,38 @@ class _Healing:
                 file.write(json.dumps(line) + "\n")
             bar.update(self.step_tokens)
             bar.set_postfix(loss=f"{mean:.4f}")
+        if "layer" not in line:
+            told = {f"stage{stage}/{k}": v for k, v in line.items() if isinstance(v, float | int)}
+            told |= {f"stage{stage}/layer{i}": v for i, v in enumerate(line.get("layer_loss", ()))}
+            accelerator.log(told, step=step + (self.steps[0] if stage == 2 else 0))
         if save_now or stop:
             save()
             self.saved = time.monotonic()
         if stop:
             raise KeyboardInterrupt
+
+    def _measured_after(self, stage: int, step: int) -> bool:
+        """Whether it is time to measure held-out perplexity."""
+        every = self.config.eval_tokens
+        if self.held_out is None or not every:
+            return False
+        tokens = (step + 1) * self.step_tokens
+        return tokens // every > (tokens - self.step_tokens) // every or step + 1 == self.steps[stage - 1]
+
+    @torch.no_grad()
+    def _held_out_perplexity(self, module: nn.Module, stage: int) -> float:
+        """Of as many held-out blocks as the processes can share evenly."""
+        assert self.held_out is not None
+        accelerator = self.accelerator
+        share = len(self.held_out) // accelerator.num_processes
+        mine = self.held_out[accelerator.process_index * share :][:share]
+        inside = accelerator.unwrap_model(module, keep_torch_compile=False)
+        inside.stage = 0
+        module.eval()
+        nats = [module(row[None].to(accelerator.device), float(row.numel()))[0] for row in mine]
+        module.train()
+        inside.stage = stage
+        return math.exp(accelerator.reduce(torch.stack(nats).mean(), reduction="mean").item())
 
     def _bar(self, stage: int, done: int, total: int) -> tqdm[Any]:
         """A progress bar over tokens."""
@@ -321,14 +367,13 @@ class _Healing:
 
     def _result(self, module: nn.Module) -> PreTrainedModel:
         """The trained student with LoRA merged; under FSDP, put together anew in the first process."""
+        how, folder = self.config.adapters, self.work / "adapters"
         if self.accelerator.distributed_type != DistributedType.FSDP:
-            return merged(self.trained, self.student)
-        prefix = "trained."
-        plain = self.accelerator.unwrap_model(module, keep_torch_compile=False)
-        tensors = {name.removeprefix(prefix): whole(value) for name, value in plain.state_dict().items()}
+            return finished(self.trained, how if self.first else "merge", folder)
+        inside = self.accelerator.unwrap_model(module, keep_torch_compile=False)
+        tensors = {name.removeprefix("trained."): whole(value) for name, value in inside.state_dict().items()}
         self.blank.load_state_dict(tensors, assign=True)
-        student = merged(self.blank, getattr(self.blank, "base_model", self.blank))
-        return student
+        return finished(self.blank, how if self.first else "merge", folder)
 
 
 def cosine(step: int, total: int, warmup: int) -> float:
@@ -338,12 +383,15 @@ def cosine(step: int, total: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def _accelerator(config: HealConfig, device: torch.device) -> Accelerator:
+def _accelerator(config: HealConfig, device: torch.device, track: Sequence[str], work: Path) -> Accelerator:
     """The processes and devices, as the launcher's environment says.
 
     Raises:
-        UserError: DeepSpeed was asked for, or fp16 on a CPU.
+        UserError: DeepSpeed was asked for, or fp16 on a CPU, or a tracker that isn't there.
     """
+    available = [tracker.value for tracker in get_available_trackers()]
+    if missing := [name for name in track if name not in available]:
+        raise UserError(f"tracker {missing[0]} is not installed; there are: {', '.join(available) or 'none'}")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise UserError("healing can't save DeepSpeed's state; FSDP2 shards the same: accelerate launch --use_fsdp")
     precision: str = config.mixed_precision
@@ -354,8 +402,9 @@ def _accelerator(config: HealConfig, device: torch.device) -> Accelerator:
         raise UserError("mixed precision fp16 needs an accelerator; use bf16 or no on the CPU")
     processes(device)
     accelerator = Accelerator(
-        mixed_precision=precision, cpu=device.type == "cpu", gradient_accumulation_steps=config.accumulate
-    )
+        mixed_precision=precision, cpu=device.type == "cpu", gradient_accumulation_steps=config.accumulate,
+        log_with=list(track) or None, project_dir=work,
+    )  # fmt: skip
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and accelerator.num_processes > 1:
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise UserError("healing needs FSDP2: accelerate launch --use_fsdp --fsdp_version 2")
@@ -363,6 +412,13 @@ def _accelerator(config: HealConfig, device: torch.device) -> Accelerator:
             accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
             accelerator.state.distributed_type = DistributedType.FSDP
     return accelerator
+
+
+def _peak_memory(device: torch.device) -> int:
+    """The most that was allocated so far: on a GPU by torch, on a CPU by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _without_weights(module: nn.Module) -> nn.Module:

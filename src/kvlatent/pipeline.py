@@ -25,7 +25,7 @@ from kvlatent.data import TokenBlocks, check_held_out, load_blocks, save_blocks
 from kvlatent.errors import UserError
 from kvlatent.evaluate import Perplexity, compare, perplexity
 from kvlatent.report import model_card, write_report
-from kvlatent.settings import HealConfig
+from kvlatent.settings import HealConfig, Part
 from kvlatent.spec import Preset
 from kvlatent.verbs import (
     BATCH_SIZE,
@@ -39,6 +39,7 @@ from kvlatent.verbs import (
     read_text,
     scores_of,
     stored_dtype,
+    teacher_dtype,
 )
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
@@ -80,6 +81,8 @@ class Healing(_Entry):
     batch_size: PositiveInt | None = None
     accumulate: PositiveInt | None = None
     checkpointing: bool | None = None
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = None
+    train: tuple[Part, ...] | None = None
 
     def settings(self, preset: Preset, seed: int) -> HealConfig:
         """The hyperparameters for a student of `preset`."""
@@ -360,8 +363,9 @@ class _Run:
         )  # fmt: skip
 
     def _heal(self, preset: Preset, out: Path) -> None:
+        teacher = self.teacher(teacher_dtype(self.device))
         heal_student(
-            str(self.start(preset)), out, teacher=self.teacher(), blocks=self._blocks("training"),
+            str(self.start(preset)), out, teacher=teacher, blocks=self._blocks("training"),
             settings=self._settings(preset), resume=True, device=self.device, dtype=stored_dtype(self.config, "auto"),
         )  # fmt: skip
 

@@ -49,6 +49,8 @@ class HealConfig:
     """Rank of the FFN's LoRA; 0 leaves the FFN frozen."""
     lora_alpha: int = 256
     """Scale of the LoRA update, over its rank."""
+    adapters: Literal["merge", "keep", "save"] = "merge"
+    """LoRA in the end: into the weights; apart, in its own folder, and the FFN as it was; or both."""
     batch_size: int = 2
     """Token blocks per forward and process."""
     accumulate: int = 1
@@ -59,6 +61,8 @@ class HealConfig:
     """Of matrix products; weights and their updates are float32. `auto`: accelerate's choice, or bf16 in hardware."""
     save_minutes: float = 5.0
     """A killed run loses at most this much."""
+    eval_tokens: int = 0
+    """Held-out perplexity is measured every so many tokens of a stage and at its end; 0 is never."""
     seed: int = 0
     """Of LoRA's start and of nothing else: the blocks come in a fixed order."""
 

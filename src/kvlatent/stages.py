@@ -81,7 +81,7 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.trained = trained  # the student, possibly inside its LoRA wrapper
-        self.stage, self.config = 1, config
+        self.stage, self.config = 1, config  # stage 0 only measures
         self._no_split_modules = student._no_split_modules  # where FSDP may cut
         self._unowned = (student, teacher)  # a tuple hides modules: the teacher is neither trained nor saved
 
@@ -93,8 +93,15 @@ class Stage(nn.Module):
         counted: Tensor | None = None,
         top_k: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the loss and, in stage 1, each layer's (layers,); arguments as the fields of `Batch`."""
+        """Return the loss and, in stage 1, each layer's (layers,); arguments as the fields of `Batch`.
+
+        Stage 0 is the mean nats of the next token.
+        """
         student, teacher = self._unowned
+        if self.stage == 0:
+            hidden = student.model(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+            terms = ((1 / len(hidden), ntp_term(ids[:, 1:].flatten())),)
+            return head_loss(hidden, student.lm_head.weight, *terms), None
         if self.stage == 1:
             relative = self.config.stage1_loss == "relative"
             losses = in_layer_losses(

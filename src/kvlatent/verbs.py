@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import (
@@ -54,7 +54,7 @@ from kvlatent.families import family_of
 from kvlatent.heal import heal
 from kvlatent.modeling import check_teacher, head_dim_of, spec_of
 from kvlatent.report import model_card, write_report
-from kvlatent.settings import HealConfig
+from kvlatent.settings import HealConfig, Part
 from kvlatent.spec import LatentSpec, Preset
 from kvlatent.streaming import hidden_bytes
 from kvlatent.teacher_cache import BYTES as TOP_K_BYTES
@@ -400,6 +400,9 @@ def heal_folder(
     cache: Path | None,
     top_k: int,
     separate_documents: bool,
+    held_out: Sequence[str],
+    held_out_tokens: int,
+    track: Sequence[str],
     device: str,
     dtype: str,
     seed: int,
@@ -417,6 +420,9 @@ def heal_folder(
         cache: Folder for the teacher's likeliest tokens, used in stage 2 instead of the teacher.
         top_k: How many of them.
         separate_documents: Keep documents in a block from seeing each other.
+        held_out: Text to measure the perplexity of, every `eval_tokens` of the settings.
+        held_out_tokens: Of that text.
+        track: Trackers of accelerate, such as `tensorboard`, whose files go into `out`.
         device: Where to train; master weights are float32.
         dtype: Of the weights written; `auto` is that of `start`.
         seed: Of the order of the text and of LoRA's start.
@@ -447,7 +453,8 @@ def heal_folder(
 
     @lru_cache(maxsize=1)
     def teacher_model() -> PreTrainedModel:
-        return load_teacher(name, device=device, stream_layers=settings.stream_layers)
+        host = "cpu" if settings.stream_layers else device
+        return load_model(name, device=host, dtype=teacher_dtype(device))[0]
 
     group = processes(pick_device(device))
     tokens = healing_blocks(settings, block_size, group.num_processes) * block_size
@@ -460,21 +467,26 @@ def heal_folder(
     blocks = load_blocks(kept)
     if set(blocks.sources) != set(text) or blocks.ids.shape != (tokens // block_size, block_size):
         raise UserError(f"the healing of {out} was begun with other text; use the same, or start without --resume")
+    watched = None
+    if held_out:
+        watched = token_blocks(held_out, tokenizer, block_size=block_size, tokens=held_out_tokens, seed=seed)
+        check_held_out(blocks.fingerprints, watched)
+        if len(watched.ids) < group.num_processes:
+            raise UserError(f"held-out text needs a block for each of {group.num_processes} processes")
     result = heal_student(
         start, out, teacher=teacher_model(), blocks=blocks, settings=settings, resume=resume, device=device,
         dtype=stored_dtype(config, dtype), cache=None if cache is None else TeacherCache(cache, top_k),
         separator=separator_id(tokenizer) if separate_documents else None,
+        held_out=None if watched is None else watched.ids, track=track,
     )  # fmt: skip
     if group.is_main_process:
         kept.unlink()
     return result
 
 
-def load_teacher(name: str, *, device: str, stream_layers: bool) -> PreTrainedModel:
-    """A teacher to heal by: on the host if layers are streamed, in bfloat16 where the hardware computes in it."""
-    place = pick_device(device)
-    dtype = "bfloat16" if multiplies_bfloat16(place) else "float32"
-    return load_model(name, device="cpu" if stream_layers else str(place), dtype=dtype)[0]
+def teacher_dtype(device: str) -> str:
+    """What a teacher is healed by in: bfloat16 where the hardware computes in it."""
+    return "bfloat16" if multiplies_bfloat16(pick_device(device)) else "float32"
 
 
 def heal_config(preset: Preset, changes: dict[str, Any], seed: int) -> HealConfig:
@@ -492,6 +504,8 @@ def heal_config(preset: Preset, changes: dict[str, Any], seed: int) -> HealConfi
             raise UserError(f"{field} must be at least 1; got {getattr(settings, field)}")
     if settings.temperature <= 0:
         raise UserError(f"temperature must be above 0; got {settings.temperature}")
+    if (unknown := set(settings.train) - set(get_args(Part))) or not settings.train:
+        raise UserError(f"train takes {', '.join(get_args(Part))}; got {', '.join(unknown) or 'nothing'}")
     if not 0 < settings.kl_weight < 1:
         raise UserError(f"kl_weight is the KL's share in mix, between 0 and 1; got {settings.kl_weight}")
     if settings.stage1_tokens + settings.stage2_tokens == 0:
@@ -516,6 +530,8 @@ def heal_student(
     dtype: torch.dtype,
     cache: TeacherCache | None = None,
     separator: int | None = None,
+    held_out: torch.Tensor | None = None,
+    track: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train the student in folder `start` on ready blocks and write it to `out`.
 
@@ -532,7 +548,7 @@ def heal_student(
     began, work = time.monotonic(), work_folder(out)
     student = heal(
         student, teacher, blocks.ids, work, settings, resume=resume, answers=blocks.answers, separator=separator,
-        cache=cache, device=place,
+        cache=cache, held_out=held_out, track=track, device=place,
     )  # fmt: skip
     record = record_of(start)
     step = {"verb": "heal", "text": list(blocks.sources), "block_size": blocks.ids.shape[1], **asdict(settings)}
@@ -548,6 +564,9 @@ def heal_student(
     if group.is_main_process:
         save_checkpoint(student.to(dtype), tokenizer, out, record=record, card=_card(record, spec))
         shutil.copyfile(work / "metrics.jsonl", out / "metrics.jsonl")
+        for extra in ("adapters", "tracked"):
+            if (work / extra).is_dir():
+                shutil.copytree(work / extra, out / extra)
     group.wait_for_everyone()
     if group.is_main_process:
         shutil.rmtree(work)
