@@ -268,10 +268,10 @@ def test_interrupted_healing_resumes_to_the_same_model(
 
     from safetensors.torch import load_file
 
-    from kvlatent import heal
+    from kvlatent import stages
 
     answer(capsys, healed(folder, "--out", f"{tmp_path}/straight"))
-    original, calls = heal.kl_loss, []
+    original, calls = stages.kl_term, []
 
     def interrupting(*args: Any, **kwargs: Any) -> Any:
         calls.append(None)
@@ -279,7 +279,7 @@ def test_interrupted_healing_resumes_to_the_same_model(
             signal.raise_signal(signal.SIGINT)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(heal, "kl_loss", interrupting)
+    monkeypatch.setattr(stages, "kl_term", interrupting)
     argv = healed(folder, "--out", f"{tmp_path}/out")
     assert cli.main(argv) == 130
     assert "run the same command with --resume to go on" in capsys.readouterr().err
