@@ -16,6 +16,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvlatent import cli
+from kvlatent.calibrate import Statistics
 from kvlatent.checkpoints import RECORD
 
 WORDS = ["river", "stone", "bread", "lamp", "morning", "harbour", "seven", "quiet", "under", "between", "carries"]
@@ -141,6 +142,19 @@ def test_statistics_replace_text(folder: Path, capsys: pytest.CaptureFixture[str
     record = json.loads((out / RECORD).read_text())
     assert record["fingerprints"] == json.loads((folder / "student" / RECORD).read_text())["fingerprints"]
     assert record["teacher"] == str((folder / "teacher").resolve())
+
+
+def test_statistics_of_shards_are_merged(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    shards, size = [], ["--tokens", "256", "--block-size", "32"]
+    for name in ("train", "other"):
+        shards.append(f"{tmp_path}/{name}")
+        answer(capsys, ["calibrate", f"{folder}/teacher", "--text", f"{folder}/{name}.txt", *size, "--out", shards[-1]])
+    told = answer(capsys, ["calibrate", f"{folder}/teacher", "--merge", *shards, "--out", f"{tmp_path}/all"])
+    assert told["tokens"] == 512 and len(told["text"]) == 2
+    first, second, whole = (Statistics.load(tmp_path / name) for name in ("train", "other", "all"))
+    assert torch.equal(whole.layers[1].sums["q"], first.layers[1].sums["q"] + second.layers[1].sums["q"])
+    assert torch.allclose(whole.probes, (first.probes + second.probes) / 2)
+    assert set(whole.about["fingerprints"]) == {*first.about["fingerprints"], *second.about["fingerprints"]}
 
 
 def test_a_plan_is_shown_drawn_and_followed(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -328,11 +342,14 @@ BAD = {
     "d_qk above head_dim": ([*CONVERT, *TEXT, "--d-qk", "18", "--d-vo", "8"], "at most the model's head_dim 16"),
     "d_vo above head_dim": ([*CONVERT, *TEXT, "--d-qk", "8", "--d-vo", "17"], "between 1 and"),
     "d_qk alone": ([*CONVERT, *TEXT, "--d-qk", "8"], "go together"),
+    "nothing to calibrate on": (["calibrate", "{folder}/teacher", "--out", "{root}/out"], "--text"),
     "dims and budget": ([*CONVERT, *TEXT, *DIMS, "--budget", "0.5"], "not both"),
     "budget above 1": ([*CONVERT, *TEXT, "--budget", "50"], "share"),
     "budget too small": ([*CONVERT, *TEXT, "--budget", "0.01"], "at least 0.125"),
     "no divisor for paper": ([*CONVERT, "--preset", "paper", "--d-qk", "12", "--d-vo", "8"], "divide"),
     "paper with text": ([*CONVERT, *TEXT, *DIMS, "--preset", "paper"], "not calibrated"),
+    "no such reduction": ([*CONVERT, *TEXT, *DIMS, "--preset", "portable", "--qk", "project"], "can't reduce"),
+    "budget for a shared list": ([*CONVERT, *TEXT, "--budget", "0.5", "--qk", "fold"], "one frequency list"),
     "best without text": ([*CONVERT, *DIMS], "--text"),
     "missing text": ([*CONVERT, *DIMS, "--text", "{root}/none.txt"], "does not exist"),
     "empty text": ([*CONVERT, *DIMS, "--text", "{root}/empty.txt"], "holds no text"),

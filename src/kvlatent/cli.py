@@ -18,7 +18,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from kvlatent.errors import UserError
 from kvlatent.settings import Part
-from kvlatent.spec import Preset
+from kvlatent.spec import QK, Preset
 
 Model = Annotated[str, arg(metavar="MODEL")]
 Number = Annotated[int, arg(metavar="N")]
@@ -85,10 +85,14 @@ class Calibrate(Verb):
 
     model: Positional[Model]
     """The teacher."""
-    text: Sources
-    """Calibration text: files, folders, package:NAME, hf:ID[:CONFIG[:SPLIT]]; or teacher, for text that it writes."""
     out: Annotated[Path, arg(metavar="STATS")]
     """The file to write."""
+    text: Sources = ()
+    """Calibration text: files, folders, package:NAME, hf:ID[:CONFIG[:SPLIT]]; or teacher, for text that it writes."""
+    merge: Annotated[tuple[Path, ...], arg(metavar="STATS…", help_behavior_hint="")] = ()
+    """Statistics of other text to merge in, say of shards calibrated in parallel; then --text may be missing."""
+    offload: bool = False
+    """Load one layer at a time from the model's safetensors, for models larger than memory."""
     tokens: Number = 16384
     """Tokens of text."""
     block_size: Number = 512
@@ -99,8 +103,9 @@ class Calibrate(Verb):
         from kvlatent.verbs import calibrate_file
 
         return calibrate_file(
-            self.model, self.out, text=self.text, tokens=self.tokens, block_size=self.block_size, **self.common.place()
-        )
+            self.model, self.out, text=self.text, merge=self.merge, offload=self.offload, tokens=self.tokens,
+            block_size=self.block_size, **self.common.place(),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +161,9 @@ class Convert(Verb):
     """Instead of dims: the share of the cache bytes to keep; best spends it layer by layer, as plan shows."""
     preset: Preset = "best"
     """best: what measures best; portable: the same dims and frequencies everywhere; paper: KV-Latent's own recipe."""
+    qk: Annotated[QK | None, arg(metavar="METHOD", help_behavior_hint="(default: the preset's)")] = None
+    """How queries and keys are reduced: stride, aware, matched, pairs-model, pairs-layer, pairs, partial, fold or
+    project (docs/methods.md). The presets take project, fold and aware."""
     stats: Annotated[Path | None, arg(metavar="STATS", help_behavior_hint="")] = None
     """Statistics from calibrate, instead of text; with text, only the budget is spent by them."""
     text: Sources = ()
@@ -175,8 +183,8 @@ class Convert(Verb):
 
         budget = 0.5 if self.d_qk is None and self.budget is None else self.budget
         return convert_folder(
-            self.model, self.out, preset=self.preset, d_qk=self.d_qk, d_vo=self.d_vo, budget=budget, stats=self.stats,
-            text=self.text, tokens=self.tokens, block_size=self.block_size, **self.common.place(),
+            self.model, self.out, preset=self.preset, qk=self.qk, d_qk=self.d_qk, d_vo=self.d_vo, budget=budget,
+            stats=self.stats, text=self.text, tokens=self.tokens, block_size=self.block_size, **self.common.place(),
         )  # fmt: skip
 
     def table(self, result: dict[str, Any]) -> str:

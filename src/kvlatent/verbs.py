@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -44,7 +44,7 @@ from kvlatent.checkpoints import (
     refuse_existing,
     save_checkpoint,
 )
-from kvlatent.convert import check_request, convert
+from kvlatent.convert import QK_OF, SHARED_LIST, check_request, convert
 from kvlatent.data import TokenBlocks, check_held_out, load_blocks, save_blocks, separator_id, token_blocks
 from kvlatent.errors import UserError
 from kvlatent.evaluate import Perplexity, compare, lm_eval_tasks, needle, perplexity
@@ -62,11 +62,12 @@ from kvlatent.export.stock import export_stock
 from kvlatent.families import family_of
 from kvlatent.heal import heal
 from kvlatent.modeling import check_teacher, graft, head_dim_of, spec_of
+from kvlatent.offload import OffloadedLayers, open_offloaded
 from kvlatent.report import bench_page, model_card, write_report
 from kvlatent.sample import sample_from_teacher
 from kvlatent.serve.launch import Engine, serve
 from kvlatent.settings import HealConfig, Part
-from kvlatent.spec import LatentSpec, Preset
+from kvlatent.spec import QK, LatentSpec, Preset
 from kvlatent.streaming import hidden_bytes
 from kvlatent.teacher_cache import BYTES as TOP_K_BYTES
 from kvlatent.teacher_cache import TeacherCache
@@ -234,16 +235,41 @@ def _weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
 
 
 def calibrate_file(
-    model: str, out: Path, *, text: Sequence[str], tokens: int, block_size: int, device: str, dtype: str, seed: int
+    model: str,
+    out: Path,
+    *,
+    text: Sequence[str],
+    merge: Sequence[Path] = (),
+    offload: bool = False,
+    tokens: int,
+    block_size: int,
+    device: str,
+    dtype: str,
+    seed: int,
 ) -> dict[str, Any]:
-    """Calibrate a teacher on text and write its statistics to one file.
+    """Calibrate a teacher on text and write its statistics to one file, together with those of other shards.
+
+    Args:
+        model: The teacher.
+        out: The file to write.
+        text: Calibration text; may be none where `merge` names files.
+        merge: Files of earlier calls on other text.
+        offload: Keep the layers in their files and load one at a time.
+        tokens: Of the text.
+        block_size: Tokens per block.
+        device: Where to compute.
+        dtype: Of the weights.
+        seed: Of the order of the text.
 
     Raises:
-        UserError: `out` exists, or the model or the text can't be used.
+        UserError: `out` exists, or the model, the text or a file can't be used, or there is nothing to write.
     """
     refuse_existing(out)
+    if not (text or merge):
+        raise UserError("nothing to calibrate on: give text (--text), or statistics to merge (--merge)")
     config, tokenizer = load_config(model), load_tokenizer(model)
     check_teacher(config)
+    shards = [_load_statistics(path, config) for path in merge]
     whole_heads = 3 * config.num_attention_heads + 2 * config.num_key_value_heads
     check_disk(out, config.num_hidden_layers * whole_heads * head_dim_of(config) ** 2 * 8)
     began = time.monotonic()
@@ -252,27 +278,38 @@ def calibrate_file(
     def teacher() -> PreTrainedModel:
         return load_model(model, device=device, dtype=dtype)[0]
 
-    blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=teacher)
-    about = {
-        "model": _teacher_name(model),
-        "text": list(blocks.sources),
-        "fingerprints": sorted(blocks.fingerprints),
-        "record": environment(),
-    }
-    statistics = probed_statistics(teacher(), blocks.ids, about=about)
+    if offload and TEACHER_TEXT in text:
+        raise UserError("text from the teacher needs it in memory; sample it without --offload, or give other text")
+    if text:
+        blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=teacher)
+        about = {
+            "model": _teacher_name(model),
+            "text": list(blocks.sources),
+            "fingerprints": sorted(blocks.fingerprints),
+            "record": environment(),
+        }
+        opened = open_offloaded(model, device=device, dtype=dtype) if offload else (teacher(), None)
+        shards.append(probed_statistics(opened[0], blocks.ids, about=about, offloaded=opened[1]))
+    statistics = reduce(Statistics.merge, shards)
     try:
         statistics.save(out)
     finally:
         out.with_name(out.name + ".partial").unlink(missing_ok=True)
-    return {"out": str(out), "tokens": blocks.ids.numel(), "text": about["text"], "seconds": time.monotonic() - began}
+    told = {key: statistics.about.get(key) for key in ("tokens", "text")}
+    return {"out": str(out), **told, "seconds": time.monotonic() - began}
 
 
 def probed_statistics(
-    teacher: PreTrainedModel, ids: Int[Tensor, "blocks block_size"], *, about: dict[str, Any]
+    teacher: PreTrainedModel,
+    ids: Int[Tensor, "blocks block_size"],
+    *,
+    about: dict[str, Any],
+    offloaded: OffloadedLayers | None = None,
 ) -> Statistics:
     """Statistics of the teacher on token blocks, and how much each layer matters, measured on the first few."""
-    statistics = calibrate(teacher, ids, batch_size=BATCH_SIZE, about=about)
-    statistics.probes = budgets.probe(teacher, statistics, ids[: max(1, PROBE_TOKENS // ids.shape[1])])
+    statistics = calibrate(teacher, ids, batch_size=BATCH_SIZE, about=about, offloaded=offloaded)
+    first = ids[: max(1, PROBE_TOKENS // ids.shape[1])]
+    statistics.probes = budgets.probe(teacher, statistics, first, offloaded=offloaded)
     return statistics
 
 
@@ -334,6 +371,7 @@ def convert_folder(
     out: Path,
     *,
     preset: Preset,
+    qk: QK | None = None,
     d_qk: int | None,
     d_vo: int | None,
     budget: float | None = None,
@@ -351,6 +389,7 @@ def convert_folder(
         model: The teacher.
         out: The new folder.
         preset: The recipe.
+        qk: How queries and keys are reduced; None is what the preset does.
         d_qk: Query/key dims per head.
         d_vo: Value/output dims per head.
         budget: Instead of dims: the share of the cache bytes to keep. `best` spends it as `plan_model` shows.
@@ -372,12 +411,14 @@ def convert_folder(
     if budget is not None and planned:
         check_teacher(config)
         budgets.total_dims(config, budget)
+        if qk in SHARED_LIST:
+            raise UserError(f"{qk} has one frequency list, so every layer the same d_qk; give --d-qk and --d-vo")
     else:
         if budget is not None:
             d_qk = d_vo = dims_for_budget(config, budget)
         if d_qk is None or d_vo is None:
             raise UserError("give d_qk and d_vo, or a budget")
-        check_request(config, preset=preset, d_qk=d_qk, d_vo=d_vo)
+        check_request(config, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo)
         dims = d_qk, d_vo
     if preset == "paper" and (stats or text):
         raise UserError("preset paper is not calibrated; leave --text and --stats out")
@@ -404,8 +445,8 @@ def convert_folder(
         dims = allocation.d_qk, allocation.d_vo
         statistics = None if text else statistics
     return convert_loaded(
-        teacher(), tokenizer, out, name=model, preset=preset, d_qk=dims[0], d_vo=dims[1], blocks=blocks,
-        statistics=statistics, dtype=stored_dtype(config, dtype),
+        teacher(), tokenizer, out, name=model, preset=preset, qk=qk, d_qk=dims[0], d_vo=dims[1],
+        blocks=blocks, statistics=statistics, dtype=stored_dtype(config, dtype),
     )  # fmt: skip
 
 
@@ -430,6 +471,7 @@ def convert_loaded(
     *,
     name: str,
     preset: Preset,
+    qk: QK | None = None,
     d_qk: int | Sequence[int],
     d_vo: int | Sequence[int],
     blocks: TokenBlocks | None,
@@ -441,9 +483,9 @@ def convert_loaded(
     began = time.monotonic()
     ids = None if blocks is None else blocks.ids
     student = convert(
-        teacher, preset=preset, d_qk=d_qk, d_vo=d_vo, statistics=statistics, ids=ids, batch_size=BATCH_SIZE
+        teacher, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, statistics=statistics, ids=ids, batch_size=BATCH_SIZE
     )
-    step: dict[str, Any] = {"verb": "convert", "preset": preset, "d_qk": d_qk, "d_vo": d_vo}
+    step: dict[str, Any] = {"verb": "convert", "preset": preset, "qk": qk or QK_OF[preset], "d_qk": d_qk, "d_vo": d_vo}
     fingerprints: Sequence[str] = ()
     if blocks is not None:
         step |= {"text": list(blocks.sources), "tokens": blocks.ids.numel(), "block_size": blocks.ids.shape[1]}
