@@ -84,7 +84,7 @@ def heal_it(folder: Path, work: str, processes: int, *, sharded: bool = False, *
     done = subprocess.run(
         [sys.executable, *(launcher if processes > 1 else []), str(folder / "heal_it.py"), str(folder),
          str(folder / work), json.dumps(options)],
-        capture_output=True, text=True, timeout=500, env=environment,
+        capture_output=True, text=True, timeout=1500, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -149,7 +149,7 @@ def test_accelerate_launches_the_verb(folder: Path, byte_tokenizer: PreTrainedTo
             [sys.executable, *launcher, str(folder / "start"), "--out", str(folder / out), "--text",
              str(folder / "text.txt"), "--stage1-tokens", "256", "--stage2-tokens", "256", "--block-size", "16",
              "--batch-size", str(batch), "--device", "cpu", "--json"],
-            capture_output=True, text=True, timeout=500, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, timeout=1500, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(done.stdout[done.stdout.index("{") :])

@@ -65,7 +65,8 @@ def _place(progress: dict[str, Any]) -> tuple[int, int, int]:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor gathered from all processes (which must all ask), on the host."""
     tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+    # A gathered tensor may still be on its way; a copy of it has arrived.
+    return (tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
 def save_state(
