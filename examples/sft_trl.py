@@ -49,7 +49,12 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.dpo:
         preferences = load_dataset("json", data_files=str(arguments.dpo), split="train")
         settings = DPOConfig(learning_rate=1e-6, **common)
-        DPOTrainer(model=model, args=settings, train_dataset=preferences, processing_class=tokenizer).train()
+        reference = AutoModelForCausalLM.from_pretrained(
+            arguments.student, dtype="float32"
+        )  # TRL knows stock names only
+        DPOTrainer(
+            model=model, ref_model=reference, args=settings, train_dataset=preferences, processing_class=tokenizer
+        ).train()
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
 

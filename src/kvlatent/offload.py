@@ -85,7 +85,8 @@ def open_offloaded(model: str, *, device: str = "auto", dtype: str = "auto") -> 
         layers = OffloadedLayers(files, place, pick_dtype(dtype, place))
         with torch.device("meta"), init.no_init_weights():
             teacher = AutoModelForCausalLM.from_config(config, dtype=layers.dtype)
-        for name, _ in list(teacher.named_parameters()):  # tied ones come once
+        teacher.tie_weights()  # so that tied ones come once
+        for name, _ in list(teacher.named_parameters()):
             if not name.startswith(LAYERS):
                 layers.put(teacher, name, name)
     except UserError:
