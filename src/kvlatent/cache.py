@@ -25,16 +25,17 @@ Values = Float[Tensor, "batch kv_heads seq d_vo"]
 Held = tuple[Float[Tensor, "batch kv_heads held d_qk"], Float[Tensor, "batch kv_heads held d_vo"]]
 
 
-def room(tokens: int) -> int:
+def room(tokens: int, least: int = LEAST_ROOM) -> int:
     """Tokens of room that a layer sets aside behind `tokens` when it grows."""
-    return max(LEAST_ROOM, tokens // ROOM_SHARE)
+    return max(least, tokens // ROOM_SHARE)
 
 
 class Buffer:
     """A tensor (batch, heads, seq, dim) with room at its end along seq."""
 
-    def __init__(self, held: Tensor) -> None:
+    def __init__(self, held: Tensor, least_room: int = LEAST_ROOM) -> None:
         self.whole, self.start, self.length = held, 0, held.shape[-2]
+        self.least_room = least_room
 
     def held(self) -> Tensor:
         """What is held, as a view."""
@@ -44,7 +45,7 @@ class Buffer:
         """Write `new` behind what is held; grow, or close the gap in front, where there is no room."""
         length = self.length + new.shape[-2]
         if self.start + length > self.whole.shape[-2]:
-            whole = new.new_empty(*new.shape[:2], length + room(length), new.shape[-1])
+            whole = new.new_empty(*new.shape[:2], length + room(length, self.least_room), new.shape[-1])
             whole.narrow(2, 0, self.length).copy_(self.held())
             self.whole, self.start = whole, 0
         self.whole.narrow(2, self.start + self.length, new.shape[-2]).copy_(new)
@@ -54,9 +55,11 @@ class Buffer:
     def drop_front(self, tokens: int) -> None:
         """Forget the oldest tokens, and give memory back where they were many."""
         self.start, self.length = self.start + tokens, self.length - tokens
-        if self.whole.shape[-2] > self.length + 2 * room(self.length):
+        if self.whole.shape[-2] > self.length + 2 * room(self.length, self.least_room):
             held = self.held()
-            self.whole = held.new_empty(*held.shape[:2], self.length + room(self.length), held.shape[-1])
+            self.whole = held.new_empty(
+                *held.shape[:2], self.length + room(self.length, self.least_room), held.shape[-1]
+            )
             self.start = 0
             self.held().copy_(held)
 
