@@ -85,7 +85,7 @@ def open_offloaded(model: str, *, device: str = "auto", dtype: str = "auto") -> 
         layers = OffloadedLayers(files, place, pick_dtype(dtype, place))
         with torch.device("meta"), init.no_init_weights():
             teacher = AutoModelForCausalLM.from_config(config, dtype=layers.dtype)
-        teacher.tie_weights()  # so that tied ones come once
+            teacher.tie_weights()  # so that what is tied comes, and is stored, once
         for name, _ in list(teacher.named_parameters()):
             if not name.startswith(LAYERS):
                 layers.put(teacher, name, name)
@@ -93,7 +93,7 @@ def open_offloaded(model: str, *, device: str = "auto", dtype: str = "auto") -> 
         raise
     except Exception as error:  # transformers, safetensors and the hub raise many kinds
         raise UserError(f"can't open {model}: {' '.join(str(error).split())[:300]}") from None
-    teacher.tie_weights()
+    teacher.tie_weights()  # to the tensor that came
     rotary = teacher.model.rotary_emb
     teacher.model.rotary_emb = type(rotary)(config).to(place)  # its buffers aren't in the files
     return teacher.eval().requires_grad_(False), layers
