@@ -17,7 +17,7 @@ from kvlatent.checkpoints import save_checkpoint
 pytestmark = pytest.mark.slow
 
 LAUNCH = {
-    "ddp": ["--multi_cpu"],
+    "ddp": ["--multi_gpu"],
     "fsdp2": ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"],
 }
 SHARDED = {
@@ -139,7 +139,7 @@ def test_accelerate_launches_the_verb(folder: Path, byte_tokenizer: PreTrainedTo
     save_checkpoint(student, byte_tokenizer, folder / "start", record={"teacher": str(folder / "teacher")})
     (folder / "text.txt").write_text("the quiet river carries a lamp under the stone\n" * 60)
     command = [
-        "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+        "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1",
         "--main_process_port", "0", *LAUNCH[how], "-m", "kvlatent", "heal",
     ]  # fmt: skip

@@ -23,6 +23,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -368,9 +369,9 @@ class _Healing:
     def _result(self, module: nn.Module) -> PreTrainedModel:
         """The trained student with LoRA merged; under FSDP, put together anew in the first process."""
         how, folder = self.config.adapters, self.work / "adapters"
-        if self.accelerator.distributed_type != DistributedType.FSDP:
+        inside: nn.Module = self.accelerator.unwrap_model(module, keep_torch_compile=False)
+        if not any(isinstance(part, FSDPModule) for part in inside.modules()):
             return finished(self.trained, how if self.first else "merge", folder)
-        inside = self.accelerator.unwrap_model(module, keep_torch_compile=False)
         tensors = {name.removeprefix("trained."): whole(value) for name, value in inside.state_dict().items()}
         self.blank.load_state_dict(tensors, assign=True)
         return finished(self.blank, how if self.first else "merge", folder)
