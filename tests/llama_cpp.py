@@ -18,7 +18,7 @@ params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.n_parallel = job["path"], job["context"], 1
 params.warmup = params.fit_params = False
 params.verbosity, params.port = 5, 0
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["threads"]
 kind = getattr(xllamacpp.ggml_type, "GGML_TYPE_" + job["cache"])
 params.cache_type_k = params.cache_type_v = kind
 flash = "ENABLED" if job["flash"] else "DISABLED"
@@ -46,11 +46,12 @@ def run(
     cache: str = "F32",
     flash: bool = False,
     ascii_token: int = 33,
+    threads: int = 1,
 ) -> tuple[list[Any], list[Any], str]:
     """Load a GGUF file, ask, and return the completions, the answers to posts, and the engine's log."""
     job = {
         "path": str(path), "requests": requests or [], "posts": posts or [], "context": context, "cache": cache,
-        "flash": flash, "ascii": ascii_token,
+        "flash": flash, "ascii": ascii_token, "threads": threads,
     }  # fmt: skip
     done = subprocess.run([sys.executable, "-c", CODE], input=json.dumps(job), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -58,16 +59,19 @@ def run(
     return answers, posted, done.stderr
 
 
-def log_probs(path: Path, ids: list[int], *, vocabulary: int, **options: Any) -> Tensor:
-    """Teacher-forced log-probabilities of every token after every prefix, (seq, vocabulary)."""
+def top_log_probs(path: Path, ids: list[int], *, top: int, **options: Any) -> tuple[list[dict[int, float]], str]:
+    """Teacher-forced log-probabilities of the likeliest tokens after every prefix, by token, and the engine's log."""
     prefixes = [ids[:end] for end in range(1, len(ids) + 1)]
-    answers, _, _ = run(path, [{"prompt": prefix, "logprobs": vocabulary} for prefix in prefixes], **options)
-    result = torch.full((len(ids), vocabulary), torch.nan)
-    for row, answer in zip(result, answers, strict=True):
-        for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
-            row[entry["id"]] = entry["logprob"]
-    assert not result.isnan().any()
-    return result
+    answers, _, log = run(path, [{"prompt": prefix, "logprobs": top} for prefix in prefixes], **options)
+    entries = [answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"] for answer in answers]
+    return [{entry["id"]: entry["logprob"] for entry in of_prefix} for of_prefix in entries], log
+
+
+def log_probs(path: Path, ids: list[int], *, vocabulary: int, **options: Any) -> Tensor:
+    """The same of every token, (seq, vocabulary)."""
+    rows, _ = top_log_probs(path, ids, top=vocabulary, **options)
+    assert all(len(row) == vocabulary for row in rows)
+    return torch.tensor([[row[token] for token in range(vocabulary)] for row in rows])
 
 
 def cache_mib(log: str) -> list[float]:

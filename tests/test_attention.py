@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlatent.attention import LatentAttention, latent_attention
+from kvlatent import cpu_decode
+from kvlatent.attention import LatentAttention, choose_path, latent_attention
 from kvlatent.modeling import set_spec, spec_of
 from kvlatent.rope import LatentRotaryEmbedding
 from kvlatent.spec import LatentSpec
@@ -86,6 +87,57 @@ def test_a_single_query_is_the_last_row_of_the_full_forward(kv_len: int, masked:
     everything = torch.ones(2, 1, 1, kv_len, dtype=torch.bool) if masked else None
     decoded = latent_attention(q[:, :, -1:], k, v, scale=0.4, mask=everything)
     torch.testing.assert_close(decoded, full[:, :, -1:])
+
+
+CELLS = {
+    # phase, dtype, mask, gradients -> path on a CPU with the kernel, and without it
+    ("decode", torch.float32, None, False): ("kernel", "grouped"),
+    ("decode", torch.bfloat16, None, False): ("kernel", "grouped"),
+    ("decode", torch.float16, None, False): ("kernel", "grouped"),
+    ("decode", torch.float64, None, False): ("grouped", "grouped"),
+    ("decode", torch.float32, "bool", False): ("kernel", "grouped"),
+    ("decode", torch.bfloat16, "bool", False): ("kernel", "grouped"),
+    ("decode", torch.float32, "float", False): ("grouped", "grouped"),
+    ("decode", torch.float32, None, True): ("grouped", "grouped"),
+    ("decode", torch.float32, "bool", True): ("grouped", "grouped"),
+    ("prefill", torch.float32, None, False): ("flash", "flash"),
+    ("prefill", torch.bfloat16, None, False): ("flash", "flash"),
+    ("prefill", torch.float16, None, False): ("flash", "flash"),
+    ("prefill", torch.float32, "bool", False): ("flash", "flash"),
+    ("prefill", torch.float32, "float", False): ("flash", "flash"),
+    ("prefill", torch.float32, None, True): ("flash", "flash"),
+    ("prefill", torch.float32, "bool", True): ("flash", "flash"),
+}
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "no-kernel"])
+@pytest.mark.parametrize("widths", [(6, 5), (4, 7)])
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(str(part).removeprefix("torch.") for part in cell))
+def test_every_cell_of_the_table_takes_its_path_and_is_right(
+    cell: tuple[str, torch.dtype, str | None, bool],
+    widths: tuple[int, int],
+    kernel: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if kernel and not cpu_decode.available():
+        pytest.skip("no kernel here")
+    phase, dtype, kind, gradients = cell
+    monkeypatch.setattr(cpu_decode, "available", lambda: kernel)
+    q_len = 1 if phase == "decode" else 3
+    q, k, v, _ = random_heads(2, 3, widths[0] // 2, widths[1], 1, q_len=q_len, kv_len=70 if phase == "decode" else 3)
+    bias = reference.causal(q_len, k.shape[2]).repeat(2, 1, 1)
+    if kind is not None:
+        bias[1, :, 0] = -math.inf  # left padding
+        bias[1, 0, -q_len] = 0
+    mask = {None: None, "bool": bias[:, None] == 0, "float": bias[:, None].float()}[kind]
+    q, k, v = (x.to(dtype).requires_grad_(gradients) for x in (q, k, v))
+    with torch.set_grad_enabled(gradients):
+        assert choose_path(q, k, v, mask) == CELLS[cell][0 if kernel else 1]
+        got = latent_attention(q, k, v, scale=0.5, mask=mask)
+    wanted = reference.attention(q.double(), k.double(), v.double(), scale=0.5, bias=bias)
+    assert got.dtype == dtype
+    eps = 8 * torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 1e-5
+    torch.testing.assert_close(got.double(), wanted, rtol=eps, atol=eps)
 
 
 def test_decode_reads_views_of_longer_buffers() -> None:

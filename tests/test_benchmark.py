@@ -1,16 +1,24 @@
 """Cache bytes measured from the tensors equal the prediction, and the rows of a benchmark are complete."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from kvlatent.benchmark import benchmark, cache_dims, predicted_cache_bytes
-from kvlatent.cache import cache_bytes
+from kvlatent.benchmark import (
+    benchmark,
+    cache_dims,
+    filled_cache,
+    n_max_of,
+    predicted_cache_bytes,
+    weight_bytes,
+)
+from kvlatent.cache import allocated_bytes, cache_bytes
 from kvlatent.errors import UserError
 
 SIZES: dict[str, Any] = {
@@ -92,8 +100,9 @@ def test_benchmark_rows_are_complete() -> None:
         assert row["peak_memory_bytes"] > 10 * 2**20
         assert (row["context"], row["batch"], row["new_tokens"], row["dtype"]) == (20, 3, 4, "float32")
     assert " ".join(sorted(rows[0])) == (
-        "batch cache_bytes cache_bytes_per_token cache_bytes_predicted context dtype model new_tokens "
-        "peak_memory_bytes tokens_per_s tpot_ms tpot_ms_range ttft_ms ttft_ms_range"
+        "bandwidth_gb_per_s batch cache_bytes cache_bytes_allocated cache_bytes_per_token cache_bytes_predicted "
+        "context dtype model new_tokens peak_memory_bytes roofline_ms roofline_share synthetic tokens_per_s tpot_ms "
+        "tpot_ms_range ttft_ms ttft_ms_range"
     )
     json.dumps(rows)
 
@@ -127,3 +136,41 @@ def test_impossible_sizes_are_refused() -> None:
         benchmark({"teacher": tiny()}, context=120, batch=1, new_tokens=9, seed=0)
     with pytest.raises(UserError, match="batch must be at least 1"):
         benchmark({"teacher": tiny()}, context=12, batch=0, new_tokens=9, seed=0)
+
+
+def test_synthetic_caches_skip_the_prefill_and_hold_as_much(tiny_student: Callable[..., PreTrainedModel]) -> None:
+    (row,) = benchmark(
+        {"s": tiny_student("llama")}, context=9, batch=2, new_tokens=2, repeats=1, synthetic=True, seed=0
+    )
+    assert row["ttft_ms"] is None and row["ttft_ms_range"] is None and row["synthetic"]
+    assert row["cache_bytes"] == 2 * 11 * 2 * 2 * (8 + 4) * 4 <= row["cache_bytes_allocated"]
+
+
+def test_roofline_counts_weights_and_cache_at_copy_bandwidth() -> None:
+    model = tiny()
+    (row,) = benchmark({"m": model}, context=5, batch=2, new_tokens=2, repeats=1, seed=0)
+    embedding = 64 * 32 * 4  # not tied: a step reads one row of it
+    moved = sum(x.nbytes for x in model.parameters()) - embedding + row["cache_bytes"]
+    assert weight_bytes(model) + row["cache_bytes"] == moved
+    assert row["roofline_ms"] == pytest.approx(1000 * moved / (row["bandwidth_gb_per_s"] * 1e9))
+    assert row["roofline_share"] == pytest.approx(row["roofline_ms"] / row["tpot_ms"])
+
+
+def test_tied_embeddings_are_read_once() -> None:
+    model = tiny(tie_word_embeddings=True)
+    assert weight_bytes(model) == sum(x.nbytes for x in model.parameters())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("grows", [True, False])
+def test_n_max_is_the_longest_context_that_fits(
+    tiny_student: Callable[..., PreTrainedModel], batch: int, grows: bool
+) -> None:
+    model = tiny_student("llama") if grows else tiny()
+    weights = sum(x.nbytes for x in model.parameters())
+    memory = weights + 300_000
+    found = n_max_of(model, memory=memory, batch=batch)
+    assert found["context"] > 50 and weights < found["bytes"] <= memory
+    longer = allocated_bytes(filled_cache(model, batch=batch, tokens=found["context"] + 1))
+    assert weights + longer > memory
+    assert n_max_of(model, memory=weights - 1, batch=batch)["context"] == 0

@@ -10,8 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvlatent.budget import probe
 from kvlatent.calibrate import NAMES, Statistics, calibrate
 from kvlatent.errors import UserError
+from kvlatent.offload import open_offloaded
 
 
 def close(first: Statistics, second: Statistics, tolerance: float) -> None:
@@ -108,6 +110,39 @@ def test_calibration_leaves_the_teacher_alone(any_teacher: PreTrainedModel, ids:
         assert torch.equal(any_teacher(ids[:1]).logits, logits)
     assert all(torch.equal(value, before[name]) for name, value in any_teacher.state_dict().items())
     assert not any(layer._forward_pre_hooks for layer in any_teacher.model.layers)
+
+
+@pytest.mark.parametrize("shard", ["100GB", "40KB"])
+@pytest.mark.parametrize("name", ["llama", "llama-mha-tied", "qwen3", "llama-yarn"])
+def test_offloaded_layers_give_the_same_statistics_and_probes(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path, name: str, shard: str
+) -> None:
+    teacher = tiny_teacher(name)
+    teacher.save_pretrained(tmp_path / "teacher", max_shard_size=shard)
+    opened, layers = open_offloaded(str(tmp_path / "teacher"), device="cpu", dtype="float32")
+    on_disk = [p for n, p in opened.named_parameters() if ".layers." in n]
+    assert on_disk and all(p.is_meta for p in on_disk)
+    wanted = calibrate(teacher, ids, about={})
+    found = calibrate(opened, ids, about={}, offloaded=layers)
+    close(found, wanted, 1e-6)
+    torch.testing.assert_close(
+        probe(opened, found, ids[:2], offloaded=layers), probe(teacher, wanted, ids[:2]), rtol=1e-4, atol=1e-6
+    )
+    assert all(p.is_meta for n, p in opened.named_parameters() if ".layers." in n)
+
+
+def test_offloading_needs_whole_safetensors(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path
+) -> None:
+    teacher = tiny_teacher("llama")
+    teacher.config.save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match="can't open"):
+        open_offloaded(str(tmp_path / "bare"))
+    weights = {name: x for name, x in teacher.state_dict().items() if "layers.1.mlp" not in name}
+    save_file(weights, tmp_path / "bare" / "model.safetensors")
+    opened, layers = open_offloaded(str(tmp_path / "bare"), device="cpu")
+    with pytest.raises(UserError, match=r"lacks model\.layers\.1\.mlp"):
+        calibrate(opened, ids, about={}, offloaded=layers)
 
 
 def test_saved_statistics_come_back_exactly(

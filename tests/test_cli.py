@@ -1,5 +1,6 @@
 """The command line: light help, one JSON object; bad input gives one line, exit code 2, and leaves nothing behind."""
 
+import itertools
 import json
 import random
 import shutil
@@ -15,6 +16,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvlatent import cli
+from kvlatent.calibrate import Statistics
 from kvlatent.checkpoints import RECORD
 
 WORDS = ["river", "stone", "bread", "lamp", "morning", "harbour", "seven", "quiet", "under", "between", "carries"]
@@ -142,6 +144,19 @@ def test_statistics_replace_text(folder: Path, capsys: pytest.CaptureFixture[str
     assert record["teacher"] == str((folder / "teacher").resolve())
 
 
+def test_statistics_of_shards_are_merged(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    shards, size = [], ["--tokens", "256", "--block-size", "32"]
+    for name in ("train", "other"):
+        shards.append(f"{tmp_path}/{name}")
+        answer(capsys, ["calibrate", f"{folder}/teacher", "--text", f"{folder}/{name}.txt", *size, "--out", shards[-1]])
+    told = answer(capsys, ["calibrate", f"{folder}/teacher", "--merge", *shards, "--out", f"{tmp_path}/all"])
+    assert told["tokens"] == 512 and len(told["text"]) == 2
+    first, second, whole = (Statistics.load(tmp_path / name) for name in ("train", "other", "all"))
+    assert torch.equal(whole.layers[1].sums["q"], first.layers[1].sums["q"] + second.layers[1].sums["q"])
+    assert torch.allclose(whole.probes, (first.probes + second.probes) / 2)
+    assert set(whole.about["fingerprints"]) == {*first.about["fingerprints"], *second.about["fingerprints"]}
+
+
 def test_a_plan_is_shown_drawn_and_followed(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     stats, plot = tmp_path / "stats.safetensors", tmp_path / "new" / "plan.svg"
     text = ["--text", f"{folder}/train.txt", "--tokens", "512", "--block-size", "32"]
@@ -198,6 +213,21 @@ def test_heal_evaluate_bench_generate(folder: Path, capsys: pytest.CaptureFixtur
     assert cli.main(["bench", out, *sizes]) == 0
     assert "ttft ms" in capsys.readouterr().out
 
+    grid = ["--context", "8", "16", "--batch", "1", "2", "--dtypes", "float32", "bfloat16", "--new-tokens", "2"]
+    extra = ["--repeats", "1", "--synthetic", "--own", "--memory", "0.01", "--out", f"{tmp_path}/bench"]
+    told = answer(capsys, ["bench", out, "--against", teacher, *grid, *extra])
+    assert [row["model"] for row in told["rows"]] == [out, teacher, f"{teacher} (our path)"] * 8
+    assert {(row["context"], row["batch"], row["dtype"]) for row in told["rows"]} == set(
+        itertools.product((8, 16), (1, 2), ("float32", "bfloat16"))
+    )
+    longest = {(x["model"], x["batch"], x["dtype"]): x["context"] for x in told["n_max"]}
+    assert longest[out, 1, "float32"] > 1.7 * longest[teacher, 1, "float32"] > 0
+    assert json.loads((tmp_path / "bench" / "bench.json").read_text())["rows"] == told["rows"]
+    page = (tmp_path / "bench" / "bench.html").read_text()
+    assert page.count("<svg") == 4 and "TPOT, batch 2, bfloat16" in page
+    assert cli.main(["bench", out, "--against", teacher, *grid, "--repeats", "1"]) == 0
+    assert "roofline" in capsys.readouterr().out
+
     told = answer(capsys, ["generate", out, "--prompt", "river stone", "--max-new-tokens", "3"])
     assert told["new_tokens"] == 3
     assert cli.main(["generate", out, "--prompt", "river stone", "--max-new-tokens", "3"]) == 0
@@ -252,10 +282,10 @@ def test_interrupted_healing_resumes_to_the_same_model(
 
     from safetensors.torch import load_file
 
-    from kvlatent import heal
+    from kvlatent import stages
 
     answer(capsys, healed(folder, "--out", f"{tmp_path}/straight"))
-    original, calls = heal.kl_loss, []
+    original, calls = stages.kl_term, []
 
     def interrupting(*args: Any, **kwargs: Any) -> Any:
         calls.append(None)
@@ -263,7 +293,7 @@ def test_interrupted_healing_resumes_to_the_same_model(
             signal.raise_signal(signal.SIGINT)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(heal, "kl_loss", interrupting)
+    monkeypatch.setattr(stages, "kl_term", interrupting)
     argv = healed(folder, "--out", f"{tmp_path}/out")
     assert cli.main(argv) == 130
     assert "run the same command with --resume to go on" in capsys.readouterr().err
@@ -312,11 +342,14 @@ BAD = {
     "d_qk above head_dim": ([*CONVERT, *TEXT, "--d-qk", "18", "--d-vo", "8"], "at most the model's head_dim 16"),
     "d_vo above head_dim": ([*CONVERT, *TEXT, "--d-qk", "8", "--d-vo", "17"], "between 1 and"),
     "d_qk alone": ([*CONVERT, *TEXT, "--d-qk", "8"], "go together"),
+    "nothing to calibrate on": (["calibrate", "{folder}/teacher", "--out", "{root}/out"], "--text"),
     "dims and budget": ([*CONVERT, *TEXT, *DIMS, "--budget", "0.5"], "not both"),
     "budget above 1": ([*CONVERT, *TEXT, "--budget", "50"], "share"),
     "budget too small": ([*CONVERT, *TEXT, "--budget", "0.01"], "at least 0.125"),
     "no divisor for paper": ([*CONVERT, "--preset", "paper", "--d-qk", "12", "--d-vo", "8"], "divide"),
     "paper with text": ([*CONVERT, *TEXT, *DIMS, "--preset", "paper"], "not calibrated"),
+    "no such reduction": ([*CONVERT, *TEXT, *DIMS, "--preset", "portable", "--qk", "project"], "can't reduce"),
+    "budget for a shared list": ([*CONVERT, *TEXT, "--budget", "0.5", "--qk", "fold"], "one frequency list"),
     "best without text": ([*CONVERT, *DIMS], "--text"),
     "missing text": ([*CONVERT, *DIMS, "--text", "{root}/none.txt"], "does not exist"),
     "empty text": ([*CONVERT, *DIMS, "--text", "{root}/empty.txt"], "holds no text"),
@@ -346,6 +379,7 @@ BAD = {
     "evaluating on training text": ([*EVAL, "--text", "{folder}/train.txt"], "evaluate on other text"),
     "evaluating on nothing": (EVAL, "nothing to evaluate on"),
     "context too long": (["bench", "{folder}/student", "--context", "999"], "exceed the 256 positions"),
+    "own path of nothing": (["bench", "{folder}/student", "--own"], "give --against"),
     "benchmark against itself": (["bench", "{folder}/student", "--against", "{folder}/student"], "twice"),
     "empty prompt": (["generate", "{folder}/student", "--prompt", ""], "empty"),
     "no chat template": (["generate", "{folder}/student", "--prompt", "x", "--chat"], "no chat template"),

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlatent.calibrate import calibrate
-from kvlatent.convert import convert
+from kvlatent.convert import Plan, convert
 from kvlatent.errors import UserError
 from kvlatent.modeling import identity_spec, spec_of
 from kvlatent.rope import frequency_aware_exponents, inverse_frequencies
@@ -104,6 +104,31 @@ def test_paper_with_qk_norm_reduces_after_the_norm_and_selects_the_same_channels
         torch.testing.assert_close(got, normed.transpose(1, 2)[..., ::2])
 
 
+@pytest.mark.parametrize("preset", ["paper", "portable"])
+def test_matched_rows_own_the_papers_list(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, preset: str
+) -> None:
+    teacher = tiny_teacher("llama")
+    student = convert(teacher, preset=preset, qk="matched", d_qk=8, d_vo=4, ids=None if preset == "paper" else ids)
+    wanted = inverse_frequencies(frequency_aware_exponents(8), d=8, theta=10000.0)
+    assert spec_of(student).inv_freq == pytest.approx(wanted, rel=1e-6)
+    assert spec_of(student).layout == "portable"
+    if preset == "paper":
+        old = teacher.model.layers[0].self_attn.k_proj.weight.view(2, 16, -1)
+        pairs = [2, 4, 6, 7]  # exponents of 16 dims: the list of 8 has 2, 4, 6 and 7
+        rows = old[:, [*pairs, *(j + 8 for j in pairs)]].flatten(0, 1)
+        assert torch.equal(student.model.layers[0].self_attn.k_proj.weight, rows)
+
+
+def test_stride_keeps_its_rows_own_frequencies(tiny_teacher: Callable[[str], PreTrainedModel]) -> None:
+    teacher = tiny_teacher("llama")
+    aware, plain = (convert(teacher, preset="paper", qk=qk, d_qk=8, d_vo=4) for qk in ("aware", "stride"))
+    assert spec_of(plain).inv_freq == identity_spec(teacher).inv_freq[::2]
+    assert spec_of(plain).inv_freq == pytest.approx(inverse_frequencies([0, 2, 4, 6], d=8, theta=10000.0))
+    for name, value in aware.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[name]), name
+
+
 # --- exactly known cases
 
 
@@ -121,10 +146,19 @@ def test_values_of_low_rank_lose_nothing(
     torch.testing.assert_close(logits(student, ids), logits(teacher, ids), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "llama-yarn"])
+CALIBRATED = ["pairs-model", "pairs-layer", "pairs", "partial", "fold", "project"]
+
+
+@pytest.mark.parametrize("how", ["text", "statistics"])
+@pytest.mark.parametrize(
+    ("name", "preset", "qk"),
+    [
+        *((name, preset, None) for name in ("mistral", "qwen2", "llama-yarn") for preset in PRESETS),
+        *((name, "best", qk) for name in ("llama", "llama-mha-tied", "qwen3", "llama-biases") for qk in CALIBRATED),
+    ],
+)
 def test_nothing_is_lost_when_only_a_few_rotary_pairs_are_alive(
-    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str, preset: str
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str, preset: str, qk: str | None, how: str
 ) -> None:
     teacher = tiny_teacher(name)
     for layer in teacher.model.layers:
@@ -132,8 +166,9 @@ def test_nothing_is_lost_when_only_a_few_rotary_pairs_are_alive(
             layer.self_attn.k_norm.weight.data.view(2, 8)[:, 4:] = 0
         else:
             for parameter in layer.self_attn.k_proj.parameters():
-                parameter.data.view(2, 2, 8, -1)[:, :, 4:] = 0
-    student = convert(teacher, preset=preset, d_qk=8, d_vo=16, ids=ids)
+                parameter.data.view(-1, 2, 8, parameter[0].numel())[:, :, 4:] = 0
+    source = {"ids": ids} if how == "text" else {"statistics": calibrate(teacher, ids, about={})}
+    student = convert(teacher, preset=preset, qk=qk, d_qk=8, d_vo=16, **source)
     torch.testing.assert_close(logits(student, ids), logits(teacher, ids), rtol=0, atol=2e-3)
 
 
@@ -155,11 +190,19 @@ def test_specs_of_our_presets(any_teacher: PreTrainedModel, ids: Tensor, preset:
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
 def test_best_starts_nearer_the_teacher_than_portable_and_paper(
-    tiny_teacher: Callable[[str], PreTrainedModel], tiny_student: Callable[..., PreTrainedModel], ids: Tensor, name: str
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    ids: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     teacher = tiny_teacher(name)
-    errors = [hidden_error(tiny_student(name, preset), teacher, ids) for preset in ("best", "portable", "paper")]
-    assert errors[0] < errors[1] < errors[2]
+    errors = {preset: hidden_error(tiny_student(name, preset), teacher, ids) for preset in (*PRESETS, "paper")}
+    assert max(errors["best"], errors["portable"]) < errors["paper"]
+    # Like against like: the logits of a projection aren't refitted.
+    monkeypatch.setattr(Plan, "refits_logits", False)
+    plain = convert(teacher, preset="portable", d_qk=8, d_vo=4, ids=ids)
+    assert errors["best"] < hidden_error(plain, teacher, ids)
 
 
 def test_refitting_in_order_comes_nearer_than_one_shot(any_teacher: PreTrainedModel, ids: Tensor) -> None:
@@ -167,6 +210,37 @@ def test_refitting_in_order_comes_nearer_than_one_shot(any_teacher: PreTrainedMo
     one_shot = convert(any_teacher, d_qk=8, d_vo=4, statistics=statistics)
     in_order = convert(any_teacher, d_qk=8, d_vo=4, ids=ids)
     assert hidden_error(in_order, any_teacher, ids) < hidden_error(one_shot, any_teacher, ids)
+
+
+@pytest.mark.parametrize(("preset", "qk"), [("portable", "fold"), ("portable", "matched"), ("best", "pairs")])
+def test_refitting_the_logits_comes_nearer(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, monkeypatch: pytest.MonkeyPatch, preset: str, qk: str
+) -> None:
+    teacher = tiny_teacher("llama")
+    refitted = convert(teacher, preset=preset, qk=qk, d_qk=4, d_vo=16, ids=ids)
+    monkeypatch.setattr(Plan, "refits_logits", False)
+    plain = convert(teacher, preset=preset, qk=qk, d_qk=4, d_vo=16, ids=ids)
+    assert hidden_error(refitted, teacher, ids) < hidden_error(plain, teacher, ids)
+
+
+def test_a_ridge_is_chosen_among_several(tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor) -> None:
+    teacher = tiny_teacher("llama")
+    chosen = convert(teacher, d_qk=8, d_vo=4, ids=ids, batch_size=3, ridge=(1.0, 1e9))
+    fixed, stiff = (convert(teacher, d_qk=8, d_vo=4, ids=ids, batch_size=3, ridge=x) for x in (1.0, 1e9))
+    assert hidden_error(fixed, teacher, ids) < hidden_error(stiff, teacher, ids)
+    assert hidden_error(chosen, teacher, ids) < hidden_error(stiff, teacher, ids)
+    with pytest.raises(UserError, match="at least 16 blocks"):
+        convert(teacher, d_qk=8, d_vo=4, ids=ids, batch_size=4, ridge=(0.1, 1.0))
+
+
+def test_activations_that_do_not_fit_are_computed_again(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = convert(tiny_teacher("llama"), d_qk=8, d_vo=4, ids=ids)
+    monkeypatch.setattr("kvlatent.convert.KEEP_BYTES", 0)
+    again = convert(tiny_teacher("llama"), d_qk=8, d_vo=4, ids=ids)
+    for name, value in kept.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
 
 
 def test_conversion_does_not_depend_on_the_batch_size(
@@ -202,6 +276,11 @@ def test_only_attention_and_down_projections_change(any_teacher: PreTrainedModel
         ({"preset": "paper", "d_qk": 12}, "d_qk must divide head_dim 16; got 12"),
         ({"preset": "paper", "d_vo": 6}, "d_vo must divide head_dim 16; got 6"),
         ({"preset": "paper", "d_qk": 2}, "multiple of 4; got 2"),
+        ({"preset": "portable", "qk": "project"}, "preset portable can't reduce queries and keys by project"),
+        ({"preset": "paper", "qk": "pairs"}, "stride, aware, matched can"),
+        ({"qk": "fold", "d_qk": (8, 4), "d_vo": (8, 8)}, "fold has one frequency list"),
+        ({"qk": "matched", "d_qk": 16}, "unless 2·d_qk divides head_dim 16"),
+        ({"d_qk": (8, 8, 8), "d_vo": (8, 8, 8)}, "every one of 2 layers; got 3"),
         ({"preset": "best", "ids": None}, "preset best is calibrated: give text"),
         ({"preset": "portable", "ids": None}, "preset portable is calibrated: give text"),
     ],

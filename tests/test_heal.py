@@ -4,8 +4,6 @@ import copy
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlatent import heal as heal_module
+from kvlatent.adapters import ATTENTION, FFN, MAPS
 from kvlatent.errors import UserError
-from kvlatent.heal import ATTENTION, FFN, HealConfig, Stage, heal, in_layer_losses
+from kvlatent.heal import heal
 from kvlatent.losses import hidden_mse, kl_loss, relative_error
+from kvlatent.settings import HealConfig
+from kvlatent.stages import Stage, in_layer_losses
 
 SEQ = 16
 STEP = 2 * SEQ
@@ -44,7 +45,10 @@ def metrics(work: Path) -> list[dict[str, Any]]:
 
 
 def without_speed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in ("tokens_per_s", "peak_memory_bytes")}
+        for line in lines
+    ]
 
 
 def weights(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -164,7 +168,9 @@ def test_stage_2_after_stage_1_starts_its_own_schedule_on_the_next_blocks(
 ) -> None:
     seen: list[Tensor] = []
     forward = Stage.forward
-    monkeypatch.setattr(Stage, "forward", lambda self, ids: (seen.append(ids), forward(self, ids))[1])
+    monkeypatch.setattr(
+        Stage, "forward", lambda self, ids, **options: (seen.append(ids), forward(self, ids, **options))[1]
+    )
     settings = config(stage1_learning_rate=1e-3, learning_rate=3e-4, warmup=0.0)
     heal(tiny_student("llama"), tiny_teacher("llama"), blocks, tmp_path / "work", settings)
     assert torch.equal(torch.cat(seen), blocks[:16])
@@ -181,7 +187,7 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert factors[10] == pytest.approx(0)
 
 
-@pytest.mark.parametrize("train_norms", [False, True])
+@pytest.mark.parametrize("train", [("attention", "maps"), ("attention", "maps", "norms")])
 @pytest.mark.parametrize("name", ["llama", "qwen2-mha-tied", "qwen3"])
 def test_healing_touches_only_what_it_may(
     tiny_teacher: Callable[[str], PreTrainedModel],
@@ -189,19 +195,19 @@ def test_healing_touches_only_what_it_may(
     blocks: Tensor,
     tmp_path: Path,
     name: str,
-    train_norms: bool,
+    train: tuple[str, ...],
 ) -> None:
     teacher, student = tiny_teacher(name), tiny_student(name)
     before, teacher_before = weights(student), weights(teacher)
-    healed = heal(student, teacher, blocks, tmp_path / "work", config(train_norms=train_norms, learning_rate=1e-3))
+    healed = heal(student, teacher, blocks, tmp_path / "work", config(train=train, learning_rate=1e-3))
     assert healed is student and not healed.training
     assert same(weights(teacher), teacher_before)
     after = weights(healed)
     assert after.keys() == before.keys()  # LoRA is gone
     assert not any(isinstance(module, LoraLayer) for module in healed.modules())
     for parameter_name, value in after.items():
-        trained = {*ATTENTION, *FFN} & set(parameter_name.split("."))
-        trains = train_norms if "norm" in parameter_name else bool(trained)
+        trained = {*ATTENTION, *MAPS, *FFN} & set(parameter_name.split("."))
+        trains = "norms" in train if "norm" in parameter_name else bool(trained)
         assert torch.equal(value, before[parameter_name]) != trains, parameter_name
     assert (healed.lm_head.weight is healed.model.embed_tokens.weight) == name.endswith("tied")
 
@@ -232,7 +238,9 @@ def test_trained_norms_survive_saving(
 
     student = tiny_student("qwen3")
     start = weights(student)
-    healed = heal(student, tiny_teacher("qwen3"), blocks, tmp_path / "work", config(train_norms=True))
+    healed = heal(
+        student, tiny_teacher("qwen3"), blocks, tmp_path / "work", config(train=("attention", "maps", "norms"))
+    )
     save_checkpoint(healed, byte_tokenizer, tmp_path / "model", record={})
     loaded = weights(AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32))
     assert same(loaded, weights(healed))
@@ -252,15 +260,15 @@ def test_lora_merge_keeps_the_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     unmerged: list[Tensor] = []
-    merge = heal_module._merged
+    finish = heal_module.finished
 
-    def compare(trained: torch.nn.Module, student: PreTrainedModel) -> PreTrainedModel:
+    def compare(trained: torch.nn.Module, *options: Any) -> PreTrainedModel:
         assert sum(isinstance(module, LoraLayer) for module in trained.modules()) == 3 * 2
         with torch.no_grad():
             unmerged.append(trained.eval()(blocks[:4]).logits)
-        return merge(trained, student)
+        return finish(trained, *options)
 
-    monkeypatch.setattr(heal_module, "_merged", compare)
+    monkeypatch.setattr(heal_module, "finished", compare)
     student = tiny_student("llama")
     down = student.model.layers[0].mlp.down_proj.weight.clone()
     healed = heal(student, tiny_teacher("llama"), blocks, tmp_path / "work", config(learning_rate=5e-3))
@@ -315,12 +323,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     steps = 0
     forward = Stage.forward
 
-    def kill_once(self: Stage, ids: Tensor) -> Any:
+    def kill_once(self: Stage, **batch: Any) -> Any:
         nonlocal steps
         steps += 1
         if steps == killed_at + 1:
             os.kill(os.getpid(), number)
-        return forward(self, ids)
+        return forward(self, **batch)
 
     monkeypatch.setattr(Stage, "forward", kill_once)
     with pytest.raises(KeyboardInterrupt):
@@ -342,7 +350,7 @@ def test_a_run_that_dies_without_warning_resumes_from_its_last_save(
 ) -> None:
     models = tiny_teacher, tiny_student
     whole = run(*models, blocks, tmp_path / "whole", config(save_minutes=0))
-    save, saves = heal_module._save_state, []
+    save, saves = heal_module.save_state, []
 
     def die_while_saving(*args: Any) -> None:
         saves.append(args)
@@ -352,7 +360,7 @@ def test_a_run_that_dies_without_warning_resumes_from_its_last_save(
         save(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(heal_module, "_save_state", die_while_saving)
+        patch.setattr(heal_module, "save_state", die_while_saving)
         with pytest.raises(RuntimeError, match="power cut"):
             run(*models, blocks, tmp_path / "killed", config(save_minutes=0))
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
@@ -375,7 +383,84 @@ def test_resume_of_nothing_starts_and_a_new_start_forgets(
     assert len(metrics(tmp_path / "work")) == 8
 
 
+# --- watching, and what is left in the end
+
+
+def test_held_out_perplexity_is_measured_on_the_way_and_tensorboard_is_told(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from kvlatent.evaluate import perplexity
+
+    settings = config(eval_tokens=2 * STEP, learning_rate=1e-3)
+    models = tiny_student("llama"), tiny_teacher("llama")
+    work = tmp_path / "work"
+    healed = heal(*models, blocks[:-6], work, settings, held_out=blocks[-6:], track=["tensorboard"])
+    lines = metrics(work)
+    assert [line["step"] for line in lines if "held_out_perplexity" in line] == [1, 3, 1, 3]
+    wanted = perplexity(healed, blocks[-6:], text_bytes=100, batch_size=2).perplexity
+    assert lines[-1]["held_out_perplexity"] == pytest.approx(wanted, rel=1e-4)
+    assert all(line["peak_memory_bytes"] > 1e7 for line in lines)
+    (events,) = (file.parent for file in (work / "tracked").glob("events*"))
+    told = EventAccumulator(str(events)).Reload()
+    assert [event.value for event in told.Scalars("stage2/loss")] == pytest.approx(
+        [line["loss"] for line in lines if line["stage"] == 2]
+    )
+    unwatched = heal(tiny_student("llama"), tiny_teacher("llama"), blocks[:-6], tmp_path / "unwatched", settings)
+    assert same(weights(unwatched), weights(healed))
+
+
+@pytest.mark.parametrize("how", ["keep", "save"])
+def test_adapters_can_be_kept_apart(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+    how: str,
+) -> None:
+    from peft import PeftModel
+
+    def run(how: str) -> PreTrainedModel:
+        settings = config(adapters=how, learning_rate=5e-3)
+        return heal(tiny_student("llama"), tiny_teacher("llama"), blocks, tmp_path / how, settings)
+
+    merged, healed = run("merge"), run(how)
+    assert not any(isinstance(module, LoraLayer) for module in healed.modules())
+    down = [model.model.layers[0].mlp.down_proj.weight for model in (healed, tiny_student("llama"), merged)]
+    assert torch.equal(down[0], down[1]) == (how == "keep")
+    assert torch.equal(down[0], down[2]) == (how == "save")
+    assert not (tmp_path / "merge" / "adapters").exists()
+    base = healed if how == "keep" else copy.deepcopy(healed)
+    if how == "save":
+        for layer, start in zip(base.model.layers, tiny_student("llama").model.layers, strict=True):
+            layer.mlp.load_state_dict(start.mlp.state_dict())
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / how / "adapters"))
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(blocks[:2]).logits, merged(blocks[:2]).logits, rtol=1e-4, atol=1e-4)
+
+
 # --- refused
+
+
+def test_an_absent_tracker_or_fp16_on_a_cpu_is_refused(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = tiny_student("llama"), tiny_teacher("llama")
+    with pytest.raises(UserError, match=r"tracker paper is not installed; there are: .*tensorboard"):
+        heal(*models, blocks, tmp_path / "work", config(), track=["paper"])
+    with pytest.raises(UserError, match="fp16 needs an accelerator"):
+        heal(*models, blocks, tmp_path / "work", config(mixed_precision="fp16"))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="can't save DeepSpeed's state; FSDP2 shards the same"):
+        heal(*models, blocks, tmp_path / "work", config())
 
 
 def test_resuming_with_other_settings_or_text_is_refused(
@@ -430,7 +515,8 @@ def test_paper_settings_are_the_papers() -> None:
     assert (train.learning_rate, distill.learning_rate, distill.temperature) == (2e-5, 2e-7, 10.0)
     for settings in (train, distill):
         assert (settings.lora_rank, settings.lora_alpha, settings.eps, settings.weight_decay) == (256, 512, 2e-4, 0.01)
-        assert (settings.warmup, settings.clip, settings.batch_size, settings.train_norms) == (0.0, None, 8, True)
+        assert (settings.warmup, settings.clip, settings.batch_size) == (0.0, None, 8)
+        assert settings.train == ("attention", "maps", "norms")
         assert settings.stage1_loss == "mse"
 
 
@@ -440,61 +526,10 @@ def test_any_lora_rank_keeps_the_papers_ratio_of_alpha() -> None:
     assert HealConfig.for_preset("best", lora_rank=None) == HealConfig()
 
 
-# --- many devices
-
-DATA_PARALLEL = """
-import sys
-from pathlib import Path
-import torch
-from kvlatent.heal import HealConfig, heal
-from kvlatent.modeling import MODELS
-from transformers import AutoModelForCausalLM
-folder, batch_size = Path(sys.argv[1]), int(sys.argv[2])
-blocks = torch.load(folder / "blocks.pt")
-teacher, student = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("teacher", "student"))
-config = HealConfig(stage1_tokens=64 * 4, stage2_tokens=64 * 4, lora_rank=4, lora_alpha=8, batch_size=batch_size,
-                    train_norms=True)
-heal(student, teacher, blocks, folder / f"work{batch_size}", config)
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_follow_one_process_of_twice_the_batch(
-    tiny_teacher: Callable[[str], PreTrainedModel],
-    tiny_student: Callable[..., PreTrainedModel],
-    blocks: Tensor,
-    tmp_path: Path,
-) -> None:
-    tiny_teacher("llama").save_pretrained(tmp_path / "teacher")
-    tiny_student("llama").save_pretrained(tmp_path / "student")
-    torch.save(blocks, tmp_path / "blocks.pt")
-    script = tmp_path / "heal_it.py"
-    script.write_text(DATA_PARALLEL)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    for command, batch_size in ((launcher, 2), ([sys.executable], 4)):
-        done = subprocess.run(
-            [*command, str(script), str(tmp_path), str(batch_size)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=environment,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    two, one = (metrics(tmp_path / f"work{batch_size}") for batch_size in (2, 4))
-    assert [(line["stage"], line["step"], line["tokens"]) for line in two] == [
-        (line["stage"], line["step"], line["tokens"]) for line in one
-    ]
-    assert [line["lr"] for line in two] == [line["lr"] for line in one]
-    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-3)
-    for a, b in zip(two[:4], one[:4], strict=True):
-        assert a["layer_loss"] == pytest.approx(b["layer_loss"], rel=1e-3)
-
-
 def test_the_teacher_is_neither_trained_nor_saved(
     tiny_teacher: Callable[[str], PreTrainedModel], tiny_student: Callable[..., PreTrainedModel]
 ) -> None:
     student = tiny_student("llama")
-    stage = Stage(student, student, tiny_teacher("llama"), 1, config())
+    stage = Stage(student, student, tiny_teacher("llama"), config())
     assert {id(p) for p in stage.parameters()} == {id(p) for p in student.parameters()}
     assert len(copy.deepcopy(stage.state_dict())) == len(student.state_dict())

@@ -16,6 +16,7 @@ from kvlatent.calibrate import calibrate
 from kvlatent.convert import fill
 from kvlatent.errors import UserError
 from kvlatent.modeling import graft, set_spec, spec_of
+from kvlatent.rope import rotate
 from kvlatent.spec import LatentSpec
 
 KV_HEADS, GROUP, DIM = 2, 3, 8
@@ -115,6 +116,59 @@ def test_keep_pairs_is_lossless_when_the_other_pairs_are_zero(
         fill(layer.self_attn, old, kept, reduce.VOReduction(v_map=identity, o_map=identity))
     with torch.no_grad():
         torch.testing.assert_close(student(ids).logits, teacher(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_shared_pairs_are_those_with_the_largest_sum_of_scores() -> None:
+    q_cov = torch.eye(DIM).expand(KV_HEADS * GROUP, -1, -1)
+    k_cov = torch.stack([torch.diag(torch.tensor(x * 2)) for x in ([9.0, 5.0, 6.0, 1.0], [1.0, 5.0, 6.0, 9.0])])
+    assert reduce.keep_pairs(q_cov, k_cov, 4).freq_index.tolist() == [[0, 2], [2, 3]]
+    shared = reduce.keep_pairs(q_cov, k_cov, 2, shared=True)
+    assert shared.freq_index.tolist() == [[2]] * 2  # 12 against 10
+
+
+# --- partial_rope
+
+
+def turned_logits(q: Tensor, k: Tensor, ladder: Tensor, distance: int) -> Tensor:
+    """qᵀ R(distance) k for every sample; ladder is (heads, pairs)."""
+    angle = distance * ladder[:, None]
+    return (rotate(q, angle.cos(), angle.sin()) * k).sum(-1)
+
+
+def test_partial_rope_is_lossless_when_the_others_stand_still_and_have_low_rank() -> None:
+    inv_freq = torch.tensor([1.0, 0.4, 0.0, 0.0], dtype=torch.float64)
+    q, k = normal(KV_HEADS * GROUP, 60, DIM), normal(KV_HEADS, 60, DIM, seed=1)
+    slow = torch.tensor([2, 3, 6, 7])
+    mix = normal(KV_HEADS, 4, 2, seed=2) @ normal(KV_HEADS, 2, 4, seed=3)
+    k[..., slow] = k[..., slow] @ mix
+    q_cov, k_cov = moment(q), moment(k)
+    maps = reduce.partial_rope(q_cov, k_cov, reduce.pair_scores(q_cov, k_cov), inv_freq, 6, torch.arange(1.0, 64))
+    assert maps.freq_index is not None
+    assert [sorted(row) for row in maps.freq_index.tolist()] == [[0, 1, 4]] * KV_HEADS
+    ladder = torch.cat((inv_freq, torch.zeros(1, dtype=torch.float64)))
+    k, k_map, index = (x.repeat_interleave(GROUP, dim=0) for x in (k, maps.k_map, maps.freq_index))
+    for distance in (0, 1, 7, 100):
+        wanted = turned_logits(q, k, inv_freq.expand(len(q), -1), distance)
+        got = turned_logits(q @ maps.q_map, k @ k_map, ladder[index], distance)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
+
+
+# --- rescaled
+
+
+def test_rescaling_changes_no_logit_at_any_distance() -> None:
+    maps = reduce.QKReduction(q_map=normal(KV_HEADS * GROUP, DIM, 4), k_map=normal(KV_HEADS, DIM, 4, seed=1))
+    even = reduce.rescaled(maps)
+    q, k = normal(KV_HEADS * GROUP, 5, DIM, seed=2), normal(KV_HEADS, 5, DIM, seed=3).repeat_interleave(GROUP, dim=0)
+    ladder = torch.tensor([1.0, 0.1], dtype=torch.float64).expand(len(q), -1)
+    for distance in (0, 3, 50):
+        before, after = (
+            turned_logits(q @ x.q_map, k @ x.k_map.repeat_interleave(GROUP, dim=0), ladder, distance)
+            for x in (maps, even)
+        )
+        torch.testing.assert_close(after, before)
+    pairs = even.k_map.square().sum(1).unflatten(-1, (2, -1)).mean(1)
+    torch.testing.assert_close(pairs, torch.ones_like(pairs))
 
 
 # --- project

@@ -1,4 +1,4 @@
-"""The ridge against its closed form."""
+"""The ridge against its closed form; refitted head maps against planted ones."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kvlatent.refit import Ridge
+from kvlatent.reduce import QKReduction
+from kvlatent.refit import LogitSamples, Ridge, refit_logits
+from kvlatent.rope import rotate
 
 
 def problem(seed: int, *, inputs: int = 5, outputs: int = 3, samples: int = 12) -> tuple[nn.Linear, Tensor, Tensor]:
@@ -102,3 +104,116 @@ def test_the_bias_is_kept_and_accounted_for() -> None:
     ridge.add(x, wanted(x).detach())
     ridge.solve(strength=1e-9)
     torch.testing.assert_close(linear.weight, wanted.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_the_strength_chosen_errs_least_on_text_left_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(3, 20, generator=generator)
+    linear = nn.Linear(20, 3, bias=False)
+    train, held = Ridge(linear), Ridge(linear)
+    parts = []
+    for ridge, samples in ((train, 24), (held, 400)):
+        x = torch.randn(samples, 20, generator=generator)
+        parts.append((x, x @ truth.T + 2 * torch.randn(samples, 3, generator=generator)))
+        ridge.add(*parts[-1])
+    strengths = (1e-6, 0.1, 1.0, 100.0)
+    errors = []
+    x, y = (t.double() for t in parts[1])
+    for strength in strengths:
+        weights = train.solution(strength)
+        errors.append(float((y - x @ weights).square().sum()))
+        assert held.error(weights) == pytest.approx(errors[-1] - float(y.square().sum()), rel=1e-4)
+    assert train.choose(held, strengths) == strengths[errors.index(min(errors))]
+    train.merge(held)
+    whole = Ridge(linear)
+    whole.add(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+    torch.testing.assert_close(train.solution(0.1), whole.solution(0.1), rtol=1e-4, atol=1e-5)  # float32 products
+
+
+# --- refit_logits
+
+KV_HEADS, GROUP, SEQ, DIM, D_QK = 2, 2, 12, 8, 4
+ANGLES = torch.arange(SEQ)[:, None] * torch.tensor([0.7, 0.05])
+TURNS = {"none": None, "shared": (ANGLES.cos()[None], ANGLES.sin()[None])}
+TURNS["per head"] = tuple(torch.stack((x, x.flip(-1))) for x in (ANGLES.cos(), ANGLES.sin()))
+
+
+def random_maps(seed: int) -> QKReduction:
+    generator = torch.Generator().manual_seed(seed)
+    q_map, k_map = (torch.randn(heads, DIM, D_QK, generator=generator).double() / 3 for heads in (4, KV_HEADS))
+    return QKReduction(q_map=q_map, k_map=k_map)
+
+
+def turned(x: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+    if turn is None:
+        return x
+    cos, sin = (t if len(t) == 1 else t.repeat_interleave(x.shape[1] // len(t), dim=0) for t in turn)
+    return rotate(x, cos, sin)
+
+
+def logits_of(q: Tensor, k: Tensor, maps: QKReduction, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+    q, k = turned(q @ maps.q_map.float(), turn), turned(k @ maps.k_map.float(), turn)
+    return 0.5 * q @ k.repeat_interleave(GROUP, dim=1).mT
+
+
+def planted(maps: QKReduction, turn: tuple[Tensor, Tensor] | None, *, blocks: int = 8) -> list[LogitSamples]:
+    """Samples, in two batches, whose logits these maps give."""
+    generator, samples = torch.Generator().manual_seed(7), []
+    for _ in range(2):
+        q = torch.randn(blocks, KV_HEADS * GROUP, SEQ, DIM, generator=generator)
+        k = torch.randn(blocks, KV_HEADS, SEQ, DIM, generator=generator)
+        rows = torch.arange(2, SEQ)
+        logits = logits_of(q, k, maps, turn)[:, :, rows]
+        probs = logits.masked_fill(torch.arange(SEQ) > rows[:, None], -torch.inf).softmax(-1)
+        samples.append(LogitSamples(q=q[:, :, rows], k=k, rows=rows, logits=logits, probs=probs))
+    return samples
+
+
+def error_of(samples: list[LogitSamples], maps: QKReduction, turn: tuple[Tensor, Tensor] | None) -> float:
+    """Variance of the logits' error under the attention, summed."""
+    total = 0.0
+    for s in samples:
+        q = torch.zeros(*s.q.shape[:2], SEQ, DIM)
+        q[:, :, s.rows] = s.q
+        off = (logits_of(q, s.k, maps, turn)[:, :, s.rows] - s.logits).double()
+        total += float((s.probs * off.square()).sum() - (s.probs * off).sum(-1).square().sum())
+    return total
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_planted_maps_are_found_again(turn: str) -> None:
+    wanted, off = random_maps(0), random_maps(1)
+    samples = planted(wanted, TURNS[turn])
+    start = QKReduction(q_map=wanted.q_map + 0.3 * off.q_map, k_map=wanted.k_map + 0.3 * off.k_map)
+    found = refit_logits(samples, start, turn=TURNS[turn], scale=0.5, strength=1e-6, rounds=20, iterations=12)
+    assert error_of(samples, found, TURNS[turn]) < 1e-3 * error_of(samples, start, TURNS[turn])
+
+
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 99), strength=st.sampled_from([1e-3, 0.1, 10.0]), turn=st.sampled_from(sorted(TURNS)))
+def test_refitting_never_fits_its_text_worse_and_a_stronger_pull_moves_less(
+    seed: int, strength: float, turn: str
+) -> None:
+    samples, start = planted(random_maps(seed), TURNS[turn]), random_maps(seed + 1)
+    found, pulled = (
+        refit_logits(samples, start, turn=TURNS[turn], scale=0.5, strength=x, rounds=1) for x in (strength, 1e5)
+    )
+    assert error_of(samples, found, TURNS[turn]) <= error_of(samples, start, TURNS[turn])
+    assert (pulled.q_map - start.q_map).norm() < 0.01 * start.q_map.norm()
+
+
+def test_what_all_keys_of_a_query_share_does_not_count() -> None:
+    samples, start = planted(random_maps(0), None), random_maps(1)
+    shifted = [
+        LogitSamples(q=s.q, k=s.k, rows=s.rows, logits=s.logits + 3 * s.q.sum(-1, keepdim=True), probs=s.probs)
+        for s in samples
+    ]
+    one, other = (refit_logits(x, start, turn=None, scale=0.5, strength=0.1) for x in (samples, shifted))
+    torch.testing.assert_close(one.k_map, other.k_map, rtol=1e-3, atol=1e-3)
+
+
+def test_right_maps_stay() -> None:
+    wanted = random_maps(0)
+    found = refit_logits(planted(wanted, None), wanted, turn=None, scale=0.5, strength=0.1)
+    torch.testing.assert_close(found.q_map, wanted.q_map, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.k_map, wanted.k_map, rtol=0, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kvlatent import reduce
 from kvlatent.attention import LatentAttention
 from kvlatent.calibrate import Statistics, fit_batch, layer_arguments
-from kvlatent.convert import fill, plan_spec, reductions
+from kvlatent.convert import fill, plan_reduction, reductions
 from kvlatent.errors import UserError
 from kvlatent.losses import kl_loss
 from kvlatent.modeling import graft, head_dim_of
+from kvlatent.offload import OffloadedLayers
 
 PROBE_SHARE = 0.5
 """A probe keeps this share of one layer's key dims, or of its value dims, and everything else."""
@@ -122,7 +124,11 @@ def _probe_dims(head_dim: int) -> int:
 
 @torch.no_grad()
 def probe(
-    teacher: PreTrainedModel, statistics: Statistics, ids: Int[Tensor, "blocks block_size"]
+    teacher: PreTrainedModel,
+    statistics: Statistics,
+    ids: Int[Tensor, "blocks block_size"],
+    *,
+    offloaded: OffloadedLayers | None = None,
 ) -> Float[Tensor, "2 layers"]:
     """KL from the teacher, in nats per token, when one layer alone has narrow keys [0] or narrow values [1].
 
@@ -133,24 +139,27 @@ def probe(
         teacher: A stock model of a supported family.
         statistics: What the probes' reductions are derived from.
         ids: Token blocks; one or two are enough to rank layers.
+        offloaded: From `offload.open_offloaded`, with its teacher.
     """
     student = graft(teacher)
     head_dim, layers = head_dim_of(teacher.config), student.model.layers
     narrow, whole = ((d,) * len(layers) for d in (_probe_dims(head_dim), head_dim))
-    specs = [
-        plan_spec(teacher, preset="best", d_qk=d_qk, d_vo=d_vo, statistics=None)[0]
+    plans = [
+        plan_reduction(teacher, preset="best", qk="project", d_qk=d_qk, d_vo=d_vo, statistics=None)
         for d_qk, d_vo in ((narrow, whole), (whole, narrow))
     ]
     state, probes = student.model.embed_tokens(ids.to(student.device)), list[Tensor]()
     for index, kwargs in enumerate(tqdm(layer_arguments(student, ids), unit="layer", desc="probe")):
         layer, kwargs, stats = layers[index], fit_batch(kwargs, len(ids)), statistics.layers[index]
-        probes = [layer(probe, **kwargs) for probe in probes]
-        attention, unchanged = layer.self_attn, layer(state, **kwargs)
-        for spec in specs:
-            reduced = LatentAttention(student.config, index, attention, spec)
-            layer.self_attn = fill(reduced, attention, *reductions(spec, index, attention, stats, []))
-            probes.append(layer(state, **kwargs))
-        layer.self_attn, state = attention, unchanged
+        attention = layer.self_attn
+        with nullcontext() if offloaded is None else offloaded.visiting(layer, index):
+            probes = [layer(probe, **kwargs) for probe in probes]
+            unchanged = layer(state, **kwargs)
+            for plan in plans:
+                reduced = LatentAttention(student.config, index, attention, plan.spec)
+                layer.self_attn = fill(reduced, attention, *reductions(plan, index, attention, stats))
+                probes.append(layer(state, **kwargs))
+            layer.self_attn, state = attention, unchanged
     head = student.get_output_embeddings().weight
     wanted, *got = (student.model.norm(x).flatten(0, 1) for x in (state, *probes))
     return torch.tensor([float(kl_loss(x, head, wanted, head)) for x in got], dtype=torch.float64).view(-1, 2).T

@@ -22,17 +22,20 @@ ROOM_SHARE = 16
 
 Keys = Float[Tensor, "batch kv_heads seq d_qk"]
 Values = Float[Tensor, "batch kv_heads seq d_vo"]
+Held = tuple[Float[Tensor, "batch kv_heads held d_qk"], Float[Tensor, "batch kv_heads held d_vo"]]
 
 
-def _room(tokens: int) -> int:
-    return max(LEAST_ROOM, tokens // ROOM_SHARE)
+def room(tokens: int, least: int = LEAST_ROOM) -> int:
+    """Tokens of room that a layer sets aside behind `tokens` when it grows."""
+    return max(least, tokens // ROOM_SHARE)
 
 
-class _Buffer:
+class Buffer:
     """A tensor (batch, heads, seq, dim) with room at its end along seq."""
 
-    def __init__(self, held: Tensor) -> None:
+    def __init__(self, held: Tensor, least_room: int = LEAST_ROOM) -> None:
         self.whole, self.start, self.length = held, 0, held.shape[-2]
+        self.least_room = least_room
 
     def held(self) -> Tensor:
         """What is held, as a view."""
@@ -42,7 +45,7 @@ class _Buffer:
         """Write `new` behind what is held; grow, or close the gap in front, where there is no room."""
         length = self.length + new.shape[-2]
         if self.start + length > self.whole.shape[-2]:
-            whole = new.new_empty(*new.shape[:2], length + _room(length), new.shape[-1])
+            whole = new.new_empty(*new.shape[:2], length + room(length, self.least_room), new.shape[-1])
             whole.narrow(2, 0, self.length).copy_(self.held())
             self.whole, self.start = whole, 0
         self.whole.narrow(2, self.start + self.length, new.shape[-2]).copy_(new)
@@ -52,9 +55,11 @@ class _Buffer:
     def drop_front(self, tokens: int) -> None:
         """Forget the oldest tokens, and give memory back where they were many."""
         self.start, self.length = self.start + tokens, self.length - tokens
-        if self.whole.shape[-2] > self.length + 2 * _room(self.length):
+        if self.whole.shape[-2] > self.length + 2 * room(self.length, self.least_room):
             held = self.held()
-            self.whole = held.new_empty(*held.shape[:2], self.length + _room(self.length), held.shape[-1])
+            self.whole = held.new_empty(
+                *held.shape[:2], self.length + room(self.length, self.least_room), held.shape[-1]
+            )
             self.start = 0
             self.held().copy_(held)
 
@@ -62,8 +67,8 @@ class _Buffer:
 class _InPlace:
     """Makes `keys` and `values` of a transformers layer views of buffers; what is assigned to them becomes one."""
 
-    _keys: _Buffer | None = None
-    _values: _Buffer | None = None
+    _keys: Buffer | None = None
+    _values: Buffer | None = None
 
     @property
     def keys(self) -> Tensor | None:
@@ -71,7 +76,7 @@ class _InPlace:
 
     @keys.setter
     def keys(self, held: Tensor | None) -> None:
-        self._keys = None if held is None else _Buffer(held)
+        self._keys = None if held is None else Buffer(held)
 
     @property
     def values(self) -> Tensor | None:
@@ -79,7 +84,7 @@ class _InPlace:
 
     @values.setter
     def values(self, held: Tensor | None) -> None:
-        self._values = None if held is None else _Buffer(held)
+        self._values = None if held is None else Buffer(held)
 
     def allocated_bytes(self) -> int:
         """Bytes of both buffers, room included."""
@@ -87,7 +92,7 @@ class _InPlace:
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._keys, self._values = _Buffer(key_states[:, :, :0]), _Buffer(value_states[:, :, :0])
+        self._keys, self._values = Buffer(key_states[:, :, :0]), Buffer(value_states[:, :, :0])
         self.is_initialized = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -115,7 +120,7 @@ class _InPlace:
 class GrowingLayer(_InPlace, DynamicLayer):
     """A layer that holds every token."""
 
-    def update(self, key_states: Keys, value_states: Values, *args: Any, **kwargs: Any) -> tuple[Keys, Values]:
+    def update(self, key_states: Keys, value_states: Values, *args: Any, **kwargs: Any) -> Held:
         """Append, and return all that is held.
 
         Where gradients flow the tensors are concatenated instead: what autograd has saved must not be overwritten.
@@ -139,7 +144,7 @@ class GrowingLayer(_InPlace, DynamicLayer):
 class RollingLayer(_InPlace, DynamicSlidingWindowLayer):
     """A layer that holds the last `sliding_window - 1` tokens: those the next one will look at."""
 
-    def update(self, key_states: Keys, value_states: Values, *args: Any, **kwargs: Any) -> tuple[Keys, Values]:
+    def update(self, key_states: Keys, value_states: Values, *args: Any, **kwargs: Any) -> Held:
         """Append, forget what is out of the window, and return what the new tokens look at.
 
         Where gradients flow, and while the past is recorded for `crop`, transformers' own layer does it.
@@ -179,6 +184,7 @@ def grow_in_place(cache: DynamicCache) -> None:
             cache.layers[index] = GrowingLayer()
         elif type(layer) is DynamicSlidingWindowLayer:
             cache.layers[index] = RollingLayer(layer.sliding_window)
+            cache.layers[index].record_past = layer.record_past  # asked for before assisted decoding
 
 
 def cache_bytes(cache: Cache) -> int:

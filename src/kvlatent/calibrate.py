@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 from kvlatent.attention import LatentAttention
 from kvlatent.errors import UserError
 from kvlatent.modeling import graft
+from kvlatent.offload import OffloadedLayers
+from kvlatent.refit import LogitSamples
 from kvlatent.rope import rotate
 
 NAMES = ("q", "k", "q_unrotated", "k_unrotated", "o")
@@ -95,6 +97,37 @@ def _attend(
     return mean_key.flatten(2, 3), out.flatten(1, 2), received
 
 
+@torch.no_grad()
+def sample_logits(
+    attention: LatentAttention, x: Tensor, kwargs: dict[str, Any], *, rows: Tensor, rotated: bool, rope_scaling: float
+) -> LogitSamples:
+    """Logits of an unreduced attention between the queries at `rows` and all keys, for `refit.refit_logits`.
+
+    Args:
+        attention: The layer's attention, all dims kept.
+        x: Normalised inputs, (batch, seq, hidden).
+        kwargs: The layer's other arguments: position embeddings and mask.
+        rows: Positions of the queries.
+        rotated: Return queries and keys after RoPE, for maps that come after it; otherwise before.
+        rope_scaling: Multiplier inside cos and sin.
+    """
+    cos, sin = kwargs["position_embeddings"]
+    q, k, _ = (t.float() for t in attention.queries_keys_values(x, cos, sin))
+    q, mask = q[:, :, rows], kwargs.get("attention_mask")
+    if mask is None:
+        visible = (torch.arange(k.shape[2], device=k.device) <= rows[:, None])[None, None]
+    else:
+        visible = mask[:, :, rows]
+    grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+    logits = (grouped @ k.mT).mul_(attention.scale).unflatten(2, (-1, len(rows))).flatten(1, 2)
+    probs = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+    if not rotated:
+        unscale = 1 / rope_scaling**2
+        q = rotate(q, cos[:, None, rows], -sin[:, None, rows]) * unscale
+        k = rotate(k, cos[:, None], -sin[:, None]) * unscale
+    return LogitSamples(q=q, k=k, rows=rows, logits=logits, probs=probs)
+
+
 @dataclass
 class Statistics:
     """Calibration statistics of a model: what any preset and budget is derived from."""
@@ -148,33 +181,58 @@ class Statistics:
         if self.probes is not None and other.probes is not None:
             weight = other.layers[0].tokens / layers[0].tokens
             probes = torch.lerp(self.probes, other.probes, weight)
-        both = {"fingerprints": sorted({*self.about.get("fingerprints", ()), *other.about.get("fingerprints", ())})}
+        both: dict[str, Any] = {
+            key: sorted({*self.about[key], *other.about[key]})
+            for key in ("text", "fingerprints")
+            if key in self.about and key in other.about
+        }
         return Statistics(layers, {**self.about, **both, "tokens": layers[0].tokens}, probes)
 
 
 def calibrate(
-    teacher: PreTrainedModel, ids: Int[Tensor, "blocks block_size"], *, batch_size: int = 4, about: dict[str, Any]
+    teacher: PreTrainedModel,
+    ids: Int[Tensor, "blocks block_size"],
+    *,
+    batch_size: int = 4,
+    about: dict[str, Any],
+    offloaded: OffloadedLayers | None = None,
 ) -> Statistics:
     """Run the teacher once over `ids` and collect the statistics of every layer.
+
+    Tokens stream through all layers, so memory is the model's and the statistics'. With `offloaded`, all tokens pass a
+    layer before the next one comes in: memory is one layer's, the statistics' and one hidden state per token.
 
     Args:
         teacher: A stock model of a supported family.
         ids: Token blocks.
         batch_size: Blocks per forward.
         about: Stored with the statistics.
+        offloaded: From `offload.open_offloaded`, with its teacher.
     """
     model = graft(teacher)
-    statistics = [LayerStatistics() for _ in model.model.layers]
-    arguments = layer_arguments(model, ids[:batch_size])
-    with torch.no_grad(), tqdm(total=ids.numel(), unit="tok", unit_scale=True, desc="calibrate") as bar:
-        for batch in ids.split(batch_size):
-            hidden = model.model.embed_tokens(batch.to(model.device))
-            for layer, kwargs, stats in zip(model.model.layers, arguments, statistics, strict=True):
-                kwargs = fit_batch(kwargs, len(batch))
-                scaling = model.model.rotary_emb.scaling
-                stats.update(layer.self_attn, layer.input_layernorm(hidden), kwargs, rope_scaling=scaling)
-                hidden = layer(hidden, **kwargs)
-            bar.update(batch.numel())
+    layers, scaling = model.model.layers, model.model.rotary_emb.scaling
+    statistics = [LayerStatistics() for _ in layers]
+    arguments = layer_arguments(model, ids)
+
+    def through(index: int, hidden: Tensor) -> Tensor:
+        layer, kwargs = layers[index], fit_batch(arguments[index], len(hidden))
+        statistics[index].update(layer.self_attn, layer.input_layernorm(hidden), kwargs, rope_scaling=scaling)
+        return layer(hidden, **kwargs)
+
+    with torch.no_grad(), tqdm(total=ids.numel() * len(layers), unit="tok", unit_scale=True, desc="calibrate") as bar:
+        states = (model.model.embed_tokens(batch.to(model.device)) for batch in ids.split(batch_size))
+        if offloaded is None:
+            for hidden in states:
+                for index in range(len(layers)):
+                    hidden = through(index, hidden)
+                    bar.update(hidden.shape[0] * hidden.shape[1])
+        else:
+            waiting = [hidden.cpu() for hidden in states]
+            for index, layer in enumerate(layers):
+                with offloaded.visiting(layer, index):
+                    for b, hidden in enumerate(waiting):
+                        waiting[b] = through(index, hidden.to(model.device)).cpu()
+                        bar.update(hidden.shape[0] * hidden.shape[1])
     return Statistics(statistics, {**about, "tokens": ids.numel()})
 
 

@@ -11,11 +11,13 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,7 +32,7 @@ RECORD = "kvlatent.json"
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` takes the first accelerator, or the CPU."""
+    """`auto` takes the first accelerator (under a launcher, the process's own), or the CPU."""
     if name != "auto":
         try:
             device = torch.device(name)
@@ -39,7 +41,22 @@ def pick_device(name: str = "auto") -> torch.device:
             raise UserError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from None
         return device
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator or torch.device("cpu")
+    if accelerator is None:
+        return torch.device("cpu")
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def processes(device: torch.device) -> PartialState:
+    """The processes that a launcher started, or this one alone; they wait for each other as long as it takes."""
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    return PartialState(cpu=device.type == "cpu", **({} if alone else {"timeout": timedelta(days=7)}))
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16; emulated, it is many times slower than float32."""
+    if device.type == "cpu":
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

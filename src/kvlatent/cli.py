@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +17,12 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from kvlatent.errors import UserError
-from kvlatent.spec import Preset
+from kvlatent.settings import Part
+from kvlatent.spec import QK, Preset
 
 Model = Annotated[str, arg(metavar="MODEL")]
 Number = Annotated[int, arg(metavar="N")]
+Numbers = Annotated[tuple[int, ...], arg(metavar="N…")]
 Folder = Annotated[Path, arg(metavar="DIR")]
 Sources = Annotated[tuple[str, ...], arg(metavar="F…", help_behavior_hint="")]
 
@@ -82,10 +85,14 @@ class Calibrate(Verb):
 
     model: Positional[Model]
     """The teacher."""
-    text: Sources
-    """Calibration text: files, folders, package:NAME, hf:ID; or teacher, for text that the teacher writes."""
     out: Annotated[Path, arg(metavar="STATS")]
     """The file to write."""
+    text: Sources = ()
+    """Calibration text: files, folders, package:NAME, hf:ID[:CONFIG[:SPLIT]]; or teacher, for text that it writes."""
+    merge: Annotated[tuple[Path, ...], arg(metavar="STATS…", help_behavior_hint="")] = ()
+    """Statistics of other text to merge in, say of shards calibrated in parallel; then --text may be missing."""
+    offload: bool = False
+    """Load one layer at a time from the model's safetensors, for models larger than memory."""
     tokens: Number = 16384
     """Tokens of text."""
     block_size: Number = 512
@@ -96,8 +103,9 @@ class Calibrate(Verb):
         from kvlatent.verbs import calibrate_file
 
         return calibrate_file(
-            self.model, self.out, text=self.text, tokens=self.tokens, block_size=self.block_size, **self.common.place()
-        )
+            self.model, self.out, text=self.text, merge=self.merge, offload=self.offload, tokens=self.tokens,
+            block_size=self.block_size, **self.common.place(),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +161,9 @@ class Convert(Verb):
     """Instead of dims: the share of the cache bytes to keep; best spends it layer by layer, as plan shows."""
     preset: Preset = "best"
     """best: what measures best; portable: the same dims and frequencies everywhere; paper: KV-Latent's own recipe."""
+    qk: Annotated[QK | None, arg(metavar="METHOD", help_behavior_hint="(default: the preset's)")] = None
+    """How queries and keys are reduced: stride, aware, matched, pairs-model, pairs-layer, pairs, partial, fold or
+    project (docs/methods.md). The presets take project, fold and aware."""
     stats: Annotated[Path | None, arg(metavar="STATS", help_behavior_hint="")] = None
     """Statistics from calibrate, instead of text; with text, only the budget is spent by them."""
     text: Sources = ()
@@ -172,8 +183,8 @@ class Convert(Verb):
 
         budget = 0.5 if self.d_qk is None and self.budget is None else self.budget
         return convert_folder(
-            self.model, self.out, preset=self.preset, d_qk=self.d_qk, d_vo=self.d_vo, budget=budget, stats=self.stats,
-            text=self.text, tokens=self.tokens, block_size=self.block_size, **self.common.place(),
+            self.model, self.out, preset=self.preset, qk=self.qk, d_qk=self.d_qk, d_vo=self.d_vo, budget=budget,
+            stats=self.stats, text=self.text, tokens=self.tokens, block_size=self.block_size, **self.common.place(),
         )  # fmt: skip
 
     def table(self, result: dict[str, Any]) -> str:
@@ -192,21 +203,53 @@ class Heal(Verb):
     out: Folder
     """The new folder."""
     text: Sources
-    """Training text, as for calibrate."""
+    """Training text, as for calibrate; of chats, losses are taken on the answers alone."""
+    separate_documents: bool = False
+    """Keep documents in a block from seeing each other; slower on the CPU."""
     stage1_tokens: Number
     """Tokens of in-layer distillation; 0 leaves it out."""
     stage2_tokens: Number
     """Tokens of end-to-end training; 0 leaves it out."""
-    loss: Literal["kl", "ntp"] = "kl"
-    """Stage 2: KL to the teacher, or next-token prediction."""
+    loss: Literal["kl", "ntp", "mix"] = "kl"
+    """Stage 2: KL to the teacher, next-token prediction, or both."""
+    kl_weight: Annotated[float | None, arg(metavar="X", help_behavior_hint="(default: 0.5)")] = None
+    """Share of the KL in mix."""
+    temperature: Annotated[float | None, arg(metavar="T", help_behavior_hint="")] = None
+    """Divides both models' logits in the KL."""
+    temperature_squared: bool = False
+    """Multiply the KL by T², so that its gradients keep their size."""
+    teacher_cache: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """Keep the teacher's likeliest tokens there, and use them in stage 2 instead of the teacher."""
+    top_k: Number = 64
+    """How many of them per position; all others count as one."""
+    stream_layers: bool = False
+    """Stage 1 one layer after the other, the others off the device and hidden states on disk: the same weights."""
     resume: bool = False
     """Continue the interrupted healing of OUT."""
+    held_out: Sources = ()
+    """Text to measure perplexity on while training."""
+    held_out_tokens: Number = 8192
+    """Tokens of that text."""
+    eval_tokens: Number = 100_000
+    """Training tokens between measurements."""
+    track: Annotated[tuple[str, ...], arg(metavar="NAME…", help_behavior_hint="")] = ()
+    """Trackers of accelerate to tell of every step, such as tensorboard."""
+    train: Annotated[tuple[Part, ...] | None, arg(help_behavior_hint="(default: the preset's)")] = None
+    """What trains in full."""
+    adapters: Literal["merge", "keep", "save"] = "merge"
+    """The FFN's LoRA in the end: merged; kept apart in OUT/adapters; or both."""
     lora_rank: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
     """Rank of the FFN's LoRA; 0 leaves the FFN as it is."""
     learning_rate: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
     """Peak learning rate of both stages."""
     batch_size: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
-    """Blocks per step."""
+    """Blocks per forward and process."""
+    accumulate: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
+    """Forwards per step."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Of matrix products; weights stay float32. auto: as accelerate launch says, or bf16 where the hardware has it."""
     block_size: Number = 512
     """Tokens per block."""
     teacher: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="(default: the one in the record)")] = None
@@ -216,18 +259,17 @@ class Heal(Verb):
     def run(self) -> dict[str, Any]:
         from kvlatent.verbs import heal_folder
 
-        changes = {
-            "stage1_tokens": self.stage1_tokens,
-            "stage2_tokens": self.stage2_tokens,
-            "loss": self.loss,
-            "lora_rank": self.lora_rank,
-            "learning_rate": self.learning_rate,
-            "stage1_learning_rate": self.learning_rate,
-            "batch_size": self.batch_size,
-        }
+        names = (
+            "stage1_tokens", "stage2_tokens", "loss", "kl_weight", "temperature", "temperature_squared",
+            "stream_layers", "lora_rank", "learning_rate", "batch_size", "accumulate", "checkpointing",
+            "mixed_precision", "eval_tokens", "train", "adapters",
+        )  # fmt: skip
+        changes = {name: getattr(self, name) for name in names} | {"stage1_learning_rate": self.learning_rate}
         return heal_folder(
             str(self.student), self.out, text=self.text, block_size=self.block_size, changes=changes,
-            teacher=self.teacher, resume=self.resume, **self.common.place(),
+            teacher=self.teacher, resume=self.resume, cache=self.teacher_cache, top_k=self.top_k,
+            separate_documents=self.separate_documents,
+            held_out=self.held_out, held_out_tokens=self.held_out_tokens, track=self.track, **self.common.place(),
         )  # fmt: skip
 
     def how_to_resume(self) -> str:
@@ -282,25 +324,44 @@ class Bench(Verb):
     """The model."""
     against: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
     """Another one, say its teacher, measured in turns with it."""
-    context: Number = 1024
-    """Tokens of the prompt."""
-    batch: Number = 1
-    """Sequences."""
+    context: Numbers = (1024,)
+    """Tokens of the prompt; several make a grid."""
+    batch: Numbers = (1,)
+    """Sequences; several make a grid."""
+    dtypes: Annotated[tuple[Literal["float32", "bfloat16", "float16"], ...], arg(metavar="T…")] = ()
+    """Dtypes of the grid; without them, --dtype."""
     new_tokens: Number = 32
     """Tokens to decode."""
+    repeats: Number = 5
+    """Rounds, after one that isn't counted."""
+    synthetic: bool = False
+    """Fill the cache with random numbers instead of a prefill, which takes long; there is no TTFT then."""
+    own: bool = False
+    """Measure the model of --against on our own cache and attention too."""
+    memory: Annotated[float | None, arg(metavar="GIB", help_behavior_hint="")] = None
+    """Also tell the longest context that fits in so much memory, for every batch and dtype, and allocate it."""
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """A new folder for bench.json and bench.html with plots."""
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
         from kvlatent.verbs import benchmark_models
 
+        place = self.common.place()
+        dtypes = self.dtypes or (place.pop("dtype"),)
         return benchmark_models(
-            self.model, against=self.against, context=self.context, batch=self.batch, new_tokens=self.new_tokens,
-            **self.common.place(),
+            self.model, against=self.against, contexts=self.context, batches=self.batch, dtypes=dtypes,
+            new_tokens=self.new_tokens, repeats=self.repeats, synthetic=self.synthetic, own=self.own,
+            memory=self.memory, out=self.out, seed=place["seed"], device=place["device"],
         )  # fmt: skip
 
     def table(self, result: dict[str, Any]) -> str:
-        keys = ("cache_bytes", "cache_bytes_per_token", "ttft_ms", "tpot_ms", "tokens_per_s", "peak_memory_bytes")
-        return _side_by_side(result, keys)
+        if len(result["rows"]) <= 2:
+            keys = ("cache_bytes", "cache_bytes_per_token", "ttft_ms", "tpot_ms", "tokens_per_s", "roofline_share")
+            return _side_by_side(result, (*keys, "peak_memory_bytes"))
+        from kvlatent.report import bench_table
+
+        return bench_table(result)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -490,6 +551,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"kvlatent: interrupted; {verb.how_to_resume()}", file=sys.stderr)
         return 130
+    if os.environ.get("RANK", "0") != "0":  # a launcher started several processes: the first one speaks
+        return 0
     print(json.dumps(result, indent=2, ensure_ascii=False) if verb.common.json else verb.table(result))
     return 0
 

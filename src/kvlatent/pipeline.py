@@ -15,21 +15,17 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from jaxtyping import Int64
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvlatent.benchmark import benchmark
-from kvlatent.checkpoints import environment, load_model, pick_device, pick_dtype, record_of
+from kvlatent.checkpoints import environment, load_model, pick_device, pick_dtype, processes, record_of
 from kvlatent.convert import check_request
-from kvlatent.data import TokenBlocks, check_held_out
+from kvlatent.data import TokenBlocks, check_held_out, load_blocks, save_blocks
 from kvlatent.errors import UserError
 from kvlatent.evaluate import Perplexity, compare, perplexity
-from kvlatent.heal import HealConfig
 from kvlatent.report import model_card, write_report
+from kvlatent.settings import HealConfig, Part
 from kvlatent.spec import Preset
 from kvlatent.verbs import (
     BATCH_SIZE,
@@ -43,6 +39,7 @@ from kvlatent.verbs import (
     read_text,
     scores_of,
     stored_dtype,
+    teacher_dtype,
 )
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
@@ -73,11 +70,19 @@ class Healing(_Entry):
     """The preset whose hyperparameters are changed; the student's own by default."""
     stage1_tokens: int = Field(ge=0)
     stage2_tokens: int = Field(ge=0)
-    loss: Literal["kl", "ntp"] = "kl"
+    loss: Literal["kl", "ntp", "mix"] = "kl"
+    kl_weight: float | None = Field(default=None, gt=0, lt=1)
+    temperature: float | None = Field(default=None, gt=0)
+    temperature_squared: bool | None = None
+    stream_layers: bool | None = None
     learning_rate: float | None = Field(default=None, gt=0)
     stage1_learning_rate: float | None = Field(default=None, gt=0)
     lora_rank: int | None = Field(default=None, ge=0)
     batch_size: PositiveInt | None = None
+    accumulate: PositiveInt | None = None
+    checkpointing: bool | None = None
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = None
+    train: tuple[Part, ...] | None = None
 
     def settings(self, preset: Preset, seed: int) -> HealConfig:
         """The hyperparameters for a student of `preset`."""
@@ -153,30 +158,6 @@ def read_recipe(path: Path) -> Recipe:
 # --- what a run folder holds -----------------------------------------------------------------------------------------
 
 
-def save_blocks(blocks: TokenBlocks, path: Path) -> None:
-    """Write token blocks and what is known of them as one safetensors file."""
-    about = {"bytes": blocks.bytes, "sources": blocks.sources, "fingerprints": sorted(blocks.fingerprints)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({"ids": blocks.ids}, partial, metadata={"about": json.dumps(about)})
-    partial.replace(path)
-
-
-def load_blocks(path: Path) -> TokenBlocks:
-    """Read what `save_blocks` wrote.
-
-    Raises:
-        UserError: The file is missing or damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["about"])
-            ids: Int64[Tensor, "blocks block_size"] = file.get_tensor("ids")
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} can't be read as token blocks ({error}); remove it to make it again") from None
-    return TokenBlocks(ids, about["bytes"], tuple(about["sources"]), frozenset(about["fingerprints"]))
-
-
 def _write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,6 +180,8 @@ class _Step:
     name: str
     output: Path
     act: Callable[[Path], object]
+    together: bool = False
+    """Whether all processes do it, not the first alone."""
 
 
 def run(
@@ -243,6 +226,7 @@ class _Run:
     def __init__(self, recipe: Recipe, out: Path, config: PreTrainedConfig, device: str, dtype: str) -> None:
         self.recipe, self.out, self.config = recipe, out, config
         self.device = device
+        self.group = processes(pick_device(device))
         self.dtype = str(pick_dtype(dtype, pick_device(device))).removeprefix("torch.")
         self.tokenizer = load_tokenizer(recipe.model)
         self.load = lru_cache(maxsize=1)(self._load)
@@ -259,22 +243,26 @@ class _Run:
         *steps, last = self.steps()
         new = False
         for number, step in enumerate((*steps, last), 1):
-            place = f"[{number}/{len(steps) + 1}] {step.name}"
-            if step.output.exists() and not (step is last and new):
-                print(f"{place}: reused", file=sys.stderr)
-            else:
-                print(place, file=sys.stderr)
+            self.group.wait_for_everyone()
+            done = step.output.exists() and not (step is last and new)
+            self.group.wait_for_everyone()  # before anybody makes it
+            if self.group.is_main_process:
+                place = f"[{number}/{len(steps) + 1}] {step.name}"
+                print(f"{place}: reused" if done else place, file=sys.stderr)
+            if not done:
                 self._do(step)
                 new = True
+        self.group.wait_for_everyone()
         return {"out": str(self.out), **json.loads((self.out / "results.json").read_text(encoding="utf-8"))}
 
     def _do(self, step: _Step) -> None:
         clock = self.out / "seconds.json"
         began = time.monotonic()
         try:
-            step.act(step.output)
+            if step.together or self.group.is_main_process:
+                step.act(step.output)
         finally:  # an interrupted step adds up over its sessions
-            if clock.parent.is_dir():
+            if clock.parent.is_dir() and self.group.is_main_process:
                 seconds = json.loads(clock.read_text()) if clock.is_file() else {}
                 seconds[step.name] = seconds.get(step.name, 0.0) + time.monotonic() - began
                 _write_json(clock, seconds)
@@ -312,7 +300,7 @@ class _Run:
             steps.append(_Step(f"convert {preset}", start, partial(self._convert, preset)))
             steps.append(evaluate(f"{preset}, no training", str(start)))
             if student.heal is not None:
-                steps.append(_Step(f"heal {preset}", final, partial(self._heal, preset)))
+                steps.append(_Step(f"heal {preset}", final, partial(self._heal, preset), together=True))
                 steps.append(evaluate(f"{preset}, healed", str(final)))
         return [
             *steps,
@@ -350,7 +338,9 @@ class _Run:
     def _training_tokens(self, training: Sources) -> int:
         """Tokens of the longest healing; every student reads them from the first."""
         block_size = training.block_size or self.recipe.block_size
-        counts = [healing_blocks(self._settings(preset), block_size) for preset in self._healed()]
+        counts = [
+            healing_blocks(self._settings(preset), block_size, self.group.num_processes) for preset in self._healed()
+        ]
         return max(counts, default=0) * block_size
 
     def _healed(self) -> list[Preset]:
@@ -373,8 +363,9 @@ class _Run:
         )  # fmt: skip
 
     def _heal(self, preset: Preset, out: Path) -> None:
+        teacher = self.teacher(teacher_dtype(self.device))
         heal_student(
-            str(self.start(preset)), out, teacher=self.teacher(), blocks=self._blocks("training"),
+            str(self.start(preset)), out, teacher=teacher, blocks=self._blocks("training"),
             settings=self._settings(preset), resume=True, device=self.device, dtype=stored_dtype(self.config, "auto"),
         )  # fmt: skip
 

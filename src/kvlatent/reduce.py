@@ -6,7 +6,7 @@ rotary pair j is (j, j + head_dim/2), read as the complex number x_j + i·x_{j +
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +22,7 @@ class QKReduction:
     q_map: Float[Tensor, "q_heads head_dim d_qk"]
     k_map: Float[Tensor, "kv_heads head_dim d_qk"]
     freq_index: Int[Tensor, "kv_heads pairs"] | None = None
-    """Entries of the teacher's ladder, when every KV head keeps its own."""
+    """Entries of the ladder, when every KV head has its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,22 +66,77 @@ def keep_channels(
     return QKReduction(q_map=k_map.repeat_interleave(group_size, dim=0), k_map=k_map, freq_index=freq_index)
 
 
-def keep_pairs(q_cov: Tensor, k_cov: Tensor, d_qk: int) -> QKReduction:
-    """Keep, per KV head, the rotary pairs that carry the most logit energy, at their original frequencies.
-
-    Pair j of KV head g scores Σ_{i in g} E‖q_ij‖² · E‖k_gj‖² (A³, arXiv:2505.12942, for the criterion).
+def keep_pairs(q_cov: Tensor, k_cov: Tensor, d_qk: int, *, shared: bool = False) -> QKReduction:
+    """Keep the rotary pairs that carry the most logit energy, at their original frequencies.
 
     Args:
         q_cov: (q_heads, head_dim, head_dim).
         k_cov: (kv_heads, head_dim, head_dim).
         d_qk: Dims kept.
+        shared: All heads keep the same pairs, those with the largest sum of scores; otherwise each KV head its own.
     """
     kv_heads, head_dim = k_cov.shape[:2]
-    score = _pair_energy(q_cov).view(kv_heads, -1, head_dim // 2).sum(1) * _pair_energy(k_cov)
-    pairs = score.topk(d_qk // 2, dim=-1).indices.sort(-1).values
+    scores = pair_scores(q_cov, k_cov)
+    if shared:
+        scores = scores.sum(0, keepdim=True).expand(kv_heads, -1)
+    pairs = scores.topk(d_qk // 2, dim=-1).indices.sort(-1).values
     return keep_channels(
         pair_channels(pairs, head_dim), head_dim, group_size=q_cov.shape[0] // kv_heads, freq_index=pairs
     )
+
+
+def pair_scores(q_cov: Tensor, k_cov: Tensor) -> Float[Tensor, "kv_heads pairs"]:
+    """Logit energy of each rotary pair, Σ_{i in g} E‖q_ij‖² · E‖k_gj‖² (A³, arXiv:2505.12942, for the criterion)."""
+    q_energy = _pair_energy(q_cov)
+    return q_energy.view(len(k_cov), -1, q_energy.shape[-1]).sum(1) * _pair_energy(k_cov)
+
+
+def partial_rope(
+    q_cov: Tensor, k_cov: Tensor, scores: Tensor, inv_freq: Tensor, d_qk: int, distances: Tensor
+) -> QKReduction:
+    """Let only some rotary pairs of each KV head rotate, and reduce all others, unrotated, by joint SVD.
+
+    The pairs that keep rotating are chosen greedily (EliteKV, for the idea), and so is their number: the next one is
+    that whose standing still would cost most, E|logit|²·2(1 - cos(ω_j Δ)) averaged over distances Δ, and of all numbers
+    the one whose rest loses least, standing still and in its SVD together. Slots that don't rotate have the frequency
+    0, entry head_dim/2 of the ladder. Exact where the others have ω × distance → 0 and rank ≤ their share of d_qk.
+
+    Args:
+        q_cov: Queries before RoPE, (q_heads, head_dim, head_dim).
+        k_cov: Keys before RoPE, (kv_heads, head_dim, head_dim).
+        scores: From `pair_scores`.
+        inv_freq: The ladder, (head_dim/2,) in radians per token, without the 0.
+        d_qk: Dims kept.
+        distances: Tokens between query and key, any number of samples.
+    """
+    kv_heads, head_dim = k_cov.shape[:2]
+    half, slots = head_dim // 2, d_qk // 2
+    pooled = q_cov.view(kv_heads, -1, head_dim, head_dim).sum(1)
+    blur = 2 * (1 - (inv_freq.double()[:, None] * distances.double()).cos()).mean(1) * scores  # (kv_heads, half)
+    maps = torch.zeros(2, kv_heads, head_dim, d_qk, dtype=torch.float64)
+    freq_index = torch.full((kv_heads, slots), half)
+    for g in range(kv_heads):
+        order = blur[g].argsort(descending=True)
+
+        def others(turning: int, order: Tensor = order) -> Tensor:
+            return pair_channels(order[turning:].sort().values[None], head_dim)[0]
+
+        def loss(turning: int, g: int = g, order: Tensor = order) -> float:
+            rest = others(turning, order)
+            tail = _singular_values(pooled[g][rest][:, rest], k_cov[g][rest][:, rest])[d_qk - 2 * turning :]
+            return float(tail.square().sum() + blur[g][order[turning:]].sum())
+
+        turning = min(range(slots + 1), key=loss)
+        kept, rest = order[:turning].sort().values, others(turning)
+        freq_index[g, :turning] = kept
+        at = torch.arange(slots)  # slot s is channels s and s + slots; those that turn come first
+        still = torch.cat((at[turning:], at[turning:] + slots))
+        rest_maps = _joint_svd(pooled[g][rest][:, rest], k_cov[g][rest][:, rest], d_qk - 2 * turning)
+        for whole, rest_map in zip(maps, rest_maps, strict=True):
+            whole[g, kept, at[:turning]] = whole[g, kept + half, at[:turning] + slots] = 1.0
+            whole[g, rest[:, None], still] = rest_map
+    q_map = maps[0].repeat_interleave(len(q_cov) // kv_heads, dim=0)
+    return QKReduction(q_map=q_map, k_map=maps[1], freq_index=freq_index)
 
 
 def project(q_cov: Tensor, k_cov: Tensor, d_qk: int) -> QKReduction:
@@ -216,6 +271,13 @@ def _output_factors(o_cov: Tensor, o_weight: Tensor, kv_heads: int) -> tuple[Ten
     w = o_weight.double().T.reshape(kv_heads, group_size, head_dim, -1).transpose(1, 2).flatten(2)
     root, inverse = _roots(o_cov.view(kv_heads, group_size, head_dim, head_dim).mean(1))
     return inverse, root, w
+
+
+def rescaled(maps: QKReduction) -> QKReduction:
+    """The same logits with unit columns in the keys' maps, pair by pair, so that what is cached stays of their size."""
+    size = maps.k_map.square().sum(1).unflatten(-1, (2, -1)).mean(1).sqrt().clamp_min(1e-12).repeat(1, 2)[:, None]
+    group_size = len(maps.q_map) // len(maps.k_map)
+    return replace(maps, q_map=maps.q_map * size.repeat_interleave(group_size, dim=0), k_map=maps.k_map / size)
 
 
 def project_tail(q_cov: Tensor, k_cov: Tensor) -> Float[Tensor, "dims"]:

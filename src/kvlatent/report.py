@@ -833,6 +833,77 @@ def summary_table(results: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks) or "no measurements yet"
 
 
+def bench_table(bench: Mapping[str, Any]) -> str:
+    """Return the rows of `kvlatent bench` as aligned plain text, and the longest contexts where they were asked for."""
+    header = ["model", "dtype", "batch", "context", "cache MiB", "TTFT ms", "TPOT ms", "range", "tokens/s", "roofline"]
+    rows = [
+        [
+            row["model"],
+            row["dtype"],
+            str(row["batch"]),
+            f"{row['context']:,}",
+            _mib(row["cache_bytes"]),
+            _milliseconds(row["ttft_ms"]),
+            _milliseconds(row["tpot_ms"]),
+            " – ".join(map(_milliseconds, row["tpot_ms_range"])),
+            f"{row['tokens_per_s']:.1f}",
+            f"{row['roofline_share']:.0%}",
+        ]
+        for row in bench["rows"]
+    ]
+    blocks = [_aligned(header, rows)]
+    if "n_max" in bench:
+        found = [[x["model"], x["dtype"], str(x["batch"]), f"{x['context']:,}"] for x in bench["n_max"]]
+        head = ["model", "dtype", "batch", f"longest context in {bench['memory_gib']:g} GiB"]
+        blocks.append(_aligned(head, found))
+    return "\n\n".join(blocks)
+
+
+def bench_page(bench: Mapping[str, Any]) -> str:
+    """Return an HTML page with the rows of `kvlatent bench` and TPOT against context, a figure per batch and dtype."""
+    pictures = []
+    for batch, dtype in dict.fromkeys((row["batch"], row["dtype"]) for row in bench["rows"]):
+        rows = [row for row in bench["rows"] if (row["batch"], row["dtype"]) == (batch, dtype)]
+        if len({row["context"] for row in rows}) > 1:
+            pictures.append(_tpot_lines(rows, f"TPOT, batch {batch}, {dtype}"))
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_BENCH_PAGE)
+    variables = {name: stand_in for stand_in, name in _VARIABLES.items()}
+    return template.render(table=bench_table(bench), pictures=pictures, variables=variables)
+
+
+_BENCH_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>kvlatent bench</title>
+<style>:root { {% for name, colour in variables.items() %}--{{ name }}: {{ colour }}; {% endfor %} }
+body { font-family: system-ui, sans-serif; margin: 2rem; } figure { display: inline-block; width: 30rem; margin: 1rem }
+pre { overflow-x: auto }</style>
+<h1>Cost of decoding</h1><pre>{{ table }}</pre>
+{% for picture in pictures %}<figure><figcaption><b>{{ picture.title }}</b><br>{{ picture.caption }}</figcaption>
+{{ picture.svg }}</figure>{% endfor %}</html>
+"""
+
+
+def _tpot_lines(rows: Sequence[Mapping[str, Any]], title: str) -> _Picture:
+    """TPOT against context: measured points with their range, and the time the bytes take at copy bandwidth, dashed."""
+
+    def draw(ax: Axes) -> None:
+        for model, colour in zip(
+            dict.fromkeys(row["model"] for row in rows), (_STUDENT, _TEACHER, _OTHER), strict=False
+        ):
+            own = sorted((row for row in rows if row["model"] == model), key=lambda row: row["context"])
+            contexts = [row["context"] for row in own]
+            ax.plot(contexts, [row["tpot_ms"] for row in own], "o-", color=colour, markersize=3, label=_short(model))
+            ax.vlines(contexts, *zip(*(row["tpot_ms_range"] for row in own), strict=True), color=colour, linewidth=0.9)
+            ax.plot(contexts, [row["roofline_ms"] for row in own], "--", color=colour, linewidth=0.8)
+        ax.set_xlim(left=0)
+        ax.set_ylim(bottom=0)
+        ax.set_xlabel("Context (tokens)")
+        ax.set_ylabel("TPOT (ms)")
+        ax.legend(loc="upper left", fontsize=7)
+        _plain_axis(ax.xaxis)
+
+    return _picture(title, "Dashed: the time that weights and cache take at the bandwidth of a copy.", draw)
+
+
 def _aligned(header: list[str], rows: list[list[str]]) -> str:
     """Columns of text: words to the left, numbers to the right."""
     table = [header, *rows]

@@ -10,6 +10,13 @@ from kvlatent.errors import UserError
 
 Preset = Literal["best", "portable", "paper"]
 """How heads are reduced: our measured best, one shared frequency list for stock engines, or the paper's own recipe."""
+QK = Literal["stride", "aware", "matched", "pairs-model", "pairs-layer", "pairs", "partial", "fold", "project"]
+"""How queries and keys are reduced, and what they rotate by.
+
+Every r-th rotary pair at its own frequencies (stride) or at the paper's frequency-aware list (aware); the pairs that
+own that list (matched); the pairs with the most logit energy, chosen for the model, per layer, or per KV head (pairs);
+rotation only for the pairs that need it most, per KV head, and joint SVD of the others (partial); neighbours merged
+into one shared list (fold); joint SVD after RoPE (project)."""
 QKMap = Literal["folded", "before_rope", "after_rope"]
 """Where queries and keys go from head_dim to d_qk: inside W_Q and W_K, or by a per-head map before or after RoPE."""
 

@@ -8,10 +8,11 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Int
@@ -27,20 +28,24 @@ from transformers import (
 from transformers import initialization as init
 
 from kvlatent import budget as budgets
-from kvlatent.benchmark import benchmark, cache_dims
+from kvlatent.benchmark import benchmark, cache_dims, n_max_of
 from kvlatent.calibrate import Statistics, calibrate
 from kvlatent.checkpoints import (
     check_disk,
     environment,
     load_model,
     locate,
+    multiplies_bfloat16,
+    new_folder,
+    pick_device,
     pick_dtype,
+    processes,
     record_of,
     refuse_existing,
     save_checkpoint,
 )
-from kvlatent.convert import check_request, convert
-from kvlatent.data import TokenBlocks, check_held_out, token_blocks
+from kvlatent.convert import QK_OF, SHARED_LIST, check_request, convert
+from kvlatent.data import TokenBlocks, check_held_out, load_blocks, save_blocks, separator_id, token_blocks
 from kvlatent.errors import UserError
 from kvlatent.evaluate import Perplexity, compare, lm_eval_tasks, needle, perplexity
 from kvlatent.export.engines import (
@@ -55,12 +60,17 @@ from kvlatent.export.engines import (
 from kvlatent.export.gguf import FileType, export_gguf
 from kvlatent.export.stock import export_stock
 from kvlatent.families import family_of
-from kvlatent.heal import HealConfig, heal
-from kvlatent.modeling import check_teacher, head_dim_of, spec_of
-from kvlatent.report import model_card, write_report
+from kvlatent.heal import heal
+from kvlatent.modeling import check_teacher, graft, head_dim_of, spec_of
+from kvlatent.offload import OffloadedLayers, open_offloaded
+from kvlatent.report import bench_page, model_card, write_report
 from kvlatent.sample import sample_from_teacher
 from kvlatent.serve.launch import Engine, serve
-from kvlatent.spec import LatentSpec, Preset
+from kvlatent.settings import HealConfig, Part
+from kvlatent.spec import QK, LatentSpec, Preset
+from kvlatent.streaming import hidden_bytes
+from kvlatent.teacher_cache import BYTES as TOP_K_BYTES
+from kvlatent.teacher_cache import TeacherCache
 
 TEACHER_TEXT = "teacher"
 """The text source that stands for text sampled from the teacher."""
@@ -201,8 +211,13 @@ def read_text(
         return written
     read = token_blocks(others, tokenizer, block_size=block_size, tokens=tokens - written.ids.numel(), seed=seed)
     ids = torch.cat((written.ids, read.ids))
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    answers = None
+    if read.answers is not None:
+        answers = torch.cat((torch.ones_like(written.ids, dtype=torch.bool), read.answers))[order]
     return TokenBlocks(
-        ids=ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))],
+        ids=ids[order],
+        answers=answers,
         bytes=written.bytes + read.bytes,
         sources=tuple(dict.fromkeys(sources)),
         fingerprints=written.fingerprints | read.fingerprints,
@@ -220,16 +235,41 @@ def _weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
 
 
 def calibrate_file(
-    model: str, out: Path, *, text: Sequence[str], tokens: int, block_size: int, device: str, dtype: str, seed: int
+    model: str,
+    out: Path,
+    *,
+    text: Sequence[str],
+    merge: Sequence[Path] = (),
+    offload: bool = False,
+    tokens: int,
+    block_size: int,
+    device: str,
+    dtype: str,
+    seed: int,
 ) -> dict[str, Any]:
-    """Calibrate a teacher on text and write its statistics to one file.
+    """Calibrate a teacher on text and write its statistics to one file, together with those of other shards.
+
+    Args:
+        model: The teacher.
+        out: The file to write.
+        text: Calibration text; may be none where `merge` names files.
+        merge: Files of earlier calls on other text.
+        offload: Keep the layers in their files and load one at a time.
+        tokens: Of the text.
+        block_size: Tokens per block.
+        device: Where to compute.
+        dtype: Of the weights.
+        seed: Of the order of the text.
 
     Raises:
-        UserError: `out` exists, or the model or the text can't be used.
+        UserError: `out` exists, or the model, the text or a file can't be used, or there is nothing to write.
     """
     refuse_existing(out)
+    if not (text or merge):
+        raise UserError("nothing to calibrate on: give text (--text), or statistics to merge (--merge)")
     config, tokenizer = load_config(model), load_tokenizer(model)
     check_teacher(config)
+    shards = [_load_statistics(path, config) for path in merge]
     whole_heads = 3 * config.num_attention_heads + 2 * config.num_key_value_heads
     check_disk(out, config.num_hidden_layers * whole_heads * head_dim_of(config) ** 2 * 8)
     began = time.monotonic()
@@ -238,27 +278,38 @@ def calibrate_file(
     def teacher() -> PreTrainedModel:
         return load_model(model, device=device, dtype=dtype)[0]
 
-    blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=teacher)
-    about = {
-        "model": _teacher_name(model),
-        "text": list(blocks.sources),
-        "fingerprints": sorted(blocks.fingerprints),
-        "record": environment(),
-    }
-    statistics = probed_statistics(teacher(), blocks.ids, about=about)
+    if offload and TEACHER_TEXT in text:
+        raise UserError("text from the teacher needs it in memory; sample it without --offload, or give other text")
+    if text:
+        blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=teacher)
+        about = {
+            "model": _teacher_name(model),
+            "text": list(blocks.sources),
+            "fingerprints": sorted(blocks.fingerprints),
+            "record": environment(),
+        }
+        opened = open_offloaded(model, device=device, dtype=dtype) if offload else (teacher(), None)
+        shards.append(probed_statistics(opened[0], blocks.ids, about=about, offloaded=opened[1]))
+    statistics = reduce(Statistics.merge, shards)
     try:
         statistics.save(out)
     finally:
         out.with_name(out.name + ".partial").unlink(missing_ok=True)
-    return {"out": str(out), "tokens": blocks.ids.numel(), "text": about["text"], "seconds": time.monotonic() - began}
+    told = {key: statistics.about.get(key) for key in ("tokens", "text")}
+    return {"out": str(out), **told, "seconds": time.monotonic() - began}
 
 
 def probed_statistics(
-    teacher: PreTrainedModel, ids: Int[Tensor, "blocks block_size"], *, about: dict[str, Any]
+    teacher: PreTrainedModel,
+    ids: Int[Tensor, "blocks block_size"],
+    *,
+    about: dict[str, Any],
+    offloaded: OffloadedLayers | None = None,
 ) -> Statistics:
     """Statistics of the teacher on token blocks, and how much each layer matters, measured on the first few."""
-    statistics = calibrate(teacher, ids, batch_size=BATCH_SIZE, about=about)
-    statistics.probes = budgets.probe(teacher, statistics, ids[: max(1, PROBE_TOKENS // ids.shape[1])])
+    statistics = calibrate(teacher, ids, batch_size=BATCH_SIZE, about=about, offloaded=offloaded)
+    first = ids[: max(1, PROBE_TOKENS // ids.shape[1])]
+    statistics.probes = budgets.probe(teacher, statistics, first, offloaded=offloaded)
     return statistics
 
 
@@ -320,6 +371,7 @@ def convert_folder(
     out: Path,
     *,
     preset: Preset,
+    qk: QK | None = None,
     d_qk: int | None,
     d_vo: int | None,
     budget: float | None = None,
@@ -337,6 +389,7 @@ def convert_folder(
         model: The teacher.
         out: The new folder.
         preset: The recipe.
+        qk: How queries and keys are reduced; None is what the preset does.
         d_qk: Query/key dims per head.
         d_vo: Value/output dims per head.
         budget: Instead of dims: the share of the cache bytes to keep. `best` spends it as `plan_model` shows.
@@ -358,12 +411,14 @@ def convert_folder(
     if budget is not None and planned:
         check_teacher(config)
         budgets.total_dims(config, budget)
+        if qk in SHARED_LIST:
+            raise UserError(f"{qk} has one frequency list, so every layer the same d_qk; give --d-qk and --d-vo")
     else:
         if budget is not None:
             d_qk = d_vo = dims_for_budget(config, budget)
         if d_qk is None or d_vo is None:
             raise UserError("give d_qk and d_vo, or a budget")
-        check_request(config, preset=preset, d_qk=d_qk, d_vo=d_vo)
+        check_request(config, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo)
         dims = d_qk, d_vo
     if preset == "paper" and (stats or text):
         raise UserError("preset paper is not calibrated; leave --text and --stats out")
@@ -390,8 +445,8 @@ def convert_folder(
         dims = allocation.d_qk, allocation.d_vo
         statistics = None if text else statistics
     return convert_loaded(
-        teacher(), tokenizer, out, name=model, preset=preset, d_qk=dims[0], d_vo=dims[1], blocks=blocks,
-        statistics=statistics, dtype=stored_dtype(config, dtype),
+        teacher(), tokenizer, out, name=model, preset=preset, qk=qk, d_qk=dims[0], d_vo=dims[1],
+        blocks=blocks, statistics=statistics, dtype=stored_dtype(config, dtype),
     )  # fmt: skip
 
 
@@ -416,6 +471,7 @@ def convert_loaded(
     *,
     name: str,
     preset: Preset,
+    qk: QK | None = None,
     d_qk: int | Sequence[int],
     d_vo: int | Sequence[int],
     blocks: TokenBlocks | None,
@@ -427,9 +483,9 @@ def convert_loaded(
     began = time.monotonic()
     ids = None if blocks is None else blocks.ids
     student = convert(
-        teacher, preset=preset, d_qk=d_qk, d_vo=d_vo, statistics=statistics, ids=ids, batch_size=BATCH_SIZE
+        teacher, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, statistics=statistics, ids=ids, batch_size=BATCH_SIZE
     )
-    step: dict[str, Any] = {"verb": "convert", "preset": preset, "d_qk": d_qk, "d_vo": d_vo}
+    step: dict[str, Any] = {"verb": "convert", "preset": preset, "qk": qk or QK_OF[preset], "d_qk": d_qk, "d_vo": d_vo}
     fingerprints: Sequence[str] = ()
     if blocks is not None:
         step |= {"text": list(blocks.sources), "tokens": blocks.ids.numel(), "block_size": blocks.ids.shape[1]}
@@ -469,9 +525,9 @@ def _card(record: dict[str, Any], spec: LatentSpec) -> str:
     return model_card(results, spec.to_dict())
 
 
-def healing_blocks(config: HealConfig, block_size: int) -> int:
+def healing_blocks(config: HealConfig, block_size: int, processes: int) -> int:
     """Blocks that both stages take, each stage rounded up to whole steps."""
-    per_step = config.batch_size
+    per_step = config.batch_size * config.accumulate * processes
     return sum(math.ceil(n / (per_step * block_size)) * per_step for n in (config.stage1_tokens, config.stage2_tokens))
 
 
@@ -484,6 +540,12 @@ def heal_folder(
     changes: dict[str, Any],
     teacher: str | None,
     resume: bool,
+    cache: Path | None,
+    top_k: int,
+    separate_documents: bool,
+    held_out: Sequence[str],
+    held_out_tokens: int,
+    track: Sequence[str],
     device: str,
     dtype: str,
     seed: int,
@@ -498,6 +560,12 @@ def heal_folder(
         changes: Fields of `HealConfig` that differ from the preset's defaults.
         teacher: Its teacher; None is the one that `start` was converted from.
         resume: Continue the interrupted healing of `out`.
+        cache: Folder for the teacher's likeliest tokens, used in stage 2 instead of the teacher.
+        top_k: How many of them.
+        separate_documents: Keep documents in a block from seeing each other.
+        held_out: Text to measure the perplexity of, every `eval_tokens` of the settings.
+        held_out_tokens: Of that text.
+        track: Trackers of accelerate, such as `tensorboard`, whose files go into `out`.
         device: Where to train; master weights are float32.
         dtype: Of the weights written; `auto` is that of `start`.
         seed: Of the order of the text and of LoRA's start.
@@ -523,16 +591,50 @@ def heal_folder(
     settings = heal_config(LatentSpec.from_dict(config.latent).preset, changes, seed)
     tokenizer = load_tokenizer(start)
 
+    if not 0 < top_k <= config.vocab_size:
+        raise UserError(f"top_k must be between 1 and the vocabulary's {config.vocab_size}; got {top_k}")
+
     @lru_cache(maxsize=1)
     def teacher_model() -> PreTrainedModel:
-        return load_model(name, device=device, dtype="float32")[0]
+        host = "cpu" if settings.stream_layers else device
+        return load_model(name, device=host, dtype=teacher_dtype(device))[0]
 
-    tokens = healing_blocks(settings, block_size) * block_size
-    blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=teacher_model)
-    return heal_student(
-        start, out, teacher=teacher_model(), blocks=blocks, settings=settings, resume=resume, device=device,
-        dtype=stored_dtype(config, dtype),
-    )  # fmt: skip
+    group = processes(pick_device(device))
+    tokens = healing_blocks(settings, block_size, group.num_processes) * block_size
+    kept = out.with_name(f".{out.name}.text.safetensors")
+    if group.is_main_process and not (resume and kept.is_file()):
+        save_blocks(
+            read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=teacher_model), kept
+        )
+    try:
+        group.wait_for_everyone()
+        blocks = load_blocks(kept)
+        if set(blocks.sources) != set(text) or blocks.ids.shape != (tokens // block_size, block_size):
+            raise UserError(f"the healing of {out} was begun with other text; use the same, or start without --resume")
+        watched = None
+        if held_out:
+            watched = token_blocks(held_out, tokenizer, block_size=block_size, tokens=held_out_tokens, seed=seed)
+            check_held_out(blocks.fingerprints, watched)
+            if len(watched.ids) < group.num_processes:
+                raise UserError(f"held-out text needs a block for each of {group.num_processes} processes")
+        result = heal_student(
+            start, out, teacher=teacher_model(), blocks=blocks, settings=settings, resume=resume, device=device,
+            dtype=stored_dtype(config, dtype), cache=None if cache is None else TeacherCache(cache, top_k),
+            separator=separator_id(tokenizer) if separate_documents else None,
+            held_out=None if watched is None else watched.ids, track=track,
+        )  # fmt: skip
+    except UserError:
+        if group.is_main_process and not work_folder(out).exists():  # refused before there was anything to resume
+            kept.unlink(missing_ok=True)
+        raise
+    if group.is_main_process:
+        kept.unlink()
+    return result
+
+
+def teacher_dtype(device: str) -> str:
+    """What a teacher is healed by in: bfloat16 where the hardware computes in it."""
+    return "bfloat16" if multiplies_bfloat16(pick_device(device)) else "float32"
 
 
 def heal_config(preset: Preset, changes: dict[str, Any], seed: int) -> HealConfig:
@@ -545,8 +647,15 @@ def heal_config(preset: Preset, changes: dict[str, Any], seed: int) -> HealConfi
     for field in ("stage1_tokens", "stage2_tokens", "lora_rank"):
         if getattr(settings, field) < 0:
             raise UserError(f"{field} must not be negative; got {getattr(settings, field)}")
-    if settings.batch_size < 1:
-        raise UserError(f"batch_size must be at least 1; got {settings.batch_size}")
+    for field in ("batch_size", "accumulate"):
+        if getattr(settings, field) < 1:
+            raise UserError(f"{field} must be at least 1; got {getattr(settings, field)}")
+    if settings.temperature <= 0:
+        raise UserError(f"temperature must be above 0; got {settings.temperature}")
+    if (unknown := set(settings.train) - set(get_args(Part))) or not settings.train:
+        raise UserError(f"train takes {', '.join(get_args(Part))}; got {', '.join(unknown) or 'nothing'}")
+    if not 0 < settings.kl_weight < 1:
+        raise UserError(f"kl_weight is the KL's share in mix, between 0 and 1; got {settings.kl_weight}")
     if settings.stage1_tokens + settings.stage2_tokens == 0:
         raise UserError("healing needs tokens for stage 1, stage 2 or both; got 0 and 0")
     return settings
@@ -567,6 +676,10 @@ def heal_student(
     resume: bool,
     device: str,
     dtype: torch.dtype,
+    cache: TeacherCache | None = None,
+    separator: int | None = None,
+    held_out: torch.Tensor | None = None,
+    track: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train the student in folder `start` on ready blocks and write it to `out`.
 
@@ -574,13 +687,20 @@ def heal_student(
         UserError: No disk space, or the training failed.
         KeyboardInterrupt: Interrupted; the state is in `work_folder(out)`.
     """
-    student, tokenizer = load_model(start, device=device, dtype="float32")
-    check_disk(out, _weight_bytes(student, dtype) + 2 * _state_bytes(student, settings) + 50_000_000)
+    place = pick_device(device)
+    group, host = processes(place), "cpu" if settings.stream_layers else str(place)
+    student, tokenizer = load_model(start, device=host, dtype="float32")
+    check_disk(out, _weight_bytes(student, dtype) + _work_bytes(student, teacher, settings) + 50_000_000)
+    if cache is not None:
+        check_disk(cache.folder, settings.stage2_tokens * cache.k * TOP_K_BYTES)
     began, work = time.monotonic(), work_folder(out)
-    student = heal(student, teacher, blocks.ids, work, settings, resume=resume)
+    student = heal(
+        student, teacher, blocks.ids, work, settings, resume=resume, answers=blocks.answers, separator=separator,
+        cache=cache, held_out=held_out, track=track, device=place,
+    )  # fmt: skip
     record = record_of(start)
     step = {"verb": "heal", "text": list(blocks.sources), "block_size": blocks.ids.shape[1], **asdict(settings)}
-    step["seconds"] = time.monotonic() - began
+    step |= {"processes": group.num_processes, "seconds": time.monotonic() - began}
     record |= {
         "fingerprints": sorted(blocks.fingerprints.union(record.get("fingerprints", ()))),
         "steps": [*record.get("steps", ()), step | {"record": environment()}],
@@ -588,10 +708,16 @@ def heal_student(
     record.setdefault("teacher", teacher.config._name_or_path)
     spec = spec_of(student)
     assert spec is not None
-    save_checkpoint(student.to(dtype), tokenizer, out, record=record, card=_card(record, spec))
-    shutil.copyfile(work / "metrics.jsonl", out / "metrics.jsonl")
-    shutil.rmtree(work)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+    if group.is_main_process:
+        save_checkpoint(student.to(dtype), tokenizer, out, record=record, card=_card(record, spec))
+        shutil.copyfile(work / "metrics.jsonl", out / "metrics.jsonl")
+        for extra in ("adapters", "tracked"):
+            if (work / extra).is_dir():
+                shutil.copytree(work / extra, out / extra)
+    group.wait_for_everyone()
+    if group.is_main_process:
+        shutil.rmtree(work)
     losses = {stage: [line["loss"] for line in lines if line["stage"] == stage] for stage in (1, 2)}
     return {
         "out": str(out),
@@ -602,13 +728,19 @@ def heal_student(
     }
 
 
-def _state_bytes(student: PreTrainedModel, settings: HealConfig) -> int:
-    """About what one resumable state takes: every weight, LoRA, and AdamW's two moments of what trains, in float32."""
+def _work_bytes(student: PreTrainedModel, teacher: PreTrainedModel, settings: HealConfig) -> int:
+    """About what healing's work folder takes: two states and, if layers are streamed, their hidden states.
+
+    A state is what trains and AdamW's two moments of it, in float32.
+    """
     trained = 0
     for layer in student.model.layers:
         trained += sum(p.numel() for p in layer.self_attn.parameters())
         trained += sum(sum(p.shape) for p in layer.mlp.parameters() if p.ndim == 2) * settings.lora_rank
-    return 4 * (sum(p.numel() for p in student.parameters()) + 3 * trained)
+    states = 2 * 3 * 4 * trained
+    if not settings.stream_layers:
+        return states
+    return states + hidden_bytes(settings.stage1_tokens, student.config.hidden_size, teacher.dtype)
 
 
 # --- evaluate, bench, generate ---------------------------------------------------------------------------------------
@@ -681,21 +813,66 @@ def scores_of(score: Perplexity) -> dict[str, Any]:
 
 
 def benchmark_models(
-    model: str, *, against: str | None, context: int, batch: int, new_tokens: int, device: str, dtype: str, seed: int
+    model: str,
+    *,
+    against: str | None,
+    contexts: Sequence[int],
+    batches: Sequence[int],
+    dtypes: Sequence[str],
+    new_tokens: int,
+    repeats: int,
+    synthetic: bool,
+    own: bool,
+    memory: float | None,
+    out: Path | None,
+    device: str,
+    seed: int,
 ) -> dict[str, Any]:
-    """Cache bytes, TTFT, TPOT and throughput of a model; with another's, measured in turns, under `against`.
+    """Cache bytes, TTFT, TPOT, throughput and roofline of a model, over a grid, in turns with another's.
+
+    Returns:
+        The first cell's row, the other model's under `against`, all cells under `rows`, and under `n_max` the longest
+        contexts that fit in `memory` GiB.
 
     Raises:
-        UserError: A size is out of range, or a model can't be used.
+        UserError: A size is out of range, a model can't be used, or `own` asks for a model that can't be grafted.
     """
     if model == against:
         raise UserError(f"--against must be another model; got {model} twice")
+    if own and against is None:
+        raise UserError("--own measures the model of --against on our path; give --against")
+    if not (contexts and batches):
+        raise UserError("give at least one --context and one --batch")
+    if memory is not None and memory <= 0:
+        raise UserError(f"--memory must be positive; got {memory}")
     names = [model] if against is None else [model, against]
     for name in names:
         load_config(name)
-    models = {name: load_model(name, device=device, dtype=dtype)[0] for name in names}
-    rows = benchmark(models, context=context, batch=batch, new_tokens=new_tokens, seed=seed)
-    return rows[0] | ({} if against is None else {"against": rows[1]})
+    rows: list[dict[str, Any]] = []
+    n_max: list[dict[str, Any]] = []
+    with new_folder(out) if out is not None else nullcontext() as folder:
+        for dtype in dtypes:
+            models = {name: load_model(name, device=device, dtype=dtype)[0] for name in names}
+            if own and against is not None:
+                models[f"{against} (our path)"] = graft(models[against], share=True)
+            for batch in batches:
+                for context in contexts:
+                    sizes = {"context": context, "batch": batch, "new_tokens": new_tokens, "repeats": repeats}
+                    rows += benchmark(models, **sizes, synthetic=synthetic, seed=seed)
+                if memory is not None:
+                    n_max += [
+                        {"model": name, "batch": batch, **n_max_of(loaded, memory=int(memory * 2**30), batch=batch)}
+                        for name, loaded in models.items()
+                    ]
+            del models
+        result = rows[0] | ({} if against is None else {"against": rows[1]}) | {"rows": rows}
+        if n_max:
+            result |= {"memory_gib": memory, "n_max": n_max}
+        if folder is not None:
+            (folder / "bench.json").write_text(json.dumps(result, indent=2))
+            (folder / "bench.html").write_text(bench_page(result))
+            result |= {"out": str(out)}
+    return result
 
 
 def generate_text(
