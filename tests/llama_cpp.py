@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 CODE = """
-import json, sys, urllib.request
+import json, os, sys, time, urllib.request
 import xllamacpp
 job = json.load(sys.stdin)
 params = xllamacpp.CommonParams()
@@ -33,7 +33,9 @@ posted = []
 for path, body in job["posts"]:
     url = server.listening_address + path
     posted.append(json.load(urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()))))
-print(json.dumps([answers, posted]))
+print(json.dumps([answers, posted]), flush=True)
+time.sleep(0.5)  # for the engine's log, which another thread writes
+os._exit(0)  # destroying a server that has hardly started can wait for ever
 """
 
 
@@ -53,7 +55,9 @@ def run(
         "path": str(path), "requests": requests or [], "posts": posts or [], "context": context, "cache": cache,
         "flash": flash, "ascii": ascii_token, "threads": threads,
     }  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", CODE], input=json.dumps(job), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], input=json.dumps(job), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     answers, posted = json.loads(done.stdout.splitlines()[-1])
     return answers, posted, done.stderr
