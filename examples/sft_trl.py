@@ -11,6 +11,7 @@ of messages. Needs `pip install trl`.
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 
 from datasets import load_dataset
@@ -49,11 +50,12 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.dpo:
         preferences = load_dataset("json", data_files=str(arguments.dpo), split="train")
         settings = DPOConfig(learning_rate=1e-6, **common)
-        reference = AutoModelForCausalLM.from_pretrained(
-            arguments.student, dtype="float32"
-        )  # TRL knows stock names only
         DPOTrainer(
-            model=model, ref_model=reference, args=settings, train_dataset=preferences, processing_class=tokenizer
+            model=model,
+            ref_model=copy.deepcopy(model),  # TRL would load the student again, untuned, and knows stock classes only
+            args=settings,
+            train_dataset=preferences,
+            processing_class=tokenizer,
         ).train()
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
