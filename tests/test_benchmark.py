@@ -12,7 +12,6 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralCon
 
 from kvlatent.benchmark import (
     benchmark,
-    cache_dims,
     filled_cache,
     n_max_of,
     predicted_cache_bytes,
@@ -20,6 +19,7 @@ from kvlatent.benchmark import (
 )
 from kvlatent.cache import allocated_bytes, cache_bytes
 from kvlatent.errors import UserError
+from kvlatent.modeling import dims_by_layer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -42,7 +42,7 @@ def test_live_cache_bytes_equal_the_prediction(dtype: torch.dtype) -> None:
     model = tiny().to(dtype)
     with torch.no_grad():
         cache = model(input_ids=torch.randint(64, (3, 10)), use_cache=True).past_key_values
-    d_qk, d_vo = cache_dims(model.config)
+    d_qk, d_vo = dims_by_layer(model.config)
     predicted = predicted_cache_bytes(kv_heads=2, d_qk=d_qk, d_vo=d_vo, batch=3, tokens=10, element_size=dtype.itemsize)
     assert cache_bytes(cache) == predicted == 2 * 2 * (8 + 8) * 3 * 10 * dtype.itemsize
 
@@ -79,10 +79,10 @@ def test_quantised_cache_is_refused_rather_than_undercounted() -> None:
         cache_bytes(Quantised())  # type: ignore[arg-type]
 
 
-def test_cache_dims_read_stock_and_student_configs() -> None:
-    assert cache_dims(LlamaConfig(**SIZES)) == ([8, 8], [8, 8])
-    assert cache_dims(LlamaConfig(**SIZES, head_dim=16)) == ([16, 16], [16, 16])
-    assert cache_dims(LlamaConfig(**SIZES, latent={"d_qk": [4, 6], "d_vo": [2, 8]})) == ([4, 6], [2, 8])
+def test_dims_by_layer_read_stock_and_student_configs() -> None:
+    assert dims_by_layer(LlamaConfig(**SIZES)) == ((8, 8), (8, 8))
+    assert dims_by_layer(LlamaConfig(**SIZES, head_dim=16)) == ((16, 16), (16, 16))
+    assert dims_by_layer(LlamaConfig(**SIZES, latent={"d_qk": [4, 6], "d_vo": [2, 8]})) == ((4, 6), (2, 8))
 
 
 def test_benchmark_rows_are_complete() -> None:

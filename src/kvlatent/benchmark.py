@@ -1,8 +1,6 @@
 """What a model costs: cache bytes from the live tensors, TTFT, TPOT, throughput, peak memory and roofline, in turns."""
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,8 +15,10 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from kvlatent.cache import LatentCache, allocated_bytes, cache_bytes, room
+from kvlatent.checkpoints import peak_memory
 from kvlatent.errors import UserError
-from kvlatent.modeling import spec_of
+from kvlatent.modeling import dims_by_layer, spec_of
+from kvlatent.spec import bytes_per_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +50,7 @@ def predicted_cache_bytes(
         tokens: Cached tokens per sequence.
         element_size: Bytes per number.
     """
-    return batch * tokens * kv_heads * (sum(d_qk) + sum(d_vo)) * element_size
-
-
-def cache_dims(config: PreTrainedConfig) -> tuple[list[int], list[int]]:
-    """Return d_qk and d_vo of every layer: a student's from `config.latent`, a stock model's `head_dim` for both."""
-    latent = getattr(config, "latent", None)
-    if latent is not None:
-        return list(latent["d_qk"]), list(latent["d_vo"])
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    dims = [head_dim] * config.num_hidden_layers
-    return dims, list(dims)
+    return batch * tokens * bytes_per_token(d_qk, d_vo, kv_heads, element_size)
 
 
 def benchmark(
@@ -173,7 +163,7 @@ def _measure(
     return Measurement(
         ttft_ms=None if ttft is None else 1000 * ttft,
         tpot_ms=1000 * statistics.median(steps),
-        peak_memory_bytes=_peak_memory(device),
+        peak_memory_bytes=peak_memory(device),
         cache_bytes=live,
         cache_bytes_predicted=predicted,
         cache_bytes_allocated=allocated_bytes(cache),
@@ -187,7 +177,7 @@ def filled_cache(model: PreTrainedModel, *, batch: int, tokens: int) -> Cache:
     grows = spec_of(model) is not None
     cache = LatentCache(model.config) if grows else DynamicCache(config=model.config)
     kv_heads = _kv_heads(model.config)
-    for index, dims in enumerate(zip(*cache_dims(model.config), strict=True)):
+    for index, dims in enumerate(zip(*dims_by_layer(model.config), strict=True)):
         keys, values = (
             torch.randn(1, kv_heads, 1, d, dtype=model.dtype, device=model.device).expand(batch, -1, tokens, -1)
             for d in dims
@@ -263,7 +253,7 @@ def _predicted_bytes(model: PreTrainedModel, *, batch: int, tokens: Sequence[int
             tokens=held,
             element_size=model.dtype.itemsize,
         )
-        for d_qk, d_vo, held in zip(*cache_dims(config), tokens, strict=True)
+        for d_qk, d_vo, held in zip(*dims_by_layer(config), tokens, strict=True)
     )
 
 
@@ -302,9 +292,3 @@ def _reset_peak_memory(device: torch.device) -> None:
     else:
         with suppress(OSError):  # Linux forgets the peak of the process; elsewhere it stays the highest so far
             Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

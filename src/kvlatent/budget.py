@@ -56,8 +56,7 @@ def total_dims(config: PreTrainedConfig, budget: float) -> int:
     Raises:
         UserError: The budget is not a share, or leaves less than a step per layer for keys and for values.
     """
-    if not 0 < budget <= 1:
-        raise UserError(f"budget is the share of the cache bytes that is kept, above 0 and at most 1; got {budget}")
+    _check_share(budget)
     head_dim, layers = head_dim_of(config), config.num_hidden_layers
     step = step_of(head_dim)
     total = int(budget * 2 * head_dim * layers + 1e-9) // step * step
@@ -66,6 +65,29 @@ def total_dims(config: PreTrainedConfig, budget: float) -> int:
             f"budget {budget} leaves less than {step} of {head_dim} dims; give at least {step / head_dim:g}"
         )
     return total
+
+
+def uniform_dims(config: PreTrainedConfig, budget: float) -> int:
+    """The even number of dims per head, d_qk and d_vo alike, nearest below `budget` × head_dim.
+
+    Args:
+        config: The teacher's.
+        budget: Share of the cache bytes kept.
+
+    Raises:
+        UserError: The budget is not a share, or leaves less than one rotary pair.
+    """
+    _check_share(budget)
+    head_dim = head_dim_of(config)
+    dims = int(budget * head_dim + 1e-9) // 2 * 2
+    if dims < 2:
+        raise UserError(f"budget {budget} leaves no rotary pair of head_dim {head_dim}; give at least {2 / head_dim:g}")
+    return dims
+
+
+def _check_share(budget: float) -> None:
+    if not 0 < budget <= 1:
+        raise UserError(f"budget is the share of the cache bytes that is kept, above 0 and at most 1; got {budget}")
 
 
 def plan(teacher: PreTrainedModel, statistics: Statistics, budget: float) -> Allocation:

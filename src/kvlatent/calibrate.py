@@ -237,30 +237,42 @@ def calibrate(
 
 
 def layer_arguments(model: PreTrainedModel, ids: Int[Tensor, "batch block_size"]) -> list[dict[str, Any]]:
-    """What the model's body passes to each decoder layer besides hidden states, for full blocks of this size.
+    """Position embeddings and mask that each decoder layer gets for full blocks of this size; no layer is run."""
+    _, arguments = enter_layers(model, ids[:1].to(model.device))
+    return [{name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")} for kwargs in arguments]
 
-    The stock body decides on masks and position embeddings; asking it keeps windows and mixed layer types right. The
-    layers themselves don't run.
+
+def enter_layers(
+    model: PreTrainedModel, ids: Int[Tensor, "batch seq"], position_ids: Tensor | None = None
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """What the model's body gives its first layer, and every layer's other arguments; no layer is run.
+
+    The stock body decides on masks and position embeddings; asking it keeps windows, packing and mixed layer types
+    right.
     """
-    arguments: list[dict[str, Any]] = []
-
-    def record(hidden: Tensor, **kwargs: Any) -> Tensor:
-        arguments.append({name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")})
-        return hidden
-
-    layers = model.model.layers
-    own = [vars(layer).get("forward") for layer in layers]  # accelerate's hooks put one there
+    body, seen = model.model, _Entrance()
+    layers = body.layers
+    body.layers = nn.ModuleList([seen] * len(layers))
     try:
-        for layer in layers:
-            layer.forward = record
         with torch.no_grad():
-            model.model(ids[:1].to(model.device), use_cache=False)
+            body(ids, position_ids=position_ids, use_cache=False)
     finally:
-        for layer, forward in zip(layers, own, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
-    return arguments
+        body.layers = layers
+    return seen.hidden[0], seen.arguments
+
+
+class _Entrance(nn.Module):
+    """Stands for a layer and remembers what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: list[Tensor] = []
+        self.arguments: list[dict[str, Any]] = []
+
+    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        self.hidden.append(hidden)
+        self.arguments.append(kwargs)
+        return hidden
 
 
 def fit_batch(kwargs: dict[str, Any], batch: int) -> dict[str, Any]:

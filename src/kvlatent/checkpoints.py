@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import resource
 import shutil
 import sys
 from collections.abc import Iterator
@@ -57,6 +58,13 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes in use so far: on a GPU what torch allocated there, on a CPU the process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -7,8 +7,6 @@ import hashlib
 import json
 import math
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -29,7 +27,7 @@ from transformers import PreTrainedModel
 
 from kvlatent.adapters import finished, with_adapters
 from kvlatent.allocator import freed_memory_kept
-from kvlatent.checkpoints import multiplies_bfloat16, processes
+from kvlatent.checkpoints import multiplies_bfloat16, peak_memory, processes
 from kvlatent.errors import UserError
 from kvlatent.settings import HealConfig
 from kvlatent.stages import Batch, Stage, Text
@@ -267,7 +265,7 @@ class _Healing:
             "loss": mean,
             "lr": self._rate(stage, step),
             "tokens_per_s": self.step_tokens / (time.monotonic() - began),
-            "peak_memory_bytes": _peak_memory(accelerator.device),
+            "peak_memory_bytes": peak_memory(accelerator.device),
         }
         if by_layer is not None:
             line["layer_loss"] = accelerator.reduce(by_layer, reduction="mean").tolist()
@@ -413,13 +411,6 @@ def _accelerator(config: HealConfig, device: torch.device, track: Sequence[str],
             accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
             accelerator.state.distributed_type = DistributedType.FSDP
     return accelerator
-
-
-def _peak_memory(device: torch.device) -> int:
-    """The most that was allocated so far: on a GPU by torch, on a CPU by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _without_weights(module: nn.Module) -> nn.Module:

@@ -85,8 +85,22 @@ def set_spec(model: PreTrainedModel, spec: LatentSpec) -> None:
 
 def spec_of(model: PreTrainedModel) -> LatentSpec | None:
     """The latent spec of a converted model; None for a stock model."""
-    latent = getattr(model.config, "latent", None)
+    return spec_in(model.config)
+
+
+def spec_in(config: PreTrainedConfig) -> LatentSpec | None:
+    """The latent spec of a converted model's config; None for a stock one."""
+    latent = getattr(config, "latent", None)
     return None if latent is None else LatentSpec.from_dict(latent)
+
+
+def dims_by_layer(config: PreTrainedConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """d_qk and d_vo of every layer: a converted model's own, head_dim for both in a stock one."""
+    latent = getattr(config, "latent", None)
+    if latent is not None:
+        return tuple(latent["d_qk"]), tuple(latent["d_vo"])
+    whole = (head_dim_of(config),) * config.num_hidden_layers
+    return whole, whole
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:

@@ -75,10 +75,9 @@ def sample_from_teacher(
     if temperature <= 0:
         raise UserError(f"temperature must be positive; got {temperature}")
     starts = _starts(tokenizer, blocks, block_size, seed)
-    weights = teacher.get_input_embeddings().weight[:64].detach().float().cpu().numpy().tobytes()
     settings = {
         "model": str(teacher.config._name_or_path),
-        "weights": hashlib.sha256(weights).hexdigest()[:16],  # a name alone may be reused for another model
+        "weights": weights_mark(teacher),  # a name alone may be reused for another model
         "block_size": str(block_size),
         "seed": str(seed),
         "temperature": str(temperature),
@@ -92,6 +91,14 @@ def sample_from_teacher(
             _save_ids(cache, ids, settings)
     rows = tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return TokenBlocks(ids, sum(len(row.encode()) for row in rows), ("teacher",), frozenset(map(fingerprint, rows)))
+
+
+def weights_mark(model: PreTrainedModel) -> str:
+    """A hash that tells models apart, of a few of their weights in float32."""
+    marks = hashlib.sha256()
+    for weight in (model.get_input_embeddings().weight, model.model.layers[-1].mlp.down_proj.weight):
+        marks.update(weight[:64].detach().float().cpu().numpy().tobytes())
+    return marks.hexdigest()[:16]
 
 
 def _starts(tokenizer: PreTrainedTokenizerBase, rows: int, block_size: int, seed: int) -> list[list[int]]:

@@ -70,7 +70,7 @@ class LatentSpec:
 
     def cache_bytes_per_token(self, kv_heads: int, element_size: int) -> int:
         """Bytes one token adds to the cache of a sequence, all layers together."""
-        return kv_heads * (sum(self.d_qk) + sum(self.d_vo)) * element_size
+        return bytes_per_token(self.d_qk, self.d_vo, kv_heads, element_size)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, as in `config.json`."""
@@ -86,6 +86,11 @@ class LatentSpec:
             return cls(**data)
         except TypeError as error:
             raise UserError(f"the checkpoint's latent spec is incomplete: {error}") from None
+
+
+def bytes_per_token(d_qk: Sequence[int], d_vo: Sequence[int], kv_heads: int, element_size: int) -> int:
+    """Bytes one token adds to a cache with keys and values of these dims per head, one entry per layer."""
+    return kv_heads * (sum(d_qk) + sum(d_vo)) * element_size
 
 
 def check_dims(head_dim: int, d_qk: Sequence[int], d_vo: Sequence[int]) -> None:

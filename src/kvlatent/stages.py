@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvlatent.calibrate import enter_layers
 from kvlatent.losses import Term, head_loss, hidden_mse, kl_term, ntp_term, relative_error, top_k_term
 from kvlatent.settings import HealConfig
 
@@ -197,36 +198,3 @@ def in_layer_loss(
             return got.sum() * 0.0
         got, wanted = got[counted], wanted[counted]
     return (relative_error if relative else hidden_mse)(got, wanted)
-
-
-def enter_layers(
-    model: PreTrainedModel, ids: Int[Tensor, "batch seq"], position_ids: Tensor | None
-) -> tuple[Tensor, list[dict[str, Any]]]:
-    """What the model's body gives its first layer, and every layer's other arguments; no layer is run.
-
-    The stock body decides on masks and position embeddings; asking it keeps windows, packing and mixed layer types
-    right.
-    """
-    body, seen = model.model, _Entrance()
-    layers = body.layers
-    body.layers = nn.ModuleList([seen] * len(layers))
-    try:
-        with torch.no_grad():
-            body(ids, position_ids=position_ids, use_cache=False)
-    finally:
-        body.layers = layers
-    return seen.hidden[0], seen.arguments
-
-
-class _Entrance(nn.Module):
-    """Stands for a layer and remembers what it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.hidden: list[Tensor] = []
-        self.arguments: list[dict[str, Any]] = []
-
-    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
-        self.hidden.append(hidden)
-        self.arguments.append(kwargs)
-        return hidden

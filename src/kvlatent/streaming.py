@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvlatent.calibrate import enter_layers
 from kvlatent.settings import HealConfig
-from kvlatent.stages import Batch, counted_positions, enter_layers, in_layer_loss
+from kvlatent.stages import Batch, counted_positions, in_layer_loss
 from kvlatent.state import Progress, load_state, save_state
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from kvlatent import losses
 from kvlatent.errors import UserError
+from kvlatent.sample import weights_mark
 from kvlatent.stages import Text
 
 SHARD = 64
@@ -118,11 +119,3 @@ class TeacherCache:
         tokens = torch.cat([top.indices for top in found]).int().cpu()
         log_probs = torch.cat([top.values for top in found]).clamp(min=torch.finfo(torch.float16).min).half().cpu()
         return tokens, log_probs
-
-
-def weights_mark(model: PreTrainedModel) -> str:
-    """A hash that tells models apart, of a few of their weights in float32."""
-    marks = hashlib.sha256()
-    for weight in (model.get_input_embeddings().weight, model.model.layers[-1].mlp.down_proj.weight):
-        marks.update(weight[:64].detach().float().cpu().numpy().tobytes())
-    return marks.hexdigest()[:16]

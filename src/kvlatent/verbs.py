@@ -28,7 +28,7 @@ from transformers import (
 from transformers import initialization as init
 
 from kvlatent import budget as budgets
-from kvlatent.benchmark import benchmark, cache_dims, n_max_of
+from kvlatent.benchmark import benchmark, n_max_of
 from kvlatent.calibrate import Statistics, calibrate
 from kvlatent.checkpoints import (
     check_disk,
@@ -48,26 +48,18 @@ from kvlatent.convert import QK_OF, SHARED_LIST, check_request, convert
 from kvlatent.data import TokenBlocks, check_held_out, load_blocks, save_blocks, separator_id, token_blocks
 from kvlatent.errors import UserError
 from kvlatent.evaluate import Perplexity, compare, lm_eval_tasks, needle, perplexity
-from kvlatent.export.engines import (
-    check_gguf,
-    check_stock,
-    diagnose,
-    dims_by_layer,
-    engine_names,
-    routes,
-    spec_in,
-)
+from kvlatent.export.engines import check_gguf, check_stock, diagnose, engine_names, routes
 from kvlatent.export.gguf import FileType, export_gguf
 from kvlatent.export.stock import export_stock
 from kvlatent.families import family_of
 from kvlatent.heal import heal
-from kvlatent.modeling import check_teacher, graft, head_dim_of, spec_of
+from kvlatent.modeling import check_teacher, dims_by_layer, graft, head_dim_of, spec_in, spec_of
 from kvlatent.offload import OffloadedLayers, open_offloaded
 from kvlatent.report import bench_page, model_card, write_report
 from kvlatent.sample import sample_from_teacher
 from kvlatent.serve.launch import Engine, serve
 from kvlatent.settings import HealConfig, Part
-from kvlatent.spec import QK, LatentSpec, Preset
+from kvlatent.spec import QK, LatentSpec, Preset, bytes_per_token
 from kvlatent.streaming import hidden_bytes
 from kvlatent.teacher_cache import BYTES as TOP_K_BYTES
 from kvlatent.teacher_cache import TeacherCache
@@ -122,7 +114,7 @@ def describe(model: str) -> dict[str, Any]:
     with torch.device("meta"), init.no_init_weights():
         shape = AutoModelForCausalLM.from_config(config)
         shape.tie_weights()
-    d_qk, d_vo = cache_dims(config)
+    d_qk, d_vo = dims_by_layer(config)
     about: dict[str, Any] = {
         "model": model,
         "family": family_of(config).name,
@@ -131,40 +123,21 @@ def describe(model: str) -> dict[str, Any]:
         "q_heads": config.num_attention_heads,
         "kv_heads": config.num_key_value_heads,
         "head_dim": head_dim_of(config),
-        "d_qk": d_qk,
-        "d_vo": d_vo,
+        "d_qk": list(d_qk),
+        "d_vo": list(d_vo),
         "layout": "stock" if spec is None else spec.layout,
         "frequencies": head_dim_of(config) // 2 if spec is None else len(spec.inv_freq),
         "parameters": shape.num_parameters(),
         "positions": config.max_position_embeddings,
         "engines": engine_names(config),
         "cache_bytes_per_token": {
-            name: config.num_key_value_heads * (sum(d_qk) + sum(d_vo)) * size
+            name: bytes_per_token(d_qk, d_vo, config.num_key_value_heads, size)
             for name, size in (("float32", 4), ("bfloat16", 2))
         },
     }
     if spec is not None:
         about |= {"preset": spec.preset, "teacher": record_of(model).get("teacher")}
     return about
-
-
-def dims_for_budget(config: PreTrainedConfig, budget: float) -> int:
-    """The even number of dims per head, d_qk and d_vo alike, nearest below `budget` × head_dim.
-
-    Args:
-        config: The teacher's.
-        budget: Share of the cache bytes kept.
-
-    Raises:
-        UserError: The budget is not a share, or leaves less than one rotary pair.
-    """
-    if not 0 < budget <= 1:
-        raise UserError(f"budget is the share of the cache bytes that is kept, above 0 and at most 1; got {budget}")
-    head_dim = head_dim_of(config)
-    dims = int(budget * head_dim + 1e-9) // 2 * 2
-    if dims < 2:
-        raise UserError(f"budget {budget} leaves no rotary pair of head_dim {head_dim}; give at least {2 / head_dim:g}")
-    return dims
 
 
 def _teacher_name(model: str) -> str:
@@ -353,15 +326,15 @@ def plan_model(
         blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=lambda: teacher)
         statistics = probed_statistics(teacher, blocks.ids, about={})
     allocation = budgets.plan(teacher, statistics, budget)
-    kv_heads, head_dim, size = config.num_key_value_heads, head_dim_of(config), stored_dtype(config, "auto").itemsize
-    budgets.draw(allocation, out, title=f"{model}: {budget:.4g} of the cache", head_dim=head_dim)
+    kv_heads, size = config.num_key_value_heads, stored_dtype(config, "auto").itemsize
+    budgets.draw(allocation, out, title=f"{model}: {budget:.4g} of the cache", head_dim=head_dim_of(config))
     return {
         "model": model,
         "budget": budget,
         **asdict(allocation),
         "expected_loss": allocation.expected_loss,
-        "cache_bytes_per_token": kv_heads * (sum(allocation.d_qk) + sum(allocation.d_vo)) * size,
-        "teacher_cache_bytes_per_token": kv_heads * 2 * head_dim * config.num_hidden_layers * size,
+        "cache_bytes_per_token": bytes_per_token(allocation.d_qk, allocation.d_vo, kv_heads, size),
+        "teacher_cache_bytes_per_token": bytes_per_token(*dims_by_layer(config), kv_heads, size),
         "out": str(out),
     }
 
@@ -415,7 +388,7 @@ def convert_folder(
             raise UserError(f"{qk} has one frequency list, so every layer the same d_qk; give --d-qk and --d-vo")
     else:
         if budget is not None:
-            d_qk = d_vo = dims_for_budget(config, budget)
+            d_qk = d_vo = budgets.uniform_dims(config, budget)
         if d_qk is None or d_vo is None:
             raise UserError("give d_qk and d_vo, or a budget")
         check_request(config, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo)
@@ -503,13 +476,13 @@ def convert_loaded(
     spec = spec_of(student)
     assert spec is not None
     save_checkpoint(student.to(dtype), tokenizer, out, record=record, card=_card(record, spec))
-    config, kv_heads = student.config, student.config.num_key_value_heads
+    kv_heads = teacher.config.num_key_value_heads
     return {
         "out": str(out),
         "layout": spec.layout,
         **{key: value for key, value in step.items() if key != "verb"},
         "cache_bytes_per_token": spec.cache_bytes_per_token(kv_heads, dtype.itemsize),
-        "teacher_cache_bytes_per_token": kv_heads * 2 * spec.head_dim * config.num_hidden_layers * dtype.itemsize,
+        "teacher_cache_bytes_per_token": bytes_per_token(*dims_by_layer(teacher.config), kv_heads, dtype.itemsize),
     }
 
 
@@ -576,7 +549,8 @@ def heal_folder(
     """
     refuse_existing(out)
     config = load_config(start)
-    if getattr(config, "latent", None) is None:
+    spec = spec_in(config)
+    if spec is None:
         raise UserError(f"{start} is not a converted model; make one with `kvlatent convert`")
     name = teacher or record_of(start).get("teacher")
     if name is None:
@@ -588,7 +562,7 @@ def heal_folder(
                 f"{name} is not the teacher of {start}: "
                 f"its {field} is {getattr(original, field)}, not {getattr(config, field)}"
             )
-    settings = heal_config(LatentSpec.from_dict(config.latent).preset, changes, seed)
+    settings = heal_config(spec.preset, changes, seed)
     tokenizer = load_tokenizer(start)
 
     if not 0 < top_k <= config.vocab_size:
@@ -985,15 +959,15 @@ def export_model(
         record = {"teacher": None} | record_of(model)
         step = {"verb": "export", "to": to, "record": environment()}
         export_stock(loaded, tokenizer, out, record=record | {"steps": [*record.get("steps", ()), step]})
-    d_qk, d_vo = dims_by_layer(config)
-    per_dim = config.num_key_value_heads * (kind.itemsize if to == "stock" else 2)  # llama.cpp caches float16
+    whole = (head_dim_of(config),) * config.num_hidden_layers
+    sizes = config.num_key_value_heads, kind.itemsize if to == "stock" else 2  # llama.cpp caches float16
     return {
         "out": str(out),
         "to": to,
         **({"type": file_type} if to == "gguf" else {}),
-        "cache_bytes_per_token": (sum(route.d_qk) + sum(route.d_vo)) * per_dim,
-        "student_cache_bytes_per_token": (sum(d_qk) + sum(d_vo)) * per_dim,
-        "teacher_cache_bytes_per_token": 2 * head_dim_of(config) * len(d_qk) * per_dim,
+        "cache_bytes_per_token": route.cache_bytes_per_token(*sizes),
+        "student_cache_bytes_per_token": bytes_per_token(*dims_by_layer(config), *sizes),
+        "teacher_cache_bytes_per_token": bytes_per_token(whole, whole, *sizes),
         "note": route.note,
     }
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig
 from kvlatent.errors import UserError
 from kvlatent.export.vllm import CPU_HEAD_SIZES, Backend, cache_widths
 from kvlatent.families import family_of
-from kvlatent.modeling import head_dim_of
-from kvlatent.spec import LatentSpec
+from kvlatent.modeling import dims_by_layer, spec_in
+from kvlatent.spec import bytes_per_token
 
 Form = Literal["folder", "stock", "gguf"]
 """What an engine reads: the checkpoint's own folder, or what `kvlatent export --to` makes of it."""
@@ -49,7 +49,7 @@ class Route:
 
     def cache_bytes_per_token(self, kv_heads: int, element_size: int) -> int:
         """Bytes one token adds to the engine's cache, all layers together."""
-        return kv_heads * (sum(self.d_qk) + sum(self.d_vo)) * element_size
+        return bytes_per_token(self.d_qk, self.d_vo, kv_heads, element_size)
 
 
 def routes(config: PreTrainedConfig, *, vllm_on_cpu: bool = False) -> list[Route]:
@@ -149,19 +149,6 @@ def diagnose(config: PreTrainedConfig) -> list[dict[str, Any]]:
 
 
 # --- what an ordinary model can hold ----------------------------------------------------------------------------------
-
-
-def spec_in(config: PreTrainedConfig) -> LatentSpec | None:
-    """The latent spec of a converted model's config; None for a stock one."""
-    latent = getattr(config, "latent", None)
-    return None if latent is None else LatentSpec.from_dict(latent)
-
-
-def dims_by_layer(config: PreTrainedConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """d_qk and d_vo of every layer."""
-    spec = spec_in(config)
-    whole = (head_dim_of(config),) * config.num_hidden_layers
-    return (whole, whole) if spec is None else (spec.d_qk, spec.d_vo)
 
 
 def stock_dims(config: PreTrainedConfig) -> int:

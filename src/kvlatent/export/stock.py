@@ -13,9 +13,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers import initialization as init
 
 from kvlatent.checkpoints import RECORD, new_folder
-from kvlatent.export.engines import check_stock, dims_by_layer, stock_dims
+from kvlatent.export.engines import check_stock, stock_dims
 from kvlatent.export.plain import frequency_factors, plain_weights, rope_theta
 from kvlatent.families import PREFIX, family_of
+from kvlatent.modeling import dims_by_layer
+from kvlatent.spec import bytes_per_token
 
 
 def export_stock(
@@ -100,8 +102,9 @@ def _card(model: PreTrainedModel, teacher: str | None) -> str:
     """The model card; the numbers in it follow from the config."""
     config = model.config
     dims, (d_qk, d_vo) = stock_dims(config), dims_by_layer(config)
-    per_dim = config.num_key_value_heads * model.dtype.itemsize
-    cached, needed = 2 * dims * len(d_qk) * per_dim, (sum(d_qk) + sum(d_vo)) * per_dim
+    widths, heads, size = (dims,) * len(d_qk), config.num_key_value_heads, model.dtype.itemsize
+    cached = bytes_per_token(widths, widths, heads, size)
+    needed = bytes_per_token(d_qk, d_vo, heads, size)
     padding = f"\nThat includes zeros that fill up the narrower heads; without them it would be {needed:,} bytes."
     return f"""---
 library_name: transformers

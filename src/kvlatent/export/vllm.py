@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvlatent.errors import UserError
-from kvlatent.spec import LatentSpec
+from kvlatent.spec import LatentSpec, bytes_per_token
 
 Backend = Literal["CPU_ATTN", "EQUAL", "DIFFKV"]
 """vLLM's attention on the CPU; a GPU's backends with keys and values of one size; those with a size for each."""
@@ -52,7 +52,8 @@ def _eights(d: int) -> int:
 
 def cache_bytes_per_token(spec: LatentSpec, backend: Backend, *, kv_heads: int, element_size: int) -> tuple[int, int]:
     """Bytes that one token adds to vLLM's cache, all layers together, and how many of them are padding."""
-    whole = kv_heads * element_size * sum(map(sum, cache_widths(spec, backend)))
+    keys, values = zip(*cache_widths(spec, backend), strict=True)
+    whole = bytes_per_token(keys, values, kv_heads, element_size)
     return whole, whole - spec.cache_bytes_per_token(kv_heads, element_size)
 
 
