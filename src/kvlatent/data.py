@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kvlatent.corpora import read_corpus
 from kvlatent.errors import UserError
+from kvlatent.files import replaced
 
 PIECE_CHARACTERS = 8_000
 """Longer documents are cut here, at the end of a paragraph where there is one, so that a block mix is diverse."""
@@ -278,10 +279,8 @@ def save_blocks(blocks: TokenBlocks, path: Path) -> None:
     """Write token blocks and what is known of them as one safetensors file."""
     about = {"bytes": blocks.bytes, "sources": blocks.sources, "fingerprints": sorted(blocks.fingerprints)}
     tensors = {"ids": blocks.ids} if blocks.answers is None else {"ids": blocks.ids, "answers": blocks.answers}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, metadata={"about": json.dumps(about)})
-    partial.replace(path)
+    with replaced(path) as partial:
+        save_file(tensors, partial, metadata={"about": json.dumps(about)})
 
 
 def load_blocks(path: Path) -> TokenBlocks:

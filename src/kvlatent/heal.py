@@ -29,12 +29,13 @@ from kvlatent.adapters import finished, with_adapters
 from kvlatent.allocator import freed_memory_kept
 from kvlatent.checkpoints import multiplies_bfloat16, peak_memory, processes
 from kvlatent.errors import UserError
+from kvlatent.files import replaced
 from kvlatent.settings import HealConfig
+from kvlatent.signals import interruptible
 from kvlatent.stages import Batch, Stage, Text
 from kvlatent.state import (
     Progress,
     forget_after,
-    interruptible,
     load_state,
     prepare_folder,
     read_progress,
@@ -90,9 +91,10 @@ def heal(
             stack.enter_context(freed_memory_kept())
         interrupted = stack.enter_context(interruptible())
         text = Text(ids=ids, answers=answers, separator=separator)
-        healing = _Healing(student, teacher, text, work, config, resume, device, track)
-        healing.interrupted, healing.cache, healing.held_out = interrupted, cache, held_out
-        return healing.follow()
+        return _Healing(
+            student, teacher, text, work, config, resume=resume, cache=cache, held_out=held_out, track=track,
+            device=device, interrupted=interrupted,
+        ).follow()  # fmt: skip
 
 
 class _Healing:
@@ -105,14 +107,16 @@ class _Healing:
         text: Text,
         work: Path,
         config: HealConfig,
+        *,
         resume: bool,
-        device: torch.device,
+        cache: TeacherCache | None,
+        held_out: Tensor | None,
         track: Sequence[str],
+        device: torch.device,
+        interrupted: Sequence[int],
     ) -> None:
         self.teacher, self.text, self.config = teacher, text, config
-        self.interrupted: list[int] = []
-        self.cache: TeacherCache | None = None
-        self.held_out: Tensor | None = None
+        self.cache, self.held_out, self.interrupted = cache, held_out, interrupted
         self.work, self.metrics = work, work / "metrics.jsonl"
         self.accelerator = _accelerator(config, device, track, work)
         block_size = text.ids.shape[1]
@@ -195,19 +199,20 @@ class _Healing:
                         optimizer.zero_grad()
                 after: Progress = {"stage": stage, "step": step + 1}
                 line: dict[str, Any] = {"stage": stage, "step": step}
-                seconds = time.monotonic() - began
                 if self._measured_after(stage, step):
+                    paused = time.monotonic()
                     line["held_out_perplexity"] = self._held_out_perplexity(module, stage)
+                    began += time.monotonic() - paused
                 self._report(
-                    line, total, by_layer, time.monotonic() - seconds, bar,
+                    line, total, by_layer, began, bar,
                     save=partial(save_state, accelerator, module, optimizer, self.work, after),
                 )  # fmt: skip
 
     def _stream(self, progress: Progress) -> None:
         """Stage 1, one layer after the other; the student's layers have learnt when it ends."""
         accelerator = self.accelerator
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise UserError("layers can't be streamed under FSDP or DeepSpeed; leave one of the two out")
+        if accelerator.distributed_type == DistributedType.FSDP:
+            raise UserError("layers can't be streamed under FSDP; leave one of the two out")
         total = self.steps[0] * self.step_tokens
         done = progress.get("layer", 0) * total + progress["step"] * self.step_tokens
         with self._bar(1, done, total * len(self.student.model.layers)) as bar:
@@ -434,6 +439,5 @@ def _layers_to_steps(metrics: Path) -> None:
         line["tokens_per_s"] = 1 / sum(1 / line["tokens_per_s"] for line in of_step)
         joined.append(line)
     kept = [*joined, *(line for line in lines if "layer" not in line)]
-    partial_file = metrics.with_suffix(".partial")
-    partial_file.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    partial_file.replace(metrics)
+    with replaced(metrics) as partial_file:
+        partial_file.write_text("".join(json.dumps(line) + "\n" for line in kept))

@@ -24,6 +24,7 @@ from kvlatent.convert import check_request
 from kvlatent.data import TokenBlocks, check_held_out, load_blocks, save_blocks
 from kvlatent.errors import UserError
 from kvlatent.evaluate import Perplexity, compare, perplexity
+from kvlatent.files import replaced
 from kvlatent.report import model_card, write_report
 from kvlatent.settings import HealConfig, Part
 from kvlatent.spec import Preset
@@ -159,11 +160,8 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with replaced(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _write_json(path: Path, data: Any) -> None:

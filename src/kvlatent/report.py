@@ -7,7 +7,6 @@ them may be absent: what is there is shown, what is not there is left out, and n
 import io
 import json
 import math
-import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from kvlatent.errors import UserError
+from kvlatent.files import replaced
 
 _T = TypeVar("_T")
 
@@ -791,13 +791,10 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         metrics=metrics,
     )
     out = Path(out)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(page.encode("utf-8", errors="replace"))  # generations may hold lone surrogates
-        os.replace(temporary, out)
+        with replaced(out) as partial:
+            partial.write_bytes(page.encode("utf-8", errors="replace"))  # generations may hold lone surrogates
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"can't write the report to {out}: {error.strerror}") from error
     return out
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from importlib import resources
 from itertools import cycle, islice
@@ -22,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvlatent.data import TokenBlocks, fingerprint, separator_id, whole_blocks
 from kvlatent.errors import UserError
+from kvlatent.files import replaced
 
 TEMPERATURE = 0.8
 """At 1 a small model's text falls apart after a few sentences, and students calibrated on it are worse."""
@@ -88,7 +88,8 @@ def sample_from_teacher(
     if ids is None:
         ids = _sample(teacher, starts, block_size, seed, temperature, batch_size)
         if cache is not None:
-            _save_ids(cache, ids, settings)
+            with replaced(cache) as partial:
+                save_file({"ids": ids}, partial, metadata=settings)
     rows = tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return TokenBlocks(ids, sum(len(row.encode()) for row in rows), ("teacher",), frozenset(map(fingerprint, rows)))
 
@@ -152,13 +153,3 @@ def _load_ids(path: Path, settings: dict[str, str]) -> Tensor | None:
             return file.get_tensor("ids") if file.metadata() == settings else None
     except (OSError, SafetensorError):
         return None
-
-
-def _save_ids(path: Path, ids: Tensor, settings: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file({"ids": ids}, unfinished, metadata=settings)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

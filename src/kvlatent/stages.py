@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvlatent.calibrate import enter_layers
-from kvlatent.losses import Term, head_loss, hidden_mse, kl_term, ntp_term, relative_error, top_k_term
+from kvlatent.losses import Term, head_loss, hidden_mse, kl_term, ntp_loss, ntp_term, relative_error, top_k_term
 from kvlatent.settings import HealConfig
 
 
@@ -101,8 +101,7 @@ class Stage(nn.Module):
         student, teacher = self._unowned
         if self.stage == 0:
             hidden = student.model(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-            terms = ((1 / len(hidden), ntp_term(ids[:, 1:].flatten())),)
-            return head_loss(hidden, student.lm_head.weight, *terms), None
+            return ntp_loss(hidden, student.lm_head.weight, ids[:, 1:].flatten()), None
         if self.stage == 1:
             relative = self.config.stage1_loss == "relative"
             losses = in_layer_losses(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kvlatent.errors import UserError
+from kvlatent.files import replaced
 
 Progress = dict[str, int]
 """`stage` and `step` of the next step; of a streamed stage 1 also `layer`."""
@@ -55,7 +54,8 @@ def forget_after(metrics: Path, progress: Progress) -> None:
     if metrics.is_file():
         lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if _place(json.loads(line)) < _place(progress)]
-        metrics.write_text("".join(line + "\n" for line in kept))
+        with replaced(metrics) as partial:
+            partial.write_text("".join(line + "\n" for line in kept))
 
 
 def _place(progress: dict[str, Any]) -> tuple[int, int, int]:
@@ -131,15 +131,3 @@ def _like(parameter: Tensor, value: Tensor) -> Tensor:
 
 def _moment(parameter: Tensor, value: Tensor) -> Tensor:
     return value if value.ndim == 0 else _like(parameter, value)  # the count of steps stays on the host
-
-
-@contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying, so that the step in hand can be saved."""
-    seen: list[int] = []
-    old = {s: signal.signal(s, lambda number, _frame: seen.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield seen
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvlatent.calibrate import enter_layers
+from kvlatent.files import replaced
 from kvlatent.settings import HealConfig
 from kvlatent.stages import Batch, counted_positions, in_layer_loss
 from kvlatent.state import Progress, load_state, save_state
@@ -146,9 +147,8 @@ class LayerStream:
         trained = {name: p.detach().cpu() for name, p in layer.named_parameters() if p.requires_grad}
         _put_trained(self.student.model.layers[index], trained)
         if accelerator.is_main_process:
-            unfinished = work / "layers" / "unfinished"
-            save_file({name: value.contiguous() for name, value in trained.items()}, unfinished)
-            unfinished.replace(work / "layers" / f"{index:03d}.safetensors")
+            with replaced(work / "layers" / f"{index:03d}.safetensors") as partial_file:
+                save_file({name: value.contiguous() for name, value in trained.items()}, partial_file)
         optimizer.state.clear()
         module.requires_grad_(False)  # nothing of this layer needs saving any more
         save_state(accelerator, module, optimizer, work, {"stage": 1, "layer": index + 1, "step": 0})

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from kvlatent import losses
 from kvlatent.errors import UserError
+from kvlatent.files import replaced
 from kvlatent.sample import weights_mark
 from kvlatent.stages import Text
 
@@ -91,9 +92,8 @@ class TeacherCache:
             rows = range(first, min(first + SHARD, len(text.ids)))
             found = [self._top_k(teacher, text, row, temperature) for row in rows]
             tokens, log_probs = (torch.stack(x) for x in zip(*found, strict=True))
-            partial = self._file(first).with_suffix(".partial")
-            save_file({"tokens": tokens, "log_probs": log_probs}, partial)
-            partial.replace(self._file(first))
+            with replaced(self._file(first)) as partial:
+                save_file({"tokens": tokens, "log_probs": log_probs}, partial)
         accelerator.wait_for_everyone()
 
     def _claim(self, about: dict[str, Any]) -> None:

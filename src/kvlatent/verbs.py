@@ -31,17 +31,14 @@ from kvlatent import budget as budgets
 from kvlatent.benchmark import benchmark, n_max_of
 from kvlatent.calibrate import Statistics, calibrate
 from kvlatent.checkpoints import (
-    check_disk,
     environment,
     load_model,
     locate,
     multiplies_bfloat16,
-    new_folder,
     pick_device,
     pick_dtype,
     processes,
     record_of,
-    refuse_existing,
     save_checkpoint,
 )
 from kvlatent.convert import QK_OF, SHARED_LIST, check_request, convert
@@ -52,6 +49,7 @@ from kvlatent.export.engines import check_gguf, check_stock, diagnose, engine_na
 from kvlatent.export.gguf import FileType, export_gguf
 from kvlatent.export.stock import export_stock
 from kvlatent.families import family_of
+from kvlatent.files import check_disk, new_folder, refuse_existing
 from kvlatent.heal import heal
 from kvlatent.modeling import check_teacher, dims_by_layer, graft, head_dim_of, spec_in, spec_of
 from kvlatent.offload import OffloadedLayers, open_offloaded
@@ -264,10 +262,7 @@ def calibrate_file(
         opened = open_offloaded(model, device=device, dtype=dtype) if offload else (teacher(), None)
         shards.append(probed_statistics(opened[0], blocks.ids, about=about, offloaded=opened[1]))
     statistics = reduce(Statistics.merge, shards)
-    try:
-        statistics.save(out)
-    finally:
-        out.with_name(out.name + ".partial").unlink(missing_ok=True)
+    statistics.save(out)
     told = {key: statistics.about.get(key) for key in ("tokens", "text")}
     return {"out": str(out), **told, "seconds": time.monotonic() - began}
 

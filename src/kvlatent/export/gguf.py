@@ -15,10 +15,10 @@ from gguf import GGMLQuantizationType, LlamaFileType, TokenType
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlatent.checkpoints import new_file
 from kvlatent.errors import UserError
 from kvlatent.export.engines import check_gguf, gguf_dims, window_of
 from kvlatent.export.plain import frequency_factors, plain_weights, rope_theta
+from kvlatent.files import new_file
 
 FileType = Literal["f32", "f16", "bf16", "q8_0"]
 """How matrices are stored; vectors are float32 in every file."""

@@ -12,10 +12,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 
-from kvlatent.checkpoints import RECORD, new_folder
+from kvlatent.checkpoints import RECORD
 from kvlatent.export.engines import check_stock, stock_dims
 from kvlatent.export.plain import frequency_factors, plain_weights, rope_theta
 from kvlatent.families import PREFIX, family_of
+from kvlatent.files import new_folder
 from kvlatent.modeling import dims_by_layer
 from kvlatent.spec import bytes_per_token
 

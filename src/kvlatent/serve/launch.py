@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvlatent.errors import UserError
+from kvlatent.signals import interruptible
 
 Engine = Literal["vllm", "llama.cpp"]
 INSTALL = {
@@ -115,7 +116,7 @@ def run_server(
     """
     url = f"http://{_reachable(host)}:{port}"
     began, ready = time.monotonic(), None
-    with _forwarded_signals() as stop:
+    with interruptible(FORWARDED) as stop:
         process = subprocess.Popen(
             command,
             env={**(environment or {}), **os.environ},
@@ -145,18 +146,6 @@ def run_server(
     ended = time.monotonic()
     started = None if ready is None else round(ready - began, 1)
     return {"url": f"{url}/v1", "start_seconds": started, "served_seconds": ready and round(ended - ready, 1)}
-
-
-@contextmanager
-def _forwarded_signals() -> Iterator[list[signal.Signals]]:
-    """Collect signals instead of dying of them."""
-    stop: list[signal.Signals] = []
-    before = {number: signal.signal(number, lambda got, _: stop.append(signal.Signals(got))) for number in FORWARDED}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _reachable(host: str) -> str:
