@@ -359,7 +359,7 @@ class Bench(Verb):
         if len(result["rows"]) <= 2:
             keys = ("cache_bytes", "cache_bytes_per_token", "ttft_ms", "tpot_ms", "tokens_per_s", "roofline_share")
             return _side_by_side(result, (*keys, "peak_memory_bytes"))
-        from kvlatent.report import bench_table
+        from kvlatent.report.text import bench_table
 
         return bench_table(result)
 
@@ -506,7 +506,7 @@ class Run(Verb):
         return pipeline.run(self.recipe, out, **(self.common.place() | {"seed": self.common.seed}))
 
     def table(self, result: dict[str, Any]) -> str:
-        from kvlatent.report import summary_table
+        from kvlatent.report.text import summary_table
 
         return f"{summary_table(result)}\n\n{Path(result['out']) / 'report.html'}"
 

@@ -25,7 +25,8 @@ from kvlatent.data import TokenBlocks, check_held_out, load_blocks, save_blocks
 from kvlatent.errors import UserError
 from kvlatent.evaluate import Perplexity, compare, perplexity
 from kvlatent.files import replaced
-from kvlatent.report import model_card, write_report
+from kvlatent.report.page import write_report
+from kvlatent.report.text import model_card
 from kvlatent.settings import HealConfig, Part
 from kvlatent.spec import Preset
 from kvlatent.verbs import (

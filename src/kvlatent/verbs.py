@@ -53,7 +53,8 @@ from kvlatent.files import check_disk, new_folder, refuse_existing
 from kvlatent.heal import heal
 from kvlatent.modeling import check_teacher, dims_by_layer, graft, head_dim_of, spec_in, spec_of
 from kvlatent.offload import OffloadedLayers, open_offloaded
-from kvlatent.report import bench_page, model_card, write_report
+from kvlatent.report.page import bench_page, write_report
+from kvlatent.report.text import model_card
 from kvlatent.sample import sample_from_teacher
 from kvlatent.serve.launch import Engine, serve
 from kvlatent.settings import HealConfig, Part
