@@ -375,25 +375,12 @@ def convert_folder(
     """
     refuse_existing(out)
     config, tokenizer = load_config(model), load_tokenizer(model)
-    planned = budget is not None and preset == "best"
-    dims: tuple[int | Sequence[int], int | Sequence[int]] | None = None
-    if budget is not None and planned:
-        check_teacher(config)
-        budgets.total_dims(config, budget)
-        if qk in SHARED_LIST:
-            raise UserError(f"{qk} has one frequency list, so every layer the same d_qk; give --d-qk and --d-vo")
-    else:
-        if budget is not None:
-            d_qk = d_vo = budgets.uniform_dims(config, budget)
-        if d_qk is None or d_vo is None:
-            raise UserError("give d_qk and d_vo, or a budget")
-        check_request(config, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo)
-        dims = d_qk, d_vo
+    dims = requested_dims(config, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, budget=budget)
     if preset == "paper" and (stats or text):
         raise UserError("preset paper is not calibrated; leave --text and --stats out")
     if preset != "paper" and not (stats or text):
         raise UserError(f"preset {preset} is calibrated: give text (--text) or statistics (--stats)")
-    if preset != "paper" and stats and text and not planned:
+    if preset != "paper" and stats and text and dims is not None:
         raise UserError("give either text (--text) or statistics (--stats); both only for best with a --budget")
     statistics = None if stats is None else _load_statistics(stats, config)
 
@@ -405,18 +392,54 @@ def convert_folder(
     if text:
         blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=teacher)
     if dims is None:
-        known = statistics
-        if known is None:
-            assert blocks is not None
-            known = probed_statistics(teacher(), blocks.ids[: max(1, PLAN_TOKENS // block_size)], about={})
         assert budget is not None
-        allocation = budgets.plan(teacher(), known, budget)
-        dims = allocation.d_qk, allocation.d_vo
+        dims = planned_dims(teacher(), budget, blocks=blocks, statistics=statistics)
         statistics = None if text else statistics
     return convert_loaded(
         teacher(), tokenizer, out, name=model, preset=preset, qk=qk, d_qk=dims[0], d_vo=dims[1],
         blocks=blocks, statistics=statistics, dtype=stored_dtype(config, dtype),
     )  # fmt: skip
+
+
+def requested_dims(
+    config: PreTrainedConfig,
+    *,
+    preset: Preset,
+    qk: QK | None = None,
+    d_qk: int | None,
+    d_vo: int | None,
+    budget: float | None,
+) -> tuple[int, int] | None:
+    """Dims of a request for a student; None if they differ by layer and `planned_dims` has to find them.
+
+    Raises:
+        UserError: A request that can't be.
+    """
+    if (d_qk is None) != (d_vo is None) or (d_qk is None) == (budget is None):
+        raise UserError("give either d_qk and d_vo, or a budget")
+    if budget is not None and preset == "best":
+        check_teacher(config)
+        budgets.total_dims(config, budget)
+        if qk in SHARED_LIST:
+            raise UserError(f"{qk} has one frequency list, so every layer the same d_qk; give --d-qk and --d-vo")
+        return None
+    if budget is not None:
+        d_qk = d_vo = budgets.uniform_dims(config, budget)
+    assert d_qk is not None and d_vo is not None
+    check_request(config, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo)
+    return d_qk, d_vo
+
+
+def planned_dims(
+    teacher: PreTrainedModel, budget: float, *, blocks: TokenBlocks | None, statistics: Statistics | None
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Dims layer by layer that spend a budget; without statistics they are taken on the first of the blocks."""
+    if statistics is None:
+        assert blocks is not None
+        ids = blocks.ids[: max(1, PLAN_TOKENS // blocks.ids.shape[1])]
+        statistics = probed_statistics(teacher, ids, about={})
+    allocation = budgets.plan(teacher, statistics, budget)
+    return allocation.d_qk, allocation.d_vo
 
 
 def _load_statistics(path: Path, config: PreTrainedConfig) -> Statistics:
