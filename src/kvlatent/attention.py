@@ -144,10 +144,9 @@ def latent_attention(
     """
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads can't share {k.shape[1]} key/value heads evenly")
-    path = choose_path(q, k, v, mask)
-    if path in ("kernel", "triton") and torch.compiler.is_compiling():
-        return _opaque(path, q, k, v, scale, mask)
-    return PATHS[path](q, k, v, scale=scale, mask=mask)
+    if torch.compiler.is_compiling() and own_kernel(q, k, v, mask) is not None:
+        return _opaque(q, k, v, scale, mask)
+    return PATHS[choose_path(q, k, v, mask)](q, k, v, scale=scale, mask=mask)
 
 
 def choose_path(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
@@ -160,27 +159,33 @@ def choose_path(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
     | decode | any | otherwise, and where llvmlite or Triton is missing | `grouped` |
     | prefill, training, several queries | any | always | `flash` |
     """
-    if q.shape[2] > 1:
-        return "flash"
+    own = own_kernel(q, k, v, mask)
+    if own is not None and own[1].available():
+        return own[0]
+    return "flash" if q.shape[2] > 1 else "grouped"
+
+
+def own_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[str, Any] | None:
+    """Path and module of the decode kernel that takes these tensors, whether it is available here or not."""
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if q.device.type not in OWN_KERNELS or gradients or (mask is not None and mask.dtype != torch.bool):
-        return "grouped"
-    path, home = OWN_KERNELS[q.device.type]
-    return path if k.dtype in home.STORED and v.dtype in home.STORED and home.available() else "grouped"
+    if q.shape[2] > 1 or gradients or (mask is not None and mask.dtype != torch.bool):
+        return None
+    path, home = OWN_KERNELS.get(q.device.type, ("grouped", None))
+    return (path, home) if home is not None and k.dtype in home.STORED and v.dtype in home.STORED else None
 
 
 @torch.library.custom_op(
     "kvlatent::decode_attention",
     mutates_args=(),
-    schema="(str path, Tensor q, Tensor k, Tensor v, float scale, Tensor? mask) -> Tensor",
+    schema="(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask) -> Tensor",
 )
-def _opaque(path: str, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """A kernel of ours as one node of a graph that torch.compile makes."""
-    return PATHS[path](q, k, v, scale=scale, mask=mask)
+def _opaque(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """A decode kernel as one node of a graph that torch.compile makes; it can't look inside."""
+    return PATHS[choose_path(q, k, v, mask)](q, k, v, scale=scale, mask=mask)
 
 
 @_opaque.register_fake
-def _(path: str, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     return q.new_empty(*q.shape[:3], v.shape[-1])
 
 

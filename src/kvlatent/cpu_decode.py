@@ -27,7 +27,6 @@ SINGLE_THREAD_BYTES = 64 * 1024
 """Caches below which waking other threads costs more than they give."""
 
 
-@torch.compiler.assume_constant_result
 @cache
 def available() -> bool:
     """Whether the kernel can be built here; KVLATENT_CPU_KERNEL=0 says no."""

@@ -26,7 +26,6 @@ TILE_BYTES = 32 * 1024
 """Keys and values that a program holds at a time; more than one tile is under way."""
 
 
-@torch.compiler.assume_constant_result
 @cache
 def available() -> bool:
     """Whether Triton is installed."""

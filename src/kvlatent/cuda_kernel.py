@@ -3,6 +3,7 @@
 A program reads the keys and values of one KV head once, for all query heads of its group: they are the rows of one
 small matrix product. Dims that are no power of two are padded in registers, not in memory.
 """
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import triton
 import triton.language as tl
