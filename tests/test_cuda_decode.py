@@ -180,12 +180,12 @@ class Launch:
         return lambda *arguments, **settings: launches.append((self.kernel, grid, arguments, settings))
 
 cuda_kernel.attend, cuda_kernel.merge = Launch(cuda_kernel.attend), Launch(cuda_kernel.merge)
-dtype, d_qk, d_vo, masked, capability = json.loads(sys.argv[1])
+dtype, d_qk, d_vo, masked, batch, capability = json.loads(sys.argv[1])
 launches, dtype = [], getattr(torch, dtype)
-k, v = torch.zeros(1, 8, 4096, d_qk, dtype=dtype), torch.zeros(1, 8, 4096, d_vo, dtype=dtype)
-mask = torch.ones(1, 1, 1, 4096, dtype=torch.bool) if masked else None
+k, v = torch.zeros(batch, 8, 1024, d_qk, dtype=dtype), torch.zeros(batch, 8, 1024, d_vo, dtype=dtype)
+mask = torch.ones(batch, 1, 1, 1024, dtype=torch.bool) if masked else None
 cuda_decode.processors = lambda device: 132
-cuda_decode.decode_attention(torch.zeros(1, 32, 1, d_qk, dtype=dtype), k, v, scale=0.1, mask=mask)
+cuda_decode.decode_attention(torch.zeros(batch, 32, 1, d_qk, dtype=dtype), k, v, scale=0.1, mask=mask)
 results = [compiled(*launch, capability) for launch in launches]
 print(json.dumps({
     "grids": [launch[1] for launch in launches],
@@ -201,12 +201,12 @@ print(json.dumps({
 @pytest.mark.parametrize(
     "case",
     [
-        ["bfloat16", 64, 64, True, 90],
-        pytest.param(["float16", 32, 96, False, 80], marks=pytest.mark.slow),
-        pytest.param(["bfloat16", 16, 48, True, 89], marks=pytest.mark.slow),
-        pytest.param(["bfloat16", 128, 128, True, 90], marks=pytest.mark.slow),
-        pytest.param(["float32", 128, 128, True, 90], marks=pytest.mark.slow),
-        pytest.param(["float16", 20, 12, True, 80], marks=pytest.mark.slow),
+        ["bfloat16", 64, 64, True, 1, 90],
+        pytest.param(["float16", 32, 96, False, 1, 80], marks=pytest.mark.slow),
+        pytest.param(["bfloat16", 16, 48, True, 1, 89], marks=pytest.mark.slow),
+        pytest.param(["bfloat16", 128, 128, True, 64, 90], marks=pytest.mark.slow),
+        pytest.param(["float32", 128, 128, True, 1, 90], marks=pytest.mark.slow),
+        pytest.param(["float16", 20, 12, True, 1, 80], marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -216,8 +216,8 @@ def test_the_kernels_compile_for_gpus(case: list[Any], tmp_path: Path) -> None:
     out = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     made = json.loads(out.stdout.splitlines()[-1])
-    pairs, parts = made["grids"][0]
-    assert pairs == 8 and parts > 1 and made["grids"][1] == [32]
+    batch = case[4]  # a large one isn't split, so nothing is merged
+    assert made["grids"] == ([[8, 8], [32]] if batch == 1 else [[8 * batch, 1]])
     assert max(made["shared"]) <= 48 * 1024  # fits two to a multiprocessor on every GPU since Ampere
     assert min(made["binary"]) > 0 and made["copies_ahead"] and not made["spills"]
     assert made["matrix_units"] == (case[0] != "float32")

@@ -167,7 +167,14 @@ def compiled(backend: Any, mode: str | None = None) -> CompileConfig:
 
 @pytest.mark.usefixtures("compilable")
 @pytest.mark.parametrize(
-    ("name", "preset"), [("llama", "best"), ("llama", "portable"), ("qwen3", "best"), ("qwen2", "paper")]
+    ("name", "preset"),
+    [
+        ("llama", "best"),
+        ("qwen3", "portable"),
+        pytest.param("llama", "portable", marks=pytest.mark.slow),
+        pytest.param("qwen3", "best", marks=pytest.mark.slow),
+        pytest.param("qwen2", "paper", marks=pytest.mark.slow),
+    ],
 )
 def test_the_decode_step_is_one_graph_compiled_once(
     tiny_student: Callable[..., PreTrainedModel], name: str, preset: str, ids: Tensor
@@ -185,3 +192,56 @@ def test_the_decode_step_is_one_graph_compiled_once(
     assert torch.equal(again, student.generate(ids[3:6, :9], **PLAIN).sequences)
     assert len(backend.nodes) == 1 and not counters["graph_break"]
     assert "kvlatent.decode_attention.default" in backend.nodes[0]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compilable")
+def test_a_sliding_window_is_compiled_a_few_times_but_not_per_step(
+    tiny_student: Callable[..., PreTrainedModel], ids: Tensor
+) -> None:
+    """transformers' layer counts its tokens in Python and changes its way when the window is full."""
+    student = tiny_student("mistral")
+    backend, longer = Counter(), PLAIN | {"max_new_tokens": 20}
+    wanted = student.generate(ids[:2, :3], **longer).sequences
+    got = student.generate(
+        ids[:2, :3], cache_implementation="static", compile_config=compiled(backend), **longer
+    ).sequences
+    assert torch.equal(got, wanted)
+    assert len(backend.nodes) <= 4
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compilable")
+def test_the_decode_step_compiles_to_machine_code(tiny_student: Callable[..., PreTrainedModel], ids: Tensor) -> None:
+    student = tiny_student("llama")
+    prompts = padded(ids)
+    wanted = student.generate(**prompts, **PLAIN).sequences
+    settings = {"cache_implementation": "static", "compile_config": compiled("inductor", "default")}
+    assert torch.equal(student.generate(**prompts, **settings, **PLAIN).sequences, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("compilable")
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_generate_replays_the_decode_step_as_a_cuda_graph(
+    tiny_student: Callable[..., PreTrainedModel], name: str, ids: Tensor
+) -> None:
+    student = tiny_student(name).to("cuda")
+    prompts = {key: value.to("cuda") for key, value in padded(ids).items()}
+    wanted = student.generate(**prompts, **PLAIN).sequences
+    counters.clear()
+    got = student.generate(**prompts, cache_implementation="static", **PLAIN).sequences  # compiles by itself
+    assert torch.equal(got, wanted)
+    assert counters["inductor"]["cudagraph_skips"] == 0 and not counters["graph_break"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
+def test_offloaded_caches_give_the_same_tokens(
+    tiny_student: Callable[..., PreTrainedModel], kind: str, ids: Tensor
+) -> None:
+    student = tiny_student("llama").to("cuda")
+    prompts = {key: value.to("cuda") for key, value in padded(ids).items()}
+    wanted = student.generate(**prompts, **PLAIN).sequences
+    got = student.generate(**prompts, cache_implementation=kind, disable_compile=True, **PLAIN).sequences
+    assert torch.equal(got, wanted)

@@ -1,7 +1,8 @@
 """Decode attention on a CUDA device, in Triton: the cache is read once, by as many programs as the device can hold.
 
 A single query per sequence gives few rows of work, so the context is split as well (flash-decoding): each part keeps
-its own maximum and sum, and a second, small kernel merges them. Triton comes with the CUDA builds of torch.
+its own maximum and sum, and a second, small kernel merges them; a batch that fills the device isn't split. Triton comes
+with the CUDA builds of torch.
 """
 
 from __future__ import annotations
@@ -89,19 +90,22 @@ def decode_attention(
     parts, part = split(length, pairs, block, q.device)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     seen = q if mask is None else mask.contiguous().view(torch.uint8)
-    partial = torch.empty(pairs, parts, group_size, d_vo, dtype=torch.float32, device=q.device)
-    best, total = torch.empty(2, pairs, parts, group_size, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, q_heads, 1, d_vo, dtype=q.dtype, device=q.device)
+    partial = best = total = out
+    if parts > 1:
+        partial = torch.empty(pairs, parts, group_size, d_vo, dtype=torch.float32, device=q.device)
+        best, total = torch.empty(2, pairs, parts, group_size, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         attend[pairs, parts](
             q, k, v, seen, partial, best, total, length, part, scale * math.log2(math.e),
             *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], 0 if len(seen) == 1 else length, kv_heads, parts,
             GROUP=group_size, D_QK=d_qk, D_VO=d_vo, ROWS=max(16, next_power_of_2(group_size)), WIDE_QK=wide_qk,
-            WIDE_VO=wide_vo, BLOCK=block, SCAN=1024, MASKED=mask is not None,
+            WIDE_VO=wide_vo, BLOCK=block, SCAN=1024, MASKED=mask is not None, WHOLE=parts == 1,
             PRECISION="ieee" if torch.float32 in (k.dtype, v.dtype) else "tf32", num_warps=4, num_stages=2,
         )  # fmt: skip
-        merge[(batch * q_heads,)](
-            partial, best, total, out, parts,
-            GROUP=group_size, D_VO=d_vo, WIDE_VO=wide_vo, MOST=next_power_of_2(parts), num_warps=4,
-        )  # fmt: skip
+        if parts > 1:
+            merge[(batch * q_heads,)](
+                partial, best, total, out, parts,
+                GROUP=group_size, D_VO=d_vo, WIDE_VO=wide_vo, MOST=next_power_of_2(parts), num_warps=4,
+            )  # fmt: skip
     return out

@@ -41,13 +41,15 @@ def attend(
     BLOCK: tl.constexpr,
     SCAN: tl.constexpr,
     MASKED: tl.constexpr,
+    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One part of one sequence's context for the query heads of one KV head.
 
     Writes the part's unnormalised output to `out` (batch × kv_heads, parts, GROUP, D_VO), the largest logit of every
     query head to `best` and the sum of its weights, relative to that, to `total`, both (batch × kv_heads, parts,
-    GROUP), all float32, logits in powers of two.
+    GROUP), all float32, logits in powers of two. A part that is WHOLE, the only one, writes the final output alone;
+    zeros where nothing was seen.
     """
     pair = tl.program_id(0).to(tl.int64)
     row, head = pair // kv_heads, pair % kv_heads
@@ -98,9 +100,16 @@ def attend(
         largest = larger
 
     at = (pair * parts + tl.program_id(1)) * GROUP + member
-    tl.store(best + at, largest, mask=member < GROUP)
-    tl.store(total + at, weight, mask=member < GROUP)
-    tl.store(out + at[:, None] * D_VO + vo[None, :], outputs, mask=(member < GROUP)[:, None] & (vo < D_VO)[None, :])
+    if WHOLE:
+        outputs = outputs / tl.where(weight == 0.0, 1.0, weight)[:, None]
+    else:
+        tl.store(best + at, largest, mask=member < GROUP)
+        tl.store(total + at, weight, mask=member < GROUP)
+    tl.store(
+        out + at[:, None] * D_VO + vo[None, :],
+        outputs.to(out.dtype.element_ty),
+        mask=(member < GROUP)[:, None] & (vo < D_VO)[None, :],
+    )
 
 
 @triton.jit
