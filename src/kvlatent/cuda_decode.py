@@ -20,7 +20,7 @@ STORED = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_PART = 128
 """Keys below which a context isn't split any further."""
 MOST_PARTS = 64
-"""Parts that the merging kernel holds at once."""
+"""Parts that the merging kernel holds at once; a power of two."""
 PROGRAMS_PER_PROCESSOR = 2
 """Programs wanted per multiprocessor, so that one computes while another waits for memory."""
 TILE_BYTES = 32 * 1024
@@ -106,6 +106,6 @@ def decode_attention(
         if parts > 1:
             merge[(batch * q_heads,)](
                 partial, best, total, out, parts,
-                GROUP=group_size, D_VO=d_vo, WIDE_VO=wide_vo, MOST=next_power_of_2(parts), num_warps=4,
+                GROUP=group_size, D_VO=d_vo, WIDE_VO=wide_vo, MOST=MOST_PARTS, num_warps=4,
             )  # fmt: skip
     return out

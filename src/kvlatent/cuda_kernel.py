@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["length", "part", "mask_row"])
+@triton.jit(do_not_specialize=["length", "part", "mask_row", "parts"])  # they change as a context grows
 def attend(
     q,
     k,
@@ -112,7 +112,7 @@ def attend(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def merge(
     partial,
     best,
