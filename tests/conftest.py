@@ -2,19 +2,24 @@
 
 import copy
 import gc
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before transformers imports Triton: its kernels then run as Python
+
+import jaxtyping
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-TENSOR_MODULES = ["attention", "cpu_decode", "losses", "reduce", "refit", "rope"]
-install_import_hook([f"kvlatent.{name}" for name in TENSOR_MODULES], "beartype.beartype")
+TENSOR_MODULES = ["attention", "cpu_decode", "cuda_decode", "losses", "reduce", "refit", "rope"]
+jaxtyping.install_import_hook([f"kvlatent.{name}" for name in TENSOR_MODULES], "beartype.beartype")
 
 from kvlatent.convert import convert  # noqa: E402
 from kvlatent.families import FAMILIES  # noqa: E402
@@ -100,6 +105,15 @@ def tiny_student(ids: torch.Tensor) -> Callable[..., PreTrainedModel]:
         return convert(_teacher(name), preset=preset, d_qk=d_qk, d_vo=d_vo, ids=text).requires_grad_(False)
 
     return lambda name, preset="best", d_qk=8, d_vo=4: copy.deepcopy(student(name, preset, d_qk, d_vo))
+
+
+@pytest.fixture
+def compilable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile starts afresh, and shapes aren't checked: it can't look into the checks."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

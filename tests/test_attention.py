@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from kvlatent import cpu_decode
-from kvlatent.attention import LatentAttention, choose_path, latent_attention
+from kvlatent import cuda_decode
+from kvlatent.attention import OWN_KERNELS, LatentAttention, choose_path, latent_attention
 from kvlatent.modeling import set_spec, spec_of
 from kvlatent.rope import LatentRotaryEmbedding
 from kvlatent.spec import LatentSpec
@@ -90,39 +91,54 @@ def test_a_single_query_is_the_last_row_of_the_full_forward(kv_len: int, masked:
 
 
 CELLS = {
-    # phase, dtype, mask, gradients -> path on a CPU with the kernel, and without it
-    ("decode", torch.float32, None, False): ("kernel", "grouped"),
-    ("decode", torch.bfloat16, None, False): ("kernel", "grouped"),
-    ("decode", torch.float16, None, False): ("kernel", "grouped"),
-    ("decode", torch.float64, None, False): ("grouped", "grouped"),
-    ("decode", torch.float32, "bool", False): ("kernel", "grouped"),
-    ("decode", torch.bfloat16, "bool", False): ("kernel", "grouped"),
-    ("decode", torch.float32, "float", False): ("grouped", "grouped"),
-    ("decode", torch.float32, None, True): ("grouped", "grouped"),
-    ("decode", torch.float32, "bool", True): ("grouped", "grouped"),
-    ("prefill", torch.float32, None, False): ("flash", "flash"),
-    ("prefill", torch.bfloat16, None, False): ("flash", "flash"),
-    ("prefill", torch.float16, None, False): ("flash", "flash"),
-    ("prefill", torch.float32, "bool", False): ("flash", "flash"),
-    ("prefill", torch.float32, "float", False): ("flash", "flash"),
-    ("prefill", torch.float32, None, True): ("flash", "flash"),
-    ("prefill", torch.float32, "bool", True): ("flash", "flash"),
+    # phase, dtype, mask, gradients -> path on a CPU with the kernel, on CUDA with Triton, and without either
+    ("decode", torch.float32, None, False): ("kernel", "triton", "grouped"),
+    ("decode", torch.bfloat16, None, False): ("kernel", "triton", "grouped"),
+    ("decode", torch.float16, None, False): ("kernel", "triton", "grouped"),
+    ("decode", torch.float64, None, False): ("grouped", "grouped", "grouped"),
+    ("decode", torch.float32, "bool", False): ("kernel", "triton", "grouped"),
+    ("decode", torch.bfloat16, "bool", False): ("kernel", "triton", "grouped"),
+    ("decode", torch.float32, "float", False): ("grouped", "grouped", "grouped"),
+    ("decode", torch.float32, None, True): ("grouped", "grouped", "grouped"),
+    ("decode", torch.float32, "bool", True): ("grouped", "grouped", "grouped"),
+    ("prefill", torch.float32, None, False): ("flash", "flash", "flash"),
+    ("prefill", torch.bfloat16, None, False): ("flash", "flash", "flash"),
+    ("prefill", torch.float16, None, False): ("flash", "flash", "flash"),
+    ("prefill", torch.float32, "bool", False): ("flash", "flash", "flash"),
+    ("prefill", torch.float32, "float", False): ("flash", "flash", "flash"),
+    ("prefill", torch.float32, None, True): ("flash", "flash", "flash"),
+    ("prefill", torch.float32, "bool", True): ("flash", "flash", "flash"),
 }
 
 
-@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "no-kernel"])
+every_cell = pytest.mark.parametrize(
+    "cell", CELLS, ids=lambda cell: "-".join(str(part).removeprefix("torch.") for part in cell)
+)
+
+
+@pytest.mark.parametrize(
+    ("device", "kernel"),
+    [
+        ("cpu", True),
+        ("cpu", False),
+        pytest.param("cuda", True, marks=pytest.mark.gpu),
+        pytest.param("cuda", False, marks=pytest.mark.gpu),
+    ],
+)
 @pytest.mark.parametrize("widths", [(6, 5), (4, 7)])
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(str(part).removeprefix("torch.") for part in cell))
+@every_cell
 def test_every_cell_of_the_table_takes_its_path_and_is_right(
     cell: tuple[str, torch.dtype, str | None, bool],
     widths: tuple[int, int],
+    device: str,
     kernel: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if kernel and not cpu_decode.available():
+    home = OWN_KERNELS[device][1]
+    if kernel and not home.available():
         pytest.skip("no kernel here")
     phase, dtype, kind, gradients = cell
-    monkeypatch.setattr(cpu_decode, "available", lambda: kernel)
+    monkeypatch.setattr(home, "available", lambda: kernel)
     q_len = 1 if phase == "decode" else 3
     q, k, v, _ = random_heads(2, 3, widths[0] // 2, widths[1], 1, q_len=q_len, kv_len=70 if phase == "decode" else 3)
     bias = reference.causal(q_len, k.shape[2]).repeat(2, 1, 1)
@@ -130,14 +146,43 @@ def test_every_cell_of_the_table_takes_its_path_and_is_right(
         bias[1, :, 0] = -math.inf  # left padding
         bias[1, 0, -q_len] = 0
     mask = {None: None, "bool": bias[:, None] == 0, "float": bias[:, None].float()}[kind]
-    q, k, v = (x.to(dtype).requires_grad_(gradients) for x in (q, k, v))
+    mask = None if mask is None else mask.to(device)
+    q, k, v = (x.to(device, dtype).requires_grad_(gradients) for x in (q, k, v))
     with torch.set_grad_enabled(gradients):
-        assert choose_path(q, k, v, mask) == CELLS[cell][0 if kernel else 1]
+        assert choose_path(q, k, v, mask) == CELLS[cell][("cpu", "cuda").index(device) if kernel else 2]
         got = latent_attention(q, k, v, scale=0.5, mask=mask)
-    wanted = reference.attention(q.double(), k.double(), v.double(), scale=0.5, bias=bias)
+    wanted = reference.attention(*(x.double().cpu() for x in (q, k, v)), scale=0.5, bias=bias)
     assert got.dtype == dtype
     eps = 8 * torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 1e-5
-    torch.testing.assert_close(got.double(), wanted, rtol=eps, atol=eps)
+    torch.testing.assert_close(got.double().cpu(), wanted, rtol=eps, atol=eps)
+
+
+@pytest.mark.parametrize("triton", [True, False])
+@every_cell
+def test_every_cell_takes_its_path_on_cuda(
+    cell: tuple[str, torch.dtype, str | None, bool], triton: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors without content stand in for a GPU's."""
+    phase, dtype, kind, gradients = cell
+    monkeypatch.setattr(cuda_decode, "available", lambda: triton)
+    with FakeTensorMode():
+        q, k, v = (
+            torch.empty(2, heads, length, dim, dtype=dtype, device="cuda", requires_grad=gradients)
+            for heads, length, dim in ((6, 1 if phase == "decode" else 3, 6), (2, 70, 6), (2, 70, 5))
+        )
+        dtypes = {"bool": torch.bool, "float": torch.float32}
+        mask = None if kind is None else torch.empty(2, 1, q.shape[2], 70, dtype=dtypes[kind], device="cuda")
+        with torch.set_grad_enabled(gradients):
+            assert choose_path(q, k, v, mask) == CELLS[cell][1 if triton else 2]
+
+
+def test_several_queries_without_a_mask_see_no_more_of_a_longer_buffer() -> None:
+    q, k, v, _ = random_heads(2, 2, 3, 5, 0, q_len=4, kv_len=9)
+    k[:, :, 4:], v[:, :, 4:] = math.nan, math.nan
+    wanted = reference.attention(
+        q.double(), k[:, :, :4].double(), v[:, :, :4].double(), scale=0.5, bias=reference.causal(4, 4).repeat(2, 1, 1)
+    )
+    torch.testing.assert_close(latent_attention(q, k, v, scale=0.5).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_decode_reads_views_of_longer_buffers() -> None:

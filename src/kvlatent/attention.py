@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
-from kvlatent import cpu_decode
+from kvlatent import cpu_decode, cuda_decode
 from kvlatent.rope import rotate
 from kvlatent.spec import LatentSpec
 
@@ -144,26 +144,49 @@ def latent_attention(
     """
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads can't share {k.shape[1]} key/value heads evenly")
+    if torch.compiler.is_compiling() and own_kernel(q, k, v, mask) is not None:
+        return _opaque(q, k, v, scale, mask)
     return PATHS[choose_path(q, k, v, mask)](q, k, v, scale=scale, mask=mask)
 
 
 def choose_path(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
-    """Name the path of `PATHS` that fits phase, device, dtypes, kind of mask, and whether gradients or a trace want it.
+    """Name the path of `PATHS` that fits phase, device, dtypes, kind of mask, and whether gradients are wanted.
 
     | phase | device | when | path |
     |---|---|---|---|
-    | decode (one query) | CPU | no gradients, not being compiled, dtypes of `STORED`, boolean mask or none | `kernel` |
-    | decode | any | otherwise | `grouped` |
+    | decode (one query) | CPU | no gradients, float32, bfloat16 or float16 cache, boolean mask or none | `kernel` |
+    | decode | CUDA | likewise | `triton` |
+    | decode | any | otherwise, and where llvmlite or Triton is missing | `grouped` |
     | prefill, training, several queries | any | always | `flash` |
     """
-    if q.shape[2] > 1:
-        return "flash"
-    traced = torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
-    stored = k.dtype in cpu_decode.STORED and v.dtype in cpu_decode.STORED
-    masked = mask is None or mask.dtype == torch.bool
-    if q.device.type == "cpu" and not traced and stored and masked and cpu_decode.available():
-        return "kernel"
-    return "grouped"
+    own = own_kernel(q, k, v, mask)
+    if own is not None and own[1].available():
+        return own[0]
+    return "flash" if q.shape[2] > 1 else "grouped"
+
+
+def own_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[str, Any] | None:
+    """Path and module of the decode kernel that takes these tensors, whether it is available here or not."""
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if q.shape[2] > 1 or gradients or (mask is not None and mask.dtype != torch.bool):
+        return None
+    path, home = OWN_KERNELS.get(q.device.type, ("grouped", None))
+    return (path, home) if home is not None and k.dtype in home.STORED and v.dtype in home.STORED else None
+
+
+@torch.library.custom_op(
+    "kvlatent::decode_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask) -> Tensor",
+)
+def _opaque(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """A decode kernel as one node of a graph that torch.compile makes; it can't look inside."""
+    return PATHS[choose_path(q, k, v, mask)](q, k, v, scale=scale, mask=mask)
+
+
+@_opaque.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    return q.new_empty(*q.shape[:3], v.shape[-1])
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:
@@ -179,13 +202,24 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | No
 def _flash(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:
     """PyTorch's flash attention, which wants equal dims: zeros change nothing."""
     d_qk, d_vo = q.shape[-1], v.shape[-1]
+    if mask is None:  # of a longer buffer, no query sees what is behind the last one
+        k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
     if q.shape[1] > k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     width = max(d_qk, d_vo)
+    if q.device.type == "cuda":
+        width = -(-width // 8) * 8  # other widths fall to a path that holds all logits
     q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return out[..., :d_vo]
 
 
-PATHS = {"kernel": cpu_decode.decode_attention, "grouped": _grouped, "flash": _flash}
+OWN_KERNELS: dict[str, tuple[str, Any]] = {"cpu": ("kernel", cpu_decode), "cuda": ("triton", cuda_decode)}
+"""Path of the decode kernel by device, and its module."""
+PATHS = {
+    "kernel": cpu_decode.decode_attention,
+    "triton": cuda_decode.decode_attention,
+    "grouped": _grouped,
+    "flash": _flash,
+}
 """Ways to compute the same attention."""

@@ -1,8 +1,9 @@
-"""A cache that grows in place: room is set aside ahead, a step writes one row per head and copies nothing.
+"""Caches that a step writes in place: one row per head, nothing is copied.
 
-Layers plug into transformers' `Cache`, so `generate()` pads, searches beams, crops and offloads with them as with its
-own. Keys and values have widths of their own, layer by layer. Converted models use `LatentCache` unless another cache
-is passed.
+`LatentCache` grows, with a little room set aside ahead; `StaticLatentCache` has all its room from the start, so that a
+decode step can be compiled. Layers plug into transformers' `Cache`, so `generate()` pads, searches beams, crops and
+offloads with them as with its own. Keys and values have widths of their own, layer by layer. Converted models use
+`LatentCache` unless another cache is asked for or passed.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 LEAST_ROOM = 64
 """Tokens of room set aside at least."""
@@ -134,8 +135,7 @@ class GrowingLayer(_InPlace, DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens, their number given as a negative one (assisted decoding)."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove; got {tokens_to_remove}")
+        check_crop(tokens_to_remove)
         for buffer in (self._keys, self._values):
             if buffer is not None:
                 buffer.length = max(0, buffer.length + tokens_to_remove)
@@ -161,6 +161,54 @@ class RollingLayer(_InPlace, DynamicSlidingWindowLayer):
         return keys, values
 
 
+class FixedLayer(StaticLayer):
+    """A layer whose room is set aside once and never moves, as compiled code and CUDA graphs want it.
+
+    A first update returns what it was given: a prefill attends to its own tokens, not to the room behind them.
+    """
+
+    is_croppable = True
+    empty = True
+
+    def update(self, key_states: Keys, value_states: Values, *args: Any, **kwargs: Any) -> Held:
+        """Write behind what is held, and return the whole room; its mask says what of it is held.
+
+        Raises:
+            ValueError: The first tokens are more than there is room for.
+        """
+        prefill, self.empty = self.empty, False
+        if prefill and key_states.shape[-2] > self.max_cache_len:
+            raise ValueError(f"{key_states.shape[-2]} tokens don't fit into a cache for {self.max_cache_len}")
+        held = super().update(key_states, value_states)
+        return (key_states, value_states) if prefill else held
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many keys the next `query_length` queries will meet, and the position of the first."""
+        return query_length if self.empty else self.max_cache_len, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder sequences in place."""
+        if self.is_initialized:
+            for whole in (self.keys, self.values):
+                whole.copy_(whole.index_select(0, beam_idx.to(whole.device)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens, their number given as a negative one (assisted decoding)."""
+        check_crop(tokens_to_remove)
+        self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
+
+    def reset(self) -> None:
+        """Forget everything, keep the room."""
+        super().reset()
+        self.empty = True
+
+    def held_bytes(self) -> int:
+        """Bytes of the tokens held, without the room behind them."""
+        if not self.is_initialized:
+            return 0
+        return (self.keys.nbytes + self.values.nbytes) // self.max_cache_len * int(self.cumulative_length)
+
+
 class LatentCache(DynamicCache):
     """transformers' `DynamicCache` with layers that grow in place."""
 
@@ -172,11 +220,30 @@ class LatentCache(DynamicCache):
             kwargs: As of `DynamicCache`, such as `offloading`.
         """
         super().__init__(config=config, **kwargs)
-        grow_in_place(self)
+        write_in_place(self, config)
 
 
-def grow_in_place(cache: DynamicCache) -> None:
-    """Replace the empty layers of a transformers cache by layers that grow in place."""
+class StaticLatentCache(StaticCache):
+    """transformers' `StaticCache` with layers that reorder and crop in place, and a prefill that skips unused room.
+
+    Layers with a sliding window shorter than the room are transformers' own, which move their content at every step.
+    """
+
+    def __init__(self, config: PreTrainedConfig, max_cache_len: int, **kwargs: Any) -> None:
+        """Build empty layers for a model; memory is taken at the first update.
+
+        Args:
+            config: Of the model; says which layers have a sliding window.
+            max_cache_len: Tokens per sequence that there is room for.
+            kwargs: As of `StaticCache`, such as `offloading`.
+        """
+        super().__init__(config=config, max_cache_len=max_cache_len, **kwargs)
+        write_in_place(self, config)
+
+
+def write_in_place(cache: Cache, config: PreTrainedConfig) -> None:
+    """Replace the empty layers of a transformers cache for a model of this config by ours."""
+    window = getattr(config, "sliding_window", None)
     for index, layer in enumerate(cache.layers):
         if layer.is_initialized:
             continue
@@ -185,6 +252,16 @@ def grow_in_place(cache: DynamicCache) -> None:
         elif type(layer) is DynamicSlidingWindowLayer:
             cache.layers[index] = RollingLayer(layer.sliding_window)
             cache.layers[index].record_past = layer.record_past  # asked for before assisted decoding
+        elif type(layer) is StaticLayer or (
+            type(layer) is StaticSlidingWindowLayer and layer.max_cache_len < window  # never full, never rolled
+        ):
+            cache.layers[index] = FixedLayer(layer.max_cache_len)
+
+
+def check_crop(tokens_to_remove: int) -> None:
+    """Raise `ValueError` for a number that isn't minus a number of tokens; transformers once took a final length."""
+    if tokens_to_remove > 0:
+        raise ValueError(f"crop takes minus the number of tokens to remove; got {tokens_to_remove}")
 
 
 def cache_bytes(cache: Cache) -> int:

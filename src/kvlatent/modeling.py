@@ -7,11 +7,18 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StaticCache,
+)
 from transformers import initialization as init
 
 from kvlatent.attention import LatentAttention
-from kvlatent.cache import LatentCache, grow_in_place
+from kvlatent.cache import LatentCache, write_in_place
 from kvlatent.config import CONFIGS
 from kvlatent.errors import UserError
 from kvlatent.families import FAMILIES, PREFIX, Family, family_of
@@ -40,12 +47,15 @@ class KVLatentForCausalLM:
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Let the cache that `generate` makes by default, or offloaded, grow in place."""
+        """Let the cache that `generate` makes (by default, static, offloaded) be written in place."""
         given = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         made = model_kwargs.get("past_key_values")
-        if given is None and type(made) is DynamicCache:
-            grow_in_place(made)
+        if given is None and type(made) in (DynamicCache, StaticCache):
+            write_in_place(made, self.config)  # type: ignore[attr-defined]
+
+    def _get_static_cache_init_shape(self) -> None:
+        """Let static caches take their shapes from the first keys and values: the config names the teacher's."""
 
 
 def _give_cache(
