@@ -71,7 +71,7 @@ class Info(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import describe
+        from kvlatent.verbs.models import describe
 
         return describe(self.model)
 
@@ -100,7 +100,7 @@ class Calibrate(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import calibrate_file
+        from kvlatent.verbs.conversion import calibrate_file
 
         return calibrate_file(
             self.model, self.out, text=self.text, merge=self.merge, offload=self.offload, tokens=self.tokens,
@@ -129,7 +129,7 @@ class Plan(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import plan_model
+        from kvlatent.verbs.conversion import plan_model
 
         return plan_model(
             self.model, self.budget, self.out, stats=self.stats, text=self.text, tokens=self.tokens,
@@ -179,7 +179,7 @@ class Convert(Verb):
             raise UserError("--d-qk and --d-vo go together; give both, or --budget")
         if self.d_qk is not None and self.budget is not None:
             raise UserError("give either --d-qk and --d-vo or --budget, not both")
-        from kvlatent.verbs import convert_folder
+        from kvlatent.verbs.conversion import convert_folder
 
         budget = 0.5 if self.d_qk is None and self.budget is None else self.budget
         return convert_folder(
@@ -257,7 +257,7 @@ class Heal(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import heal_folder
+        from kvlatent.verbs.healing import heal_folder
 
         names = (
             "stage1_tokens", "stage2_tokens", "loss", "kl_weight", "temperature", "temperature_squared",
@@ -273,7 +273,7 @@ class Heal(Verb):
         )  # fmt: skip
 
     def how_to_resume(self) -> str:
-        from kvlatent.verbs import work_folder
+        from kvlatent.verbs.healing import work_folder
 
         work = work_folder(self.out)
         if not (work / "state").is_dir():
@@ -305,7 +305,7 @@ class Eval(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import evaluate_models
+        from kvlatent.verbs.measuring import evaluate_models
 
         return evaluate_models(
             self.model, against=self.against, text=self.text, tokens=self.tokens, block_size=self.block_size,
@@ -345,7 +345,7 @@ class Bench(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import benchmark_models
+        from kvlatent.verbs.measuring import benchmark_models
 
         place = self.common.place()
         dtypes = self.dtypes or (place.pop("dtype"),)
@@ -379,7 +379,7 @@ class Generate(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import generate_text
+        from kvlatent.verbs.measuring import generate_text
 
         return generate_text(
             self.model, self.prompt, max_new_tokens=self.max_new_tokens, chat=self.chat, **self.common.place()
@@ -410,7 +410,7 @@ class Serve(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import serve_model
+        from kvlatent.verbs.engines import serve_model
 
         return serve_model(
             self.model, host=self.host, port=self.port, engine=self.engine, context=self.context,
@@ -436,7 +436,7 @@ class Export(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import export_model
+        from kvlatent.verbs.engines import export_model
 
         return export_model(self.model, self.out, to=self.to, file_type=self.type, **self.common.place())
 
@@ -453,7 +453,7 @@ class Doctor(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import diagnose_model
+        from kvlatent.verbs.engines import diagnose_model
 
         return diagnose_model(self.model)
 
@@ -481,7 +481,7 @@ class Report(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import report_runs
+        from kvlatent.verbs.measuring import report_runs
 
         return report_runs(self.runs, self.out)
 

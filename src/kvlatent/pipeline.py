@@ -28,22 +28,11 @@ from kvlatent.report.page import write_report
 from kvlatent.report.text import model_card
 from kvlatent.settings import HealConfig, Part
 from kvlatent.spec import Preset
-from kvlatent.verbs import (
-    BATCH_SIZE,
-    complete,
-    convert_loaded,
-    heal_config,
-    heal_student,
-    healing_blocks,
-    load_config,
-    load_tokenizer,
-    planned_dims,
-    read_text,
-    requested_dims,
-    scores_of,
-    stored_dtype,
-    teacher_dtype,
-)
+from kvlatent.verbs.conversion import convert_loaded, planned_dims, requested_dims
+from kvlatent.verbs.healing import heal_config, heal_student, healing_blocks, teacher_dtype
+from kvlatent.verbs.measuring import complete, scores_of
+from kvlatent.verbs.models import BATCH_SIZE, load_config, load_tokenizer, stored_dtype
+from kvlatent.verbs.text import read_text
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
