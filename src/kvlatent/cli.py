@@ -299,9 +299,11 @@ class Eval(Verb):
     block_size: Number = 512
     """Tokens per block."""
     needle: bool = False
-    """Ask for a code hidden in filler."""
+    """Ask for a code hidden in 1,024, 2,048 and 4,096 tokens of filler."""
     tasks: Annotated[tuple[str, ...], arg(metavar="T…", help_behavior_hint="")] = ()
-    """Tasks of lm-eval (pip install kvlatent[eval]), by name or .yaml file."""
+    """Tasks of lm-eval (pip install kvlatent[eval]), by name or .yaml file; with --against, tested in pairs."""
+    limit: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """Samples of each task, from the first; without it, all."""
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
@@ -309,11 +311,17 @@ class Eval(Verb):
 
         return evaluate_models(
             self.model, against=self.against, text=self.text, tokens=self.tokens, block_size=self.block_size,
-            with_needle=self.needle, tasks=self.tasks, **self.common.place(),
+            with_needle=self.needle, tasks=self.tasks, limit=self.limit, **self.common.place(),
         )  # fmt: skip
 
     def table(self, result: dict[str, Any]) -> str:
-        return _side_by_side(result, ("perplexity", "perplexity_stderr", "bits_per_byte", "needle", "tasks"))
+        table = _side_by_side(result, ("perplexity", "perplexity_stderr", "bits_per_byte", "needle", "tasks"))
+        lines = [
+            f"{task} {metric}: {test['difference']:+.4f} ± {test['stderr']:.4f}, p = {test['p_value']:.3g}"
+            for task, tests in result.get("paired", {}).items()
+            for metric, test in tests.items()
+        ]
+        return "\n".join((table, *(["", "on the same samples:", *lines] if lines else [])))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ Dims = tuple[int | Sequence[int], int | Sequence[int]]
 """d_qk and d_vo: one number each, or one per layer."""
 PLAN_TOKENS = 4096
 """A budget is planned on this much of the calibration text."""
-PROBE_TOKENS = 512
+PROBE_TOKENS = 256
 """How much layers matter is measured on this much text."""
 
 
@@ -115,7 +115,7 @@ def probed_statistics(
 ) -> Statistics:
     """Statistics of the teacher on token blocks, and how much each layer matters, measured on the first few."""
     statistics = calibrate(teacher, ids, batch_size=BATCH_SIZE, about=about, offloaded=offloaded)
-    first = ids[: max(1, PROBE_TOKENS // ids.shape[1])]
+    first = ids[: max(1, PROBE_TOKENS // ids.shape[1]), :PROBE_TOKENS]
     statistics.probes = budgets.probe(teacher, statistics, first, offloaded=offloaded)
     return statistics
 

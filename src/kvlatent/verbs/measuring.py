@@ -22,14 +22,14 @@ from kvlatent.checkpoints import (
 )
 from kvlatent.data import check_held_out
 from kvlatent.errors import UserError
-from kvlatent.evaluate import Perplexity, compare, lm_eval_tasks, needle, perplexity
+from kvlatent.evaluate import Perplexity, TaskScore, compare, lm_eval_tasks, needle, paired_test, perplexity
 from kvlatent.files import new_folder
 from kvlatent.modeling import graft
 from kvlatent.report.page import bench_page, write_report
 from kvlatent.verbs.models import BATCH_SIZE, load_config, load_tokenizer
 from kvlatent.verbs.text import read_text
 
-NEEDLE_CONTEXT, NEEDLE_TRIALS = 1024, 20
+NEEDLE_CONTEXTS, NEEDLE_TRIALS = (1024, 2048, 4096), 10
 
 
 def evaluate_models(
@@ -41,11 +41,15 @@ def evaluate_models(
     block_size: int,
     with_needle: bool,
     tasks: Sequence[str],
+    limit: int | None = None,
     device: str,
     dtype: str,
     seed: int,
 ) -> dict[str, Any]:
     """Perplexity and bits per byte of a model on held-out text, a needle test and lm-eval tasks, beside another's.
+
+    With another model, every metric of a task comes with a test on the samples that both answered,
+    under `paired`: its difference (model less the other), the standard error of that, and the p-value.
 
     Raises:
         UserError: The text was used for calibration or training, nothing was asked for, or a model can't be used.
@@ -62,8 +66,10 @@ def evaluate_models(
         blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed)
         for name in names:
             check_held_out(record_of(name).get("fingerprints", ()), blocks)
-    context = min(NEEDLE_CONTEXT, *(config.max_position_embeddings for config in configs))
+    positions = min(config.max_position_embeddings for config in configs)
+    contexts = [context for context in NEEDLE_CONTEXTS if context <= positions] or [positions]
     scores: list[Perplexity] = []
+    answers: list[dict[str, TaskScore]] = []
     entries: list[dict[str, Any]] = []
     for name in names:
         loaded, _ = load_model(name, device=device, dtype=dtype)
@@ -72,10 +78,13 @@ def evaluate_models(
             scores.append(perplexity(loaded, blocks.ids, text_bytes=blocks.bytes, batch_size=BATCH_SIZE))
             entry |= scores_of(scores[-1])
         if with_needle:
-            entry["needle"] = needle(loaded, tokenizer, context=context, trials=NEEDLE_TRIALS, seed=seed)
+            entry["needle"] = {
+                str(context): needle(loaded, tokenizer, context=context, trials=NEEDLE_TRIALS, seed=seed)
+                for context in contexts
+            }
         if tasks:
-            found = lm_eval_tasks(loaded, tokenizer, tasks, limit=None, include_path=None)
-            entry["tasks"] = {task: score.metrics for task, score in found.items()}
+            answers.append(lm_eval_tasks(loaded, tokenizer, tasks, limit=limit, include_path=None))
+            entry["tasks"] = {task: score.metrics for task, score in answers[-1].items()}
         entries.append(entry)
         del loaded
     result = entries[0]
@@ -86,6 +95,16 @@ def evaluate_models(
         if scores:
             ratio = compare(scores[1], scores[0])
             result |= {"perplexity_ratio": ratio.perplexity_ratio, "perplexity_ratio_stderr": ratio.stderr}
+        if answers:
+            mine, theirs = answers
+            result["paired"] = {
+                task: {
+                    metric: paired_test(theirs[task].samples[metric], samples)._asdict()
+                    for metric, samples in score.samples.items()
+                    if metric in theirs[task].samples and len(samples) > 1
+                }
+                for task, score in mine.items()
+            }
     return result
 
 
