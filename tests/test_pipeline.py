@@ -50,7 +50,7 @@ def recipe(root: Path) -> dict[str, Any]:
         "calibration": {"text": [train], "tokens": 512},
         "training": {"text": [train]},
         "held_out": {"text": [write_text(root / "other.txt", seed=2)], "tokens": 256},
-        "students": {"best": {"d_qk": 8, "d_vo": 8, "heal": heal}, "paper": {"d_qk": 8, "d_vo": 8, "heal": heal}},
+        "students": {"best": {"budget": 0.5, "heal": heal}, "paper": {"d_qk": 8, "d_vo": 8, "heal": heal}},
         "bench": {"context": 16, "batch": 1, "new_tokens": 2},
         "generate": {"prompts": ["river stone", "bread"], "max_new_tokens": 4},
     }
@@ -65,6 +65,21 @@ def write(recipe: dict[str, Any], path: Path) -> Path:
 def done(root: Path, recipe: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """A finished run and its results; tests only read it."""
     return root / "run", pipeline.run(write(recipe, root / "tiny.yaml"), root / "run")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "recipes").iterdir()), ids=lambda path: path.stem
+)
+def test_the_recipes_can_be_read(path: Path) -> None:
+    assert pipeline.read_recipe(path).students
+
+
+def test_dims_and_a_budget_exclude_each_other(root: Path, recipe: dict[str, Any]) -> None:
+    for dims in ({"d_qk": 8, "d_vo": 8, "budget": 0.5}, {"d_qk": 8}, {}):
+        wrong = write(recipe | {"students": {"best": dims}, "training": None}, root / "wrong.yaml")
+        with pytest.raises(UserError, match="either d_qk and d_vo, or a budget"):
+            pipeline.run(wrong, root / "wrong")
+    assert not (root / "wrong").exists()
 
 
 def test_run_measures_every_student_and_keeps_the_first(done: tuple[Path, dict[str, Any]]) -> None:
@@ -90,8 +105,8 @@ def test_run_folder_is_complete(done: tuple[Path, dict[str, Any]]) -> None:
     assert {path.name for path in out.iterdir()} == expected
     assert "perplexity" in (out / "model" / "README.md").read_text().lower()
     assert "No measurements" not in (out / "model" / "README.md").read_text()
-    latent = AutoModelForCausalLM.from_pretrained(out / "model").config.latent
-    assert LatentSpec.from_dict(latent).d_qk == (8, 8)
+    spec = LatentSpec.from_dict(AutoModelForCausalLM.from_pretrained(out / "model").config.latent)
+    assert sum(spec.d_qk) + sum(spec.d_vo) == 32  # half of two layers' 16 + 16
     assert {step["verb"] for step in json.loads((out / "model" / RECORD).read_text())["steps"]} == {"convert", "heal"}
     assert "<html" in (out / "report.html").read_text()[:200]
 
