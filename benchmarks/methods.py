@@ -30,7 +30,8 @@ from kvlatent.errors import UserError
 from kvlatent.evaluate import compare, perplexity
 from kvlatent.modeling import graft, head_dim_of, set_spec
 from kvlatent.reduce import QKReduction, VOReduction
-from kvlatent.verbs import probed_statistics, read_text
+from kvlatent.verbs.conversion import probed_statistics
+from kvlatent.verbs.text import read_text
 
 BUDGETS = (0.75, 0.625, 0.5, 0.375, 0.25)
 

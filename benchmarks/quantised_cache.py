@@ -19,7 +19,7 @@ from kvlatent.cache import LatentCache, cache_bytes
 from kvlatent.checkpoints import load_model, load_tokenizer
 from kvlatent.modeling import head_dim_of
 from kvlatent.quantised import QuantisedCache
-from kvlatent.verbs import read_text
+from kvlatent.verbs.text import read_text
 
 CHUNK = 32
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from kvlatent import verbs
 from kvlatent.data import TokenBlocks
+from kvlatent.verbs import text
 
 
 @pytest.mark.parametrize("block_size", [32, 64])
@@ -19,12 +19,12 @@ def test_the_teachers_text_is_one_source_among_others(
     monkeypatch: pytest.MonkeyPatch,
     block_size: int,
 ) -> None:
-    monkeypatch.setattr(verbs, "SHORTEST_SAMPLE", 32)
+    monkeypatch.setattr(text, "SHORTEST_SAMPLE", 32)
     file = tmp_path / "text.txt"
     file.write_text("the quiet river carries a lamp under the stone " * 40)
 
     def read(*sources: str) -> TokenBlocks:
-        return verbs.read_text(
+        return text.read_text(
             sources, byte_tokenizer, tokens=512, block_size=block_size, seed=0, teacher=lambda: tiny_teacher("llama")
         )
 

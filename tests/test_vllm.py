@@ -27,7 +27,7 @@ from kvlatent.data import token_blocks
 from kvlatent.export.vllm import CPU_BLOCK_SIZE, cache_bytes_per_token, tokens_per_gib
 from kvlatent.modeling import graft, set_spec, spec_of
 from kvlatent.spec import QKMap
-from kvlatent.verbs import convert_folder
+from kvlatent.verbs.conversion import convert_folder
 
 pytestmark = pytest.mark.engines
 

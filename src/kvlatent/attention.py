@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
 from kvlatent import cpu_decode, cuda_decode
+from kvlatent.cpu_linear import DecodeLinear
 from kvlatent.rope import rotate
 from kvlatent.spec import LatentSpec
 
@@ -43,7 +44,7 @@ class LatentAttention(nn.Module):
         def linear(name: str, inputs: int, outputs: int) -> nn.Linear:
             old = getattr(stock, name)
             where = {"device": old.weight.device, "dtype": old.weight.dtype}
-            return nn.Linear(inputs, outputs, bias=old.bias is not None, **where)
+            return DecodeLinear(inputs, outputs, bias=old.bias is not None, **where)
 
         hidden = config.hidden_size
         self.q_proj = linear("q_proj", hidden, self.q_heads * projected)

@@ -22,8 +22,8 @@ from kvlatent.losses import kl_loss
 from kvlatent.modeling import graft, head_dim_of
 from kvlatent.offload import OffloadedLayers
 
-PROBE_SHARE = 0.5
-"""A probe keeps this share of one layer's key dims, or of its value dims, and everything else."""
+PROBE_SHARES = (0.25, 0.5, 0.75)
+"""A probe keeps one of these shares of one layer's key dims, or of its value dims, and everything else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ def plan(teacher: PreTrainedModel, statistics: Statistics, budget: float) -> All
 def loss_curves(teacher: PreTrainedModel, statistics: Statistics) -> Float[Tensor, "2 layers dims"]:
     """Expected loss in nats per token by dims kept, for each layer's keys [0] and values [1].
 
-    The tail of a layer's singular values says how the loss falls with dims, its probe how much a layer matters.
+    Probes say how much is lost at some dims, the tail of the layer's singular values how the loss falls between them.
     """
     tails = []
     for layer, stats in zip(teacher.model.layers, statistics.layers, strict=True):
@@ -134,14 +134,18 @@ def loss_curves(teacher: PreTrainedModel, statistics: Statistics) -> Float[Tenso
         qk = reduce.project_tail(stats.mean("q").cpu(), stats.mean("k").cpu())
         tails.append(torch.stack((qk, reduce.value_output_tail(stats.mean("o").cpu(), o_weight, kv_heads=kv_heads))))
     curves = torch.stack(tails, dim=1)
-    if statistics.probes is None:
+    if statistics.probes is None or statistics.probes.shape[-1] != len(PROBE_SHARES):
         raise UserError("these statistics say nothing about how much each layer matters; calibrate again")
-    probed = curves[..., _probe_dims(curves.shape[-1] - 1)]
-    return curves * (statistics.probes / probed.clamp_min(torch.finfo(torch.float64).tiny))[..., None]
+    dims, probed = torch.arange(curves.shape[-1]), torch.tensor(_probe_dims(curves.shape[-1] - 1))
+    scale = statistics.probes / curves[..., probed].clamp_min(torch.finfo(torch.float64).tiny)
+    # Between probes the scale changes linearly, beyond them not at all; dims never add to the loss.
+    after = torch.searchsorted(probed, dims).clamp(1, len(probed) - 1)
+    share = ((dims - probed[after - 1]) / (probed[after] - probed[after - 1])).clamp(0, 1).double()
+    return (curves * torch.lerp(scale[..., after - 1], scale[..., after], share)).cummin(-1).values
 
 
-def _probe_dims(head_dim: int) -> int:
-    return int(PROBE_SHARE * head_dim) // 2 * 2
+def _probe_dims(head_dim: int) -> list[int]:
+    return [max(2, int(share * head_dim) // 2 * 2) for share in PROBE_SHARES]
 
 
 @torch.no_grad()
@@ -151,11 +155,11 @@ def probe(
     ids: Int[Tensor, "blocks block_size"],
     *,
     offloaded: OffloadedLayers | None = None,
-) -> Float[Tensor, "2 layers"]:
+) -> Float[Tensor, "2 layers shares"]:
     """KL from the teacher, in nats per token, when one layer alone has narrow keys [0] or narrow values [1].
 
-    Every probe goes through the layers behind its own: as many layer forwards of `ids` as layers². All probes advance
-    together, so each layer's weights are used once.
+    Every probe goes through the layers behind its own: layers² forwards of one layer on `ids` for each of
+    `PROBE_SHARES`. All probes advance together, so each layer's weights are used once.
 
     Args:
         teacher: A stock model of a supported family.
@@ -165,10 +169,17 @@ def probe(
     """
     student = graft(teacher)
     head_dim, layers = head_dim_of(teacher.config), student.model.layers
-    narrow, whole = ((d,) * len(layers) for d in (_probe_dims(head_dim), head_dim))
     plans = [
-        plan_reduction(teacher, preset="best", qk="project", d_qk=d_qk, d_vo=d_vo, statistics=None)
-        for d_qk, d_vo in ((narrow, whole), (whole, narrow))
+        plan_reduction(
+            teacher,
+            preset="best",
+            qk="project",
+            d_qk=(d_qk,) * len(layers),
+            d_vo=(d_vo,) * len(layers),
+            statistics=None,
+        )
+        for narrow in _probe_dims(head_dim)
+        for d_qk, d_vo in ((narrow, head_dim), (head_dim, narrow))
     ]
     state, probes = student.model.embed_tokens(ids.to(student.device)), list[Tensor]()
     for index, kwargs in enumerate(tqdm(layer_arguments(student, ids), unit="layer", desc="probe")):
@@ -184,7 +195,11 @@ def probe(
             layer.self_attn, state = attention, unchanged
     head = student.get_output_embeddings().weight
     wanted, *got = (student.model.norm(x).flatten(0, 1) for x in (state, *probes))
-    return torch.tensor([float(kl_loss(x, head, wanted, head)) for x in got], dtype=torch.float64).view(-1, 2).T
+    return (
+        torch.tensor([float(kl_loss(x, head, wanted, head)) for x in got], dtype=torch.float64)
+        .view(len(layers), -1, 2)
+        .permute(2, 0, 1)
+    )
 
 
 def allocate(curves: Float[Tensor, "items options"], total: int, *, floor: int) -> list[int]:

@@ -71,7 +71,7 @@ class Info(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import describe
+        from kvlatent.verbs.models import describe
 
         return describe(self.model)
 
@@ -100,7 +100,7 @@ class Calibrate(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import calibrate_file
+        from kvlatent.verbs.conversion import calibrate_file
 
         return calibrate_file(
             self.model, self.out, text=self.text, merge=self.merge, offload=self.offload, tokens=self.tokens,
@@ -129,7 +129,7 @@ class Plan(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import plan_model
+        from kvlatent.verbs.conversion import plan_model
 
         return plan_model(
             self.model, self.budget, self.out, stats=self.stats, text=self.text, tokens=self.tokens,
@@ -179,7 +179,7 @@ class Convert(Verb):
             raise UserError("--d-qk and --d-vo go together; give both, or --budget")
         if self.d_qk is not None and self.budget is not None:
             raise UserError("give either --d-qk and --d-vo or --budget, not both")
-        from kvlatent.verbs import convert_folder
+        from kvlatent.verbs.conversion import convert_folder
 
         budget = 0.5 if self.d_qk is None and self.budget is None else self.budget
         return convert_folder(
@@ -257,7 +257,7 @@ class Heal(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import heal_folder
+        from kvlatent.verbs.healing import heal_folder
 
         names = (
             "stage1_tokens", "stage2_tokens", "loss", "kl_weight", "temperature", "temperature_squared",
@@ -273,7 +273,7 @@ class Heal(Verb):
         )  # fmt: skip
 
     def how_to_resume(self) -> str:
-        from kvlatent.verbs import work_folder
+        from kvlatent.verbs.healing import work_folder
 
         work = work_folder(self.out)
         if not (work / "state").is_dir():
@@ -299,21 +299,29 @@ class Eval(Verb):
     block_size: Number = 512
     """Tokens per block."""
     needle: bool = False
-    """Ask for a code hidden in filler."""
+    """Ask for a code hidden in 1,024, 2,048 and 4,096 tokens of filler."""
     tasks: Annotated[tuple[str, ...], arg(metavar="T…", help_behavior_hint="")] = ()
-    """Tasks of lm-eval (pip install kvlatent[eval]), by name or .yaml file."""
+    """Tasks of lm-eval (pip install kvlatent[eval]), by name or .yaml file; with --against, tested in pairs."""
+    limit: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """Samples of each task, from the first; without it, all."""
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import evaluate_models
+        from kvlatent.verbs.measuring import evaluate_models
 
         return evaluate_models(
             self.model, against=self.against, text=self.text, tokens=self.tokens, block_size=self.block_size,
-            with_needle=self.needle, tasks=self.tasks, **self.common.place(),
+            with_needle=self.needle, tasks=self.tasks, limit=self.limit, **self.common.place(),
         )  # fmt: skip
 
     def table(self, result: dict[str, Any]) -> str:
-        return _side_by_side(result, ("perplexity", "perplexity_stderr", "bits_per_byte", "needle", "tasks"))
+        table = _side_by_side(result, ("perplexity", "perplexity_stderr", "bits_per_byte", "needle", "tasks"))
+        lines = [
+            f"{task} {metric}: {test['difference']:+.4f} ± {test['stderr']:.4f}, p = {test['p_value']:.3g}"
+            for task, tests in result.get("paired", {}).items()
+            for metric, test in tests.items()
+        ]
+        return "\n".join((table, *(["", "on the same samples:", *lines] if lines else [])))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,7 +353,7 @@ class Bench(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import benchmark_models
+        from kvlatent.verbs.measuring import benchmark_models
 
         place = self.common.place()
         dtypes = self.dtypes or (place.pop("dtype"),)
@@ -359,7 +367,7 @@ class Bench(Verb):
         if len(result["rows"]) <= 2:
             keys = ("cache_bytes", "cache_bytes_per_token", "ttft_ms", "tpot_ms", "tokens_per_s", "roofline_share")
             return _side_by_side(result, (*keys, "peak_memory_bytes"))
-        from kvlatent.report import bench_table
+        from kvlatent.report.text import bench_table
 
         return bench_table(result)
 
@@ -379,7 +387,7 @@ class Generate(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import generate_text
+        from kvlatent.verbs.measuring import generate_text
 
         return generate_text(
             self.model, self.prompt, max_new_tokens=self.max_new_tokens, chat=self.chat, **self.common.place()
@@ -410,7 +418,7 @@ class Serve(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import serve_model
+        from kvlatent.verbs.engines import serve_model
 
         return serve_model(
             self.model, host=self.host, port=self.port, engine=self.engine, context=self.context,
@@ -436,7 +444,7 @@ class Export(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import export_model
+        from kvlatent.verbs.engines import export_model
 
         return export_model(self.model, self.out, to=self.to, file_type=self.type, **self.common.place())
 
@@ -453,7 +461,7 @@ class Doctor(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import diagnose_model
+        from kvlatent.verbs.engines import diagnose_model
 
         return diagnose_model(self.model)
 
@@ -481,7 +489,7 @@ class Report(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.verbs import report_runs
+        from kvlatent.verbs.measuring import report_runs
 
         return report_runs(self.runs, self.out)
 
@@ -506,7 +514,7 @@ class Run(Verb):
         return pipeline.run(self.recipe, out, **(self.common.place() | {"seed": self.common.seed}))
 
     def table(self, result: dict[str, Any]) -> str:
-        from kvlatent.report import summary_table
+        from kvlatent.report.text import summary_table
 
         return f"{summary_table(result)}\n\n{Path(result['out']) / 'report.html'}"
 

@@ -157,12 +157,8 @@ class Plan:
 
     @property
     def refits_logits(self) -> bool:
-        """Whether queries and keys lose something that refitting their maps can give back.
-
-        A projection starts near its optimum: there the refit gains little for much of the conversion's time.
-        """
-        reduced = min(self.spec.d_qk) < self.spec.head_dim
-        return reduced and self.spec.preset != "paper" and self.qk != "project"
+        """Whether queries and keys lose something that refitting their maps can give back."""
+        return min(self.spec.d_qk) < self.spec.head_dim and self.spec.preset != "paper"
 
 
 def plan_reduction(

@@ -59,7 +59,7 @@ def decode_attention(
         mask: True where a query may look, one row per sequence or for all. Blocks of keys that a sequence doesn't see
             aren't read. A query that sees nothing gets zeros.
     """
-    from kvlatent.cpu_kernel import BLOCK, FIELDS, build
+    from kvlatent.cpu_kernel import BLOCK, Kernel, build
 
     batch, q_heads, _, d_qk = q.shape
     _, kv_heads, length, d_vo = v.shape
@@ -77,7 +77,7 @@ def decode_attention(
     if mask is not None:
         mask = mask.contiguous()
         mask_at, mask_stride = mask.data_ptr(), 0 if len(mask) == 1 else length
-    call = (ctypes.c_int64 * len(FIELDS))(
+    call = (ctypes.c_int64 * len(Kernel.fields))(
         rows.data_ptr(), k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3], mask_at, mask_stride,
         kv_heads, length, parts, part, pairs * parts, partial.data_ptr(), out.data_ptr(), 0,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from transformers import initialization as init
 from kvlatent.attention import LatentAttention
 from kvlatent.cache import LatentCache, write_in_place
 from kvlatent.config import CONFIGS
+from kvlatent.cpu_linear import lean
 from kvlatent.errors import UserError
 from kvlatent.families import FAMILIES, PREFIX, Family, family_of
 from kvlatent.rope import LatentRotaryEmbedding
@@ -40,6 +41,7 @@ class KVLatentForCausalLM:
         if len(spec.d_qk) != config.num_hidden_layers:
             raise UserError(f"the latent spec names {len(spec.d_qk)} layers; the model has {config.num_hidden_layers}")
         set_spec(self, spec)
+        lean(self)  # type: ignore[arg-type]
         self.model.register_forward_pre_hook(  # type: ignore[attr-defined]
             _give_cache, with_kwargs=True
         )

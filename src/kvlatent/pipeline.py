@@ -20,28 +20,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvlatent.benchmark import benchmark
 from kvlatent.checkpoints import environment, load_model, pick_device, pick_dtype, processes, record_of
-from kvlatent.convert import check_request
 from kvlatent.data import TokenBlocks, check_held_out, load_blocks, save_blocks
 from kvlatent.errors import UserError
 from kvlatent.evaluate import Perplexity, compare, perplexity
 from kvlatent.files import replaced
-from kvlatent.report import model_card, write_report
+from kvlatent.report.page import write_report
+from kvlatent.report.text import model_card
 from kvlatent.settings import HealConfig, Part
 from kvlatent.spec import Preset
-from kvlatent.verbs import (
-    BATCH_SIZE,
-    complete,
-    convert_loaded,
-    heal_config,
-    heal_student,
-    healing_blocks,
-    load_config,
-    load_tokenizer,
-    read_text,
-    scores_of,
-    stored_dtype,
-    teacher_dtype,
-)
+from kvlatent.verbs.conversion import convert_loaded, planned_dims, requested_dims
+from kvlatent.verbs.healing import heal_config, heal_student, healing_blocks, teacher_dtype
+from kvlatent.verbs.measuring import complete, scores_of
+from kvlatent.verbs.models import BATCH_SIZE, load_config, load_tokenizer, stored_dtype
+from kvlatent.verbs.text import read_text
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
@@ -91,11 +82,17 @@ class Healing(_Entry):
 
 
 class Student(_Entry):
-    """Dims of a student; without `heal` it is measured as converted."""
+    """Dims of a student, or its budget; without `heal` it is measured as converted."""
 
-    d_qk: int
-    d_vo: int
+    d_qk: int | None = None
+    d_vo: int | None = None
+    budget: float | None = None
+    """Share of the cache bytes that is kept."""
     heal: Healing | None = None
+
+    def dims(self) -> dict[str, Any]:
+        """How wide it was asked to be."""
+        return self.model_dump(include={"d_qk", "d_vo", "budget"})
 
 
 class Bench(_Entry):
@@ -206,7 +203,7 @@ def run(
         wanted = wanted.model_copy(update={"seed": seed})
     config = load_config(wanted.model)
     for preset, student in wanted.students.items():
-        check_request(config, preset=preset, d_qk=student.d_qk, d_vo=student.d_vo)
+        requested_dims(config, preset=preset, **student.dims())
         if student.heal is not None:
             student.heal.settings(preset, wanted.seed)
     stored = out / "recipe.yaml"
@@ -354,10 +351,14 @@ class _Run:
 
     def _convert(self, preset: Preset, out: Path) -> None:
         student = self.recipe.students[preset]
+        blocks = None if preset == "paper" else self._blocks("calibration")
+        dims = requested_dims(self.config, preset=preset, **student.dims())
+        if dims is None:
+            assert student.budget is not None
+            dims = planned_dims(self.teacher(), student.budget, blocks=blocks, statistics=None)
         convert_loaded(
-            self.teacher(), self.tokenizer, out, name=self.recipe.model, preset=preset, d_qk=student.d_qk,
-            d_vo=student.d_vo, blocks=None if preset == "paper" else self._blocks("calibration"), statistics=None,
-            dtype=stored_dtype(self.config, "auto"),
+            self.teacher(), self.tokenizer, out, name=self.recipe.model, preset=preset, d_qk=dims[0], d_vo=dims[1],
+            blocks=blocks, statistics=None, dtype=stored_dtype(self.config, "auto"),
         )  # fmt: skip
 
     def _heal(self, preset: Preset, out: Path) -> None:

@@ -93,7 +93,7 @@ def save_state(
 def load_state(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, work: Path) -> None:
     """Put back what `save_state` wrote."""
     with safe_open(work / "state" / "trained.safetensors", framework="pt") as file:
-        saved = set(file.keys())
+        saved = sorted(file.keys())  # all processes must ask for their shares in the same order
         for name, parameter in _trained(accelerator, module):
             with torch.no_grad():
                 parameter.copy_(_like(parameter, file.get_tensor(name)))

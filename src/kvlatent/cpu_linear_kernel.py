@@ -1,0 +1,69 @@
+"""A linear layer of a few rows as LLVM code: the weights are read once, in place, at the speed of memory.
+
+A tile is a few rows of weights times a few rows of inputs, its sums in registers. Meanwhile the next tile's weights are
+asked for, since a row of a small model is over before the processor has noticed that it is read in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from llvmlite import ir
+
+from kvlatent.cpu_code import FLOAT, LONG, STORED, WIDEST, Writer, compiled
+
+TILE = 3
+"""Rows of weights in a tile."""
+TILE_ROWS = 4
+"""Rows of inputs in a tile, at most; with them, twelve of AVX2's sixteen registers hold sums."""
+
+
+@cache
+def build(rows: int, stored: str) -> Callable[[Any, int], None]:
+    """Return the kernel for `rows` rows of inputs and weights of a dtype."""
+    return compiled(Kernel(rows, STORED[stored]).module)
+
+
+class Kernel(Writer):
+    """Writes one module: threads take parts of the rows of weights."""
+
+    fields = ("x", "weight", "out", "outputs", "inputs", "part", "ahead", "items", "next")
+    """Addresses, sizes, and how many elements ahead weights are asked for."""
+
+    def __init__(self, rows: int, stored: ir.Type) -> None:
+        super().__init__()
+        self.rows, self.stored = rows, stored
+        self.write_worker(self._part)
+        self.write_run()
+
+    def _part(self, item: ir.Value, fields: dict[str, ir.Value]) -> None:
+        """One part of the outputs; the last tile reaches back where outputs aren't a multiple of it."""
+        b = self.b
+        start = b.mul(item, fields["part"])
+        end = self._least(b.add(start, fields["part"]), fields["outputs"])
+        last = b.sub(fields["outputs"], LONG(TILE))
+        with self._loop(start, end, TILE) as (n, _, _):
+            self._tile(self._least(n, last), fields)
+
+    def _tile(self, n: ir.Value, fields: dict[str, ir.Value]) -> None:
+        """Outputs n, n + 1, … of all rows."""
+        b, inputs = self.b, fields["inputs"]
+        weights = [self._at(fields["weight"], b.mul(b.add(n, LONG(j)), inputs), self.stored) for j in range(TILE)]
+        blocks = -(-self.rows // TILE_ROWS)
+        for block in range(blocks):
+            rows = range(self.rows * block // blocks, self.rows * (block + 1) // blocks)
+            xs = [self._at(fields["x"], b.mul(LONG(row), inputs), FLOAT) for row in rows]
+            sums = [self._splat(FLOAT(0.0), WIDEST)] * (TILE * len(rows))
+            with self._loop(LONG(0), inputs, WIDEST, sums=sums) as (k, totals, hand):
+                if block == 0:
+                    for weight in weights:
+                        self._prefetch(b.gep(weight, [b.add(k, fields["ahead"])]), WIDEST, self.stored)
+                left = [self._read(b.gep(weight, [k]), [(0, WIDEST)], self.stored)[0] for weight in weights]
+                right = [self._read(b.gep(x, [k]), [(0, WIDEST)], FLOAT)[0] for x in xs]
+                pairs = [(x, w) for x in right for w in left]
+                hand([self._multiply_add(x, w, total) for (x, w), total in zip(pairs, totals, strict=True)])
+            for i, total in enumerate(totals):
+                index = b.add(b.mul(LONG(rows[i // TILE]), fields["outputs"]), b.add(n, LONG(i % TILE)))
+                b.store(self._sum(total), self._at(fields["out"], index, FLOAT))

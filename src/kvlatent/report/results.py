@@ -1,0 +1,185 @@
+"""What a run folder holds: `results.json` and, where the run wrote them, `metrics.jsonl` and `record.json`.
+
+Each section and each field may be absent; a wrong type is the user's error.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from kvlatent.errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, Mapping) else data
+
+
+class Score(_Section):
+    """Quality of one model on the held-out text."""
+
+    perplexity: float | None = None
+    perplexity_stderr: float | None = None
+    perplexity_ratio: float | None = None
+    perplexity_ratio_stderr: float | None = None
+    bits_per_byte: float | None = None
+
+
+class _Evaluate(_Section):
+    text: list[str] | str = []
+    tokens: int | None = None
+    bytes: int | None = None
+    models: dict[str, Score] = {}
+
+
+class BenchRow(_Section):
+    """One model at one workload; times in milliseconds."""
+
+    model: str
+    context: int = 0
+    batch: int = 1
+    new_tokens: int = 0
+    dtype: str = ""
+    cache_bytes: float | None = None
+    cache_bytes_predicted: float | None = None
+    cache_bytes_per_token: float | None = None
+    ttft_ms: float | None = None
+    ttft_ms_range: tuple[float, float] | None = None
+    tpot_ms: float | None = None
+    tpot_ms_range: tuple[float, float] | None = None
+    tokens_per_s: float | None = None
+    peak_memory_bytes: float | None = None
+
+    @property
+    def workload(self) -> tuple[int, int, int, str]:
+        """What has to be equal for two rows to be compared."""
+        return (self.context, self.batch, self.new_tokens, self.dtype)
+
+
+class _Bench(_Section):
+    rows: list[BenchRow] = []
+
+
+class _Generation(_Section):
+    prompt: str = ""
+    teacher: str | None = None
+    student: str | None = None
+
+
+class Results(_Section):
+    """The content of `results.json`."""
+
+    title: str | None = None
+    model: str | None = None
+    base_model: str | None = None
+    license: str | None = None
+    record: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    evaluate: _Evaluate = _Evaluate()
+    bench: _Bench = _Bench()
+    generations: list[_Generation] = []
+    spec: dict[str, Any] = {}
+    layers: list[dict[str, Any]] = []
+
+    @property
+    def student(self) -> str | None:
+        """The evaluated model that the headline is about: this run's own preset, healed if it was healed."""
+        names = [name for name in self.evaluate.models if name != "teacher"]
+        preset = self.spec.get("preset") or self.recipe.get("preset")
+        preferred = ("student", f"{preset}, healed", f"{preset}, no training", "best, healed", "best, no training")
+        return next((name for name in preferred if name in names), names[-1] if names else None)
+
+    @property
+    def bench_pair(self) -> dict[str, BenchRow]:
+        """`teacher` and `student` rows of the largest workload measured on both, or on whichever was measured."""
+        groups: dict[tuple[int, int, int, str], dict[str, BenchRow]] = {}
+        for row in self.bench.rows:
+            if row.model in ("teacher", "student"):
+                groups.setdefault(row.workload, {})[row.model] = row
+        return max(groups.values(), key=lambda g: (len(g), *next(iter(g.values())).workload[:3]), default={})
+
+
+class Step(_Section):
+    """One line of `metrics.jsonl`."""
+
+    stage: int
+    step: int
+    tokens: int = 0
+    loss: float | None = None
+    layer_loss: list[float] | None = None
+    held_out_perplexity: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """All that a run folder holds."""
+
+    name: str
+    results: Results
+    steps: list[Step]
+
+
+def parse_results(data: Any, where: str) -> Results:
+    """Check the types of what `where` holds.
+
+    Raises:
+        UserError: One of them is wrong.
+    """
+    try:
+        return Results.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the top level"
+        raise UserError(f"{where} is not a results file of kvlatent: {field}: {first['msg']}") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read as JSON ({error}); run the step that writes it again") from error
+
+
+def _read_steps(path: Path) -> list[Step]:
+    if not path.is_file():
+        return []
+    steps: dict[tuple[int, int], Step] = {}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for at, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            step = Step.model_validate(json.loads(line))
+        except ValueError as error:
+            if at == len(lines):  # an interrupted run leaves half a line at the end
+                break
+            raise UserError(f"{path} line {at} is not a metrics line with stage, step and loss") from error
+        steps[step.stage, step.step] = step  # a resumed run logs some steps again: the later one counts
+    return [steps[key] for key in sorted(steps)]
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        UserError: It has no `results.json`, or a file in it can't be read.
+    """
+    path = folder / "results.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no results.json: give a run folder that `kvlatent run` or `eval` has filled")
+    results = parse_results(_read_json(path), str(path))
+    if (folder / "record.json").is_file():
+        record = _read_json(folder / "record.json")
+        if not isinstance(record, dict):
+            raise UserError(f"{folder / 'record.json'} is not a JSON object; expected versions, argv and hardware")
+        results = results.model_copy(update={"record": {**record, **results.record}})
+    return Run(name=folder.resolve().name, results=results, steps=_read_steps(folder / "metrics.jsonl"))

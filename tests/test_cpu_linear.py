@@ -1,0 +1,156 @@
+"""Linear layers of a decode step on a CPU against float64, where they are used, and what stays `nn.Linear`'s."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvlatent import cpu_decode, cpu_linear
+from kvlatent.cpu_linear import MOST_ROWS, DecodeLinear, few_rows, fits, lean
+from kvlatent.modeling import graft
+
+pytestmark = pytest.mark.skipif(not cpu_decode.available(), reason="no llvmlite, or another OpenMP than GNU's")
+WIDE = (131, 128)
+"""Outputs and inputs just large enough; a prime number of outputs, so that the last tile reaches back."""
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes that the kernel got; it takes small weights too."""
+    seen: list[tuple[int, ...]] = []
+    kernel = few_rows
+
+    def spy(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(tuple(x.shape))
+        return kernel(x, weight, bias)
+
+    monkeypatch.setattr(cpu_linear, "few_rows", spy)
+    monkeypatch.setattr(cpu_linear, "LEAST_BYTES", 0)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, MOST_ROWS])
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_rows_match_float64(dtype: torch.dtype, rows: int, bias: bool) -> None:
+    x, weight, b = numbers(rows, 1, 128, dtype=dtype), numbers(*WIDE, dtype=dtype), numbers(131, dtype=dtype)
+    got = few_rows(x, weight, b if bias else None)
+    assert got.dtype == dtype
+    wanted = F.linear(x.double(), weight.double(), b.double() if bias else None)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double(), wanted, rtol=2 * eps, atol=100 * eps if dtype == torch.float32 else eps)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("outputs", "inputs"), [(8, 8), (9, 4104), (1000, 64), (4099, 24), (300, 3000)])
+def test_every_split_among_threads_gives_every_output(threads: int, outputs: int, inputs: int) -> None:
+    x, weight = numbers(2, 1, inputs), numbers(outputs, inputs)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = few_rows(x, weight, None)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(got.double(), F.linear(x.double(), weight.double()), rtol=1e-5, atol=1e-4)
+
+
+def test_inputs_that_are_not_contiguous_are_read_right() -> None:
+    x = numbers(4, 3, 128)[:, 1:2]
+    torch.testing.assert_close(few_rows(x, numbers(*WIDE), None), F.linear(x, numbers(*WIDE)), rtol=1e-4, atol=1e-4)
+
+
+def test_what_does_not_fit_stays_with_torch() -> None:
+    x, weight = numbers(2, 1, 128), numbers(*WIDE)
+    assert fits(x, weight)
+    assert fits(x.bfloat16(), numbers(256, 128, dtype=torch.bfloat16))
+    assert fits(x, nn.Parameter(weight, requires_grad=False))
+    with torch.no_grad():
+        assert fits(x, nn.Parameter(weight))
+    for name, (left, right) in {
+        "gradients": (x, nn.Parameter(weight)),
+        "gradients of the input": (x.clone().requires_grad_(), weight),
+        "rows": (numbers(MOST_ROWS + 1, 1, 128), weight),
+        "small": (x, weight[:100]),
+        "one output": (numbers(2, 1, 2**15), numbers(1, 2**15)),
+        "inputs": (numbers(2, 1, 132), numbers(131, 132)),
+        "transposed": (x, numbers(128, 131).t()),
+        "float64": (x.double(), weight.double()),
+        "mixed": (x, weight.bfloat16()),
+        "meta": (x.to("meta"), weight.to("meta")),
+        "subclass": (x, weight.as_subclass(type("Quantised", (Tensor,), {}))),
+    }.items():
+        assert not fits(left, right), name
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not fits(x, weight)
+
+
+def test_a_lean_model_keeps_parameters_gradients_and_prefill() -> None:
+    plain = nn.Sequential(nn.Linear(128, 160), nn.SiLU(), nn.Linear(160, 128, bias=False))
+    plain[0].extra = 1
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    x = numbers(2, 1, 128).requires_grad_()
+    wanted = torch.autograd.grad(plain(x).sum(), [x, *plain.parameters()])
+    long = plain(numbers(2, 5, 128))
+    lean(plain)
+    assert [type(module) for module in plain] == [DecodeLinear, nn.SiLU, DecodeLinear]
+    assert plain[0].extra == 1
+    assert list(plain.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+    for got, gradient in zip(torch.autograd.grad(plain(x).sum(), [x, *plain.parameters()]), wanted, strict=True):
+        assert torch.equal(got, gradient)
+    assert torch.equal(plain(numbers(2, 5, 128)), long)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), plain(x.expand(2, 2, 128))[:, :1], rtol=1e-4, atol=1e-5)
+
+
+def test_subclasses_of_linear_are_left_alone() -> None:
+    class Own(nn.Linear):
+        pass
+
+    model = nn.Sequential(Own(8, 8))
+    lean(model)
+    assert type(model[0]) is Own
+
+
+@torch.no_grad()
+def test_every_linear_layer_of_a_decode_step_takes_the_kernel(
+    tiny_student: Callable[..., PreTrainedModel], ids: Tensor, calls: list[tuple[int, ...]]
+) -> None:
+    student = tiny_student("llama-biases")
+    cache = student(ids[:3, :-1], use_cache=True).past_key_values
+    assert calls == []  # a prefill has more than one position
+    got = student(ids[:3, -1:], past_key_values=cache).logits[:, -1]
+    layers = sum(isinstance(module, DecodeLinear) for module in student.modules())
+    assert layers == 1 + 7 * 2  # the head; q, k, v, o and three of the MLP in two layers
+    assert len(calls) == layers and all(shape[:2] == (3, 1) for shape in calls)
+    torch.testing.assert_close(got, student(ids[:3]).logits[:, -1], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_grafted_teacher_decodes_lean_too(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, calls: list[tuple[int, ...]]
+) -> None:
+    teacher = tiny_teacher("qwen2-mha-tied")
+    own = graft(teacher)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    got, wanted = own.generate(ids[:2, :9], **options), teacher.generate(ids[:2, :9], **options)
+    assert torch.equal(got, wanted)
+    assert len(calls) == 6 * 1 + 5 * 14  # the head reads one position of the prefill as well
+    assert own.lm_head.weight is own.model.embed_tokens.weight
+
+
+@torch.no_grad()
+def test_a_compiled_layer_is_traced_as_plain_linear(calls: list[tuple[int, ...]]) -> None:
+    layer = nn.Sequential(nn.Linear(128, 131))
+    lean(layer)
+    x = numbers(2, 1, 128)
+    traced = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(traced(x), F.linear(x, layer[0].weight, layer[0].bias))
+    assert calls == []
