@@ -57,6 +57,11 @@ def split(length: int, pairs: int, block: int, device: torch.device) -> tuple[in
     return max(1, -(-length // part)), part
 
 
+def alignment(x: Tensor) -> int:
+    """Numbers, a power of two up to 16, of which every row of `x` starts at a multiple: what may be read at once."""
+    return math.gcd(16, *x.stride()[:3])
+
+
 def decode_attention(
     q: Float[Tensor, "batch q_heads 1 d_qk"],
     k: Float[Tensor, "batch kv_heads kv_len d_qk"],
@@ -98,7 +103,8 @@ def decode_attention(
     with torch.cuda.device_of(q):
         attend[pairs, parts](
             q, k, v, seen, partial, best, total, length, part, scale * math.log2(math.e),
-            *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], 0 if len(seen) == 1 else length, kv_heads, parts,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], 0 if len(seen) == 1 else length, kv_heads, parts,
+            K_TOKEN=k.stride(2), V_TOKEN=v.stride(2), K_ALIGN=alignment(k), V_ALIGN=alignment(v),
             GROUP=group_size, D_QK=d_qk, D_VO=d_vo, ROWS=max(16, next_power_of_2(group_size)), WIDE_QK=wide_qk,
             WIDE_VO=wide_vo, BLOCK=block, SCAN=1024, MASKED=mask is not None, WHOLE=parts == 1,
             PRECISION="ieee" if torch.float32 in (k.dtype, v.dtype) else "tf32", num_warps=4, num_stages=2,

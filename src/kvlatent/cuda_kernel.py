@@ -25,13 +25,15 @@ def attend(
     q_head,
     k_row,
     k_head,
-    k_token,
     v_row,
     v_head,
-    v_token,
     mask_row,
     kv_heads,
     parts,
+    K_TOKEN: tl.constexpr,
+    V_TOKEN: tl.constexpr,
+    K_ALIGN: tl.constexpr,
+    V_ALIGN: tl.constexpr,
     GROUP: tl.constexpr,
     D_QK: tl.constexpr,
     D_VO: tl.constexpr,
@@ -72,8 +74,8 @@ def attend(
         mask=(member < GROUP)[:, None] & (qk < D_QK)[None, :],
         other=0.0,
     ).to(k.dtype.element_ty)
-    k += row * k_row + head * k_head
-    v += row * v_row + head * v_head
+    k += tl.multiple_of(row * k_row + head * k_head, K_ALIGN)
+    v += tl.multiple_of(row * v_row + head * v_head, V_ALIGN)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
     outputs = tl.zeros([ROWS, WIDE_VO], tl.float32)
@@ -82,10 +84,10 @@ def attend(
         inside = token < end
         token = token.to(tl.int64)
         keys = tl.load(
-            k + token[None, :] * k_token + qk[:, None], mask=inside[None, :] & (qk < D_QK)[:, None], other=0.0
+            k + token[None, :] * K_TOKEN + qk[:, None], mask=inside[None, :] & (qk < D_QK)[:, None], other=0.0
         )
         values = tl.load(
-            v + token[:, None] * v_token + vo[None, :], mask=inside[:, None] & (vo < D_VO)[None, :], other=0.0
+            v + token[:, None] * V_TOKEN + vo[None, :], mask=inside[:, None] & (vo < D_VO)[None, :], other=0.0
         )
         if MASKED:
             inside &= tl.load(mask + token, mask=inside, other=0) != 0
