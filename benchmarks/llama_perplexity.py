@@ -19,7 +19,7 @@ from kvlatent.checkpoints import load_model
 from kvlatent.corpora import read_corpus
 from kvlatent.export.gguf import export_gguf
 
-CHUNK, CHUNKS, CHARACTERS = 512, 6, 30_000
+CHUNK, CHUNKS, CHARACTERS = 512, 4, 20_000
 
 
 @torch.no_grad()
