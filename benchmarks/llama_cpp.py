@@ -68,6 +68,7 @@ def main(paths):
         for _ in range(ROUNDS):
             for found, engine in zip(speeds[depth], engines, strict=True):
                 found.append(engine.tokens_per_s(depth))
+        print(depth, speeds[depth], file=sys.stderr, flush=True)
     for at, (path, engine) in enumerate(zip(paths, engines, strict=True)):
         medians = {depth: round(statistics.median(speeds[depth][at]), 2) for depth in DEPTHS}
         print(json.dumps({"model": path, "cache_mib": engine.cache_mib(), "tokens_per_s": medians}))

@@ -1,6 +1,8 @@
 """Exported to stock, a student gives the same logits in a process that has no kvlatent; what can't is refused."""
 
+import copy
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +13,7 @@ import torch
 from conftest import TEACHERS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvlatent.checkpoints import RECORD
 from kvlatent.errors import UserError
@@ -95,6 +97,17 @@ def test_any_other_scale_is_folded_into_the_queries(
     torch.testing.assert_close(stock_logits(tmp_path / "out", ids), logits(student, ids), rtol=0, atol=1e-4)
 
 
+def logits_elsewhere(python: str, folder: Path, ids: Tensor, scratch: Path) -> tuple[Tensor, list[str]]:
+    """The logits in another process, without kvlatent; and the names of the model's class and its cached dims."""
+    save_file({"ids": ids}, scratch / "ids")
+    arguments = [str(path) for path in (folder, scratch / "ids", scratch / "logits")]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    code = [python, "-W", "ignore", "-c", WITHOUT_KVLATENT, *arguments]
+    done = subprocess.run(code, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return load_file(scratch / "logits")["logits"], done.stdout.split()
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
 def test_loads_with_no_kvlatent(
     name: str,
@@ -105,13 +118,30 @@ def test_loads_with_no_kvlatent(
 ) -> None:
     student = tiny_student(name, "portable", 8, 8)
     export_stock(student, byte_tokenizer, tmp_path / "out", record={})
-    save_file({"ids": ids}, tmp_path / "ids")
-    arguments = [str(tmp_path / part) for part in ("out", "ids", "logits")]
-    code = [sys.executable, "-W", "ignore", "-c", WITHOUT_KVLATENT, *arguments]
-    done = subprocess.run(code, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [type(student).__name__.removeprefix("KVLatent"), "8"]  # keys are cached 8 wide
-    torch.testing.assert_close(load_file(tmp_path / "logits")["logits"], logits(student, ids), rtol=0, atol=1e-4)
+    got, said = logits_elsewhere(sys.executable, tmp_path / "out", ids, tmp_path)
+    assert said == [type(student).__name__.removeprefix("KVLatent"), "8"]  # keys are cached 8 wide
+    torch.testing.assert_close(got, logits(student, ids), rtol=0, atol=1e-4)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize(
+    ("name", "d_qk", "d_vo"), [("llama", 8, 8), ("mistral", 8, 8), ("qwen2", 8, 8), ("llama", 8, 4), ("qwen2", 4, 8)]
+)
+def test_transformers_4_gives_the_students_logits(
+    name: str,
+    d_qk: int,
+    d_vo: int,
+    tiny_student: Callable[..., PreTrainedModel],
+    byte_tokenizer: PreTrainedTokenizerFast,
+    ids: Tensor,
+    tmp_path: Path,
+) -> None:
+    """In an environment with transformers 4.57, whose Python TRANSFORMERS_4 names: see `make test-engines`."""
+    student, tokenizer = tiny_student(name, "portable", d_qk, d_vo), copy.deepcopy(byte_tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<tool>"]})
+    export_stock(student, tokenizer, tmp_path / "out", record={})
+    got, _ = logits_elsewhere(os.environ["TRANSFORMERS_4"], tmp_path / "out", ids, tmp_path)
+    torch.testing.assert_close(got, logits(student, ids), rtol=0, atol=1e-4)
 
 
 def test_rope_is_written_in_the_words_of_transformers_5_and_of_4(
@@ -130,6 +160,20 @@ def test_rope_is_written_in_the_words_of_transformers_5_and_of_4(
     del fields["rope_parameters"]  # transformers 5 still understands the old words, so they can be tried alone
     path.write_text(json.dumps(fields))
     torch.testing.assert_close(stock_logits(tmp_path / "out", ids), logits(student, ids), rtol=0, atol=1e-4)
+
+
+def test_the_tokenizer_is_named_in_words_of_both(
+    tiny_student: Callable[..., PreTrainedModel], byte_tokenizer: PreTrainedTokenizerFast, ids: Tensor, tmp_path: Path
+) -> None:
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<tool>"]})
+    export_stock(tiny_student("llama", "portable", 8, 8), tokenizer, tmp_path / "out", record={})
+    fields = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert fields["additional_special_tokens"] == ["<tool>"] and "extra_special_tokens" not in fields
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert loaded("a<tool>b")["input_ids"] == tokenizer("a<tool>b")["input_ids"]
+    assert loaded.all_special_tokens == tokenizer.all_special_tokens
 
 
 def test_dtype_record_and_card_go_along(

@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,31 @@ def test_patience_with_a_stubborn_engine_ends(
     monkeypatch.setattr(launch, "PATIENCE", 0.5)
     launch.run_server(fake("stubborn"), host="127.0.0.1", port=port, announce=lambda _: press(signal.SIGTERM))
     assert gone(notes(tmp_path)[0])
+
+
+def test_requests_in_flight_are_waited_for(fake: Callable[[str], list[str]], port: int, tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+
+    def busy(url: str) -> bool:
+        assert url == f"http://127.0.0.1:{port}"
+        asked.append(notes(tmp_path)[1])
+        return len(asked) < 3
+
+    launch.run_server(
+        fake("polite"), host="127.0.0.1", port=port, busy=busy, announce=lambda _: press(signal.SIGTERM)
+    )  # fmt: skip
+    assert asked == [[], [], []]  # the engine was told nothing while it was busy
+    assert notes(tmp_path)[1] == ["SIGTERM"]
+
+
+def test_waiting_for_requests_ends(
+    fake: Callable[[str], list[str]], port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "DRAIN", 0.5)
+    launch.run_server(
+        fake("polite"), host="127.0.0.1", port=port, busy=lambda _: True, announce=lambda _: press(signal.SIGINT)
+    )  # fmt: skip
+    assert notes(tmp_path)[1] == ["SIGINT"]
 
 
 def test_an_interrupt_while_the_engine_starts_ends_it(
@@ -284,23 +310,49 @@ def test_layouts_that_llama_cpp_cannot_hold_are_refused_with_the_reason(
     assert "projected after RoPE" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_llama_cpp_serves_a_student(folder: Path, port: int, tmp_path: Path) -> None:
-    """From the exported GGUF, in a process of its own as users start it, until SIGTERM."""
-    pytest.importorskip("xllamacpp")
-    command = [sys.executable, "-m", "kvlatent.cli", "serve", str(folder), "--engine", "llama.cpp"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log)
+@contextmanager
+def started(command: list[str], log: Path, line: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that has written the line to its log; killed at the end if it still runs."""
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
     try:
         until = time.monotonic() + 300  # on a busy machine
-        while "is served by llama.cpp" not in (tmp_path / "log").read_text():
-            assert process.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()[-2000:]
-            time.sleep(0.2)
-        body = json.dumps({"prompt": "stone", "max_tokens": 4, "temperature": 0}).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body)
-        with urllib.request.urlopen(request, timeout=60) as response:
-            assert json.load(response)["usage"]["completion_tokens"] == 4
+        while line not in log.read_text():
+            assert process.poll() is None and time.monotonic() < until, log.read_text()[-2000:]
+            time.sleep(0.05)
+        yield process
     finally:
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(timeout=60)
-    assert code == 0
+        process.kill()
+        process.wait()
+
+
+def test_llama_cpp_serves_a_student(folder: Path, port: int, tmp_path: Path) -> None:
+    """From the exported GGUF, in a process of its own as users start it, until SIGTERM and what is in flight."""
+    pytest.importorskip("xllamacpp")
+    command = [sys.executable, "-m", "kvlatent.cli", "serve", str(folder), "--engine", "llama.cpp", "--port", str(port)]
+    with started(command, tmp_path / "log", "is served by llama.cpp") as process:
+        body = {"prompt": "stone", "max_tokens": 150, "temperature": 0, "stream": True, "ignore_eos": True}
+        body |= {"stream_options": {"include_usage": True}}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode())
+        with urllib.request.urlopen(request, timeout=60) as response:
+            lines = [response.readline()]
+            process.send_signal(signal.SIGTERM)
+            lines += response.readlines()
+        *_, last, done = [line.removeprefix(b"data: ") for line in lines if line.strip()]
+        assert done.strip() == b"[DONE]"
+        assert json.loads(last)["usage"]["completion_tokens"] == 150
+        assert process.wait(timeout=60) == 0
     launch.check_port("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_llama_cpp_ends_however_early_it_is_told_to(
+    number: signal.Signals, folder: Path, port: int, tmp_path: Path
+) -> None:
+    pytest.importorskip("xllamacpp")
+    with launch.gguf_of(str(folder), dtype="auto") as gguf:
+        command = launch.llama_cpp_command(gguf, name="m", host="127.0.0.1", port=port, context=None, seed=0)
+        assert command[2] == "kvlatent.serve.xllamacpp_server"
+        with started(command, tmp_path / "log", "listening on") as process:
+            process.send_signal(number)
+            assert process.wait(timeout=20) == -number

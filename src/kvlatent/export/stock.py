@@ -47,6 +47,7 @@ def export_stock(
         stock.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         write_both_spellings(partial / "config.json")
+        name_tokenizer_for_both(partial / "tokenizer_config.json")
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         (partial / "README.md").write_text(_card(model, record.get("teacher")))
 
@@ -87,6 +88,16 @@ def write_both_spellings(path: Path) -> None:
     rope = fields["rope_parameters"]
     fields["rope_theta"] = rope["rope_theta"]
     fields["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    path.write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def name_tokenizer_for_both(path: Path) -> None:
+    """Say in the words of transformers 4, which 5 understands, what it would refuse: a class and a list of 5's own."""
+    fields = json.loads(path.read_text())
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(fields.get("extra_special_tokens"), list):
+        fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
     path.write_text(json.dumps(fields, indent=2) + "\n")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -97,15 +97,20 @@ def run_server(
     host: str,
     port: int,
     environment: Mapping[str, str] | None = None,
+    busy: Callable[[str], bool] = lambda url: False,
     announce: Callable[[str], None],
 ) -> dict[str, Any]:
     """Run a server until it ends or we are told to; SIGINT, SIGTERM and SIGHUP are handed on as `FORWARDED` says.
+
+    A second signal kills it, as does the end of our `PATIENCE`.
 
     Args:
         command: The server and its arguments; what it prints goes to stderr.
         host: Where it listens.
         port: Likewise.
         environment: Variables for it that are not set already.
+        busy: Whether the server at a URL has requests in flight that the signal would cut off; then it waits for them,
+            `DRAIN` seconds at most.
         announce: Called with the URL once the server answers.
 
     Returns:
@@ -126,11 +131,15 @@ def run_server(
         )
         try:
             told: float | None = None
+            handed_on = False
             while process.poll() is None:
                 if stop and told is None:
                     told = time.monotonic()
+                waited = 0.0 if told is None else time.monotonic() - told
+                if told is not None and not handed_on and not (waited < DRAIN and busy(url)):
                     process.send_signal(FORWARDED[stop[0]])
-                elif told is not None and (len(stop) > 1 or time.monotonic() - told > PATIENCE):
+                    handed_on = True
+                if len(stop) > 1 or waited > PATIENCE:
                     break
                 if ready is None and told is None and answers(f"{url}/health"):
                     ready = time.monotonic()
@@ -148,6 +157,17 @@ def run_server(
     return {"url": f"{url}/v1", "start_seconds": started, "served_seconds": ready and round(ended - ready, 1)}
 
 
+def llama_cpp_is_busy(url: str) -> bool:
+    """Whether llama.cpp's server is answering a request; those in flight are cut off by the signal that ends it."""
+    try:
+        with _opener().open(f"{url}/slots", timeout=2) as response:
+            return any(slot["is_processing"] for slot in json.load(response))
+    except TimeoutError:
+        return True  # too busy to say so
+    except (OSError, ValueError):
+        return False
+
+
 def _reachable(host: str) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
@@ -155,12 +175,15 @@ def _reachable(host: str) -> str:
 
 def answers(url: str) -> bool:
     """Whether a GET is answered with success."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback needs no proxy
     try:
-        with opener.open(url, timeout=2) as response:
+        with _opener().open(url, timeout=2) as response:
             return bool(response.status == 200)
-    except (OSError, urllib.error.URLError):
+    except OSError:
         return False
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback needs no proxy
 
 
 @contextmanager
@@ -220,6 +243,7 @@ def serve(
     def ready(url: str) -> None:
         announce(f"{name} is served by {chosen} at {url}")
 
+    options: dict[str, Any] = {"host": host, "port": port, "announce": ready}
     with contextlib.ExitStack() as stack:
         if chosen == "vllm":
             from kvlatent.checkpoints import pick_device, pick_dtype
@@ -227,9 +251,11 @@ def serve(
             device = pick_device()
             kind = str(pick_dtype(dtype, device)).removeprefix("torch.")
             eager = device.type == "cpu"  # where compiling takes a C++ compiler, and minutes before the first answer
-            command, environment = vllm_command(source, dtype=kind, eager=eager, **where), VLLM_ENVIRONMENT
+            command = vllm_command(source, dtype=kind, eager=eager, **where)
+            options["environment"] = VLLM_ENVIRONMENT
         else:
             gguf = stack.enter_context(gguf_of(source, dtype=dtype))
-            command, environment = llama_cpp_command(gguf, **where), {}
-        served = run_server(command, host=host, port=port, environment=environment, announce=ready)
+            command = llama_cpp_command(gguf, **where)
+            options["busy"] = llama_cpp_is_busy
+        served = run_server(command, **options)
     return {"model": name, "engine": chosen, **served}

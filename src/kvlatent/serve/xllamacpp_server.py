@@ -1,4 +1,4 @@
-"""llama.cpp's HTTP server as the `xllamacpp` package has it, as a program: it listens until SIGINT or SIGTERM."""
+"""llama.cpp's HTTP server as the `xllamacpp` package has it, as a program: it listens until a signal ends it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def main() -> None:
     parser.add_argument("--ctx-size", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    stops = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # also in the server's threads, so that they wait for us
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # end at once: destroying a server that has hardly started can hang
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -26,7 +26,7 @@ def main() -> None:
     params.sampling.seed = arguments.seed
     server = xllamacpp.Server(params)
     print(f"listening on {server.listening_address}", flush=True)
-    signal.sigwait(stops)
+    signal.pause()
 
 
 if __name__ == "__main__":

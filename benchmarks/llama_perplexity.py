@@ -1,0 +1,69 @@
+"""llama.cpp's own tools on our files: perplexity by llama-perplexity beside ours, also of what llama-quantize makes.
+
+    python benchmarks/llama_perplexity.py LLAMA_CPP/build/bin smollm2 student
+
+The first argument is the folder with the two tools; students are portable. One JSON object per file. llama-perplexity
+reads chunks of 512 tokens and judges the second half of each; so do we, in float32, on the same text.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from kvlatent.checkpoints import load_model
+from kvlatent.corpora import read_corpus
+from kvlatent.export.gguf import export_gguf
+
+CHUNK, CHUNKS, CHARACTERS = 512, 4, 20_000
+
+
+@torch.no_grad()
+def perplexity(model, tokenizer, text):
+    """As llama-perplexity does it."""
+    ids = torch.tensor(tokenizer(text)["input_ids"][: CHUNK * CHUNKS]).view(CHUNKS, CHUNK)
+    half, nll = CHUNK // 2, []
+    for block in ids:
+        logits = model(block[None]).logits[0, half:-1].float()
+        nll.append(torch.nn.functional.cross_entropy(logits, block[half + 1 :]))
+    return torch.stack(nll).mean().exp().item()
+
+
+def by_llama_cpp(tools, path, text):
+    """The last line of the tool's report."""
+    command = [tools / "llama-perplexity", "-m", path, "-f", text, "-c", str(CHUNK), "--chunks", str(CHUNKS), "-t", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    [found] = re.findall(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
+    return float(found)
+
+
+def main(tools, *names):
+    """Compare every model in every type."""
+    text = "\n\n".join(read_corpus("wikipedia"))[:CHARACTERS]
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            (folder / "text").write_text(text)
+            model, tokenizer = load_model(name, device="cpu", dtype="float32")
+            ours = perplexity(model, tokenizer, text)
+
+            def report(path, kind, ours=ours, name=name, folder=folder):
+                theirs = by_llama_cpp(tools, path, folder / "text")
+                found = {"model": name, "file": kind, "mb": round(path.stat().st_size / 1e6), "llama.cpp": theirs}
+                print(json.dumps(found | {"ours": round(ours, 4), "ratio": round(theirs / ours, 5)}), flush=True)
+
+            for kind in ("f32", "f16", "bf16", "q8_0"):
+                export_gguf(model, tokenizer, folder / kind, file_type=kind)
+                report(folder / kind, kind)
+            for kind in ("Q8_0", "Q4_K_M"):
+                command = [tools / "llama-quantize", folder / "f16", folder / kind, kind]
+                subprocess.run(command, check=True, capture_output=True)
+                report(folder / kind, f"f16, by llama-quantize to {kind}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
