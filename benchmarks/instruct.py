@@ -1,7 +1,7 @@
 """Whether a converted chat model still follows instructions, and what healing it with chats does.
 
     kvlatent run recipes/paper-vs-best.yaml --out RUN
-    python benchmarks/instruct.py RUN --out instruct [--student best] [--tokens 6144]
+    python benchmarks/instruct.py RUN --out instruct [--student best] [--tokens 3072]
 
 The teacher answers prompts on subjects and in forms of ours; its answers, sampled at temperature 0.8, are the chats
 to heal with (losses on the answers alone). Judged are, on prompts about other subjects: the KL from the teacher on its
@@ -33,7 +33,7 @@ from kvlatent.heal import heal
 from kvlatent.losses import kl_loss
 from kvlatent.settings import HealConfig
 
-BLOCK, NEW_TOKENS = 256, 96
+BLOCK, NEW_TOKENS = 256, 64
 
 TRAINING_SUBJECTS = """
 bread, volcanoes, chess, the moon, bicycles, honey bees, the Roman Empire, photosynthesis, money, whales, the printing
@@ -43,7 +43,7 @@ winter, poetry, the brain, cheese, bridges, cats, running, the ocean, democracy,
 painting, the Internet
 """.replace("\n", " ").split(",")
 
-HELD_OUT_SUBJECTS = ("lighthouses", "the piano", "gravity", "penguins", "chocolate", "the Great Wall", "rain", "clocks")
+HELD_OUT_SUBJECTS = ("lighthouses", "the piano", "gravity", "penguins", "chocolate", "the Great Wall")
 
 TRAINING_FORMS = (
     "Explain {} to a child.",
@@ -125,7 +125,7 @@ def nearness(student: Any, teacher: Any, tokenizer: Any, chats: list[dict[str, A
     for chat in chats:
         ids, counted = (torch.tensor(x) for x in encode_chat(tokenizer, chat["messages"]))
         before = counted.nonzero()[:, 0] - 1  # the positions that predict the answer
-        ours, theirs = (m.model(ids[None]).last_hidden_state[0, before] for m in (student, teacher))
+        ours, theirs = (m.model(ids[None], use_cache=False).last_hidden_state[0, before] for m in (student, teacher))
         kls.append(kl_loss(ours, student.lm_head.weight, theirs, teacher.lm_head.weight).item())
         same = student.lm_head(ours).argmax(-1) == teacher.lm_head(theirs).argmax(-1)
         agreed.append(same.float().mean().item())
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="run folder of `kvlatent run` with an unhealed student and text")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--student", default="best", help="of the run's")
-    parser.add_argument("--tokens", type=int, default=6144, help="of chats, and of plain text")
+    parser.add_argument("--tokens", type=int, default=3072, help="of chats, and of plain text")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -174,7 +174,7 @@ def main() -> None:
         judged_file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     judged = [json.loads(line) for line in judged_file.read_text().splitlines()]
     held_out = load_blocks(args.run / "text" / "held_out.safetensors")
-    score = {"text_bytes": held_out.bytes, "batch_size": 2}
+    score = {"text_bytes": held_out.bytes, "batch_size": 2}  # the number of bytes cancels in a ratio
     reference: list[Any] = []
 
     plain = load_blocks(args.run / "text" / "training.safetensors").ids
@@ -197,10 +197,10 @@ def main() -> None:
         if name in results:
             continue
         if not reference:
-            reference.append(perplexity(teacher, held_out.ids[:8], **score))
+            reference.append(perplexity(teacher, held_out.ids[:4], **score))
         student = make().eval()
         texts = answers(student, tokenizer, prompts)
-        ratio = compare(reference[0], perplexity(student, held_out.ids[:8], **score)).perplexity_ratio
+        ratio = compare(reference[0], perplexity(student, held_out.ids[:4], **score)).perplexity_ratio
         results[name] = {**nearness(student, teacher, tokenizer, judged), "text_ratio": ratio, **follows(texts, end)}
         results[name]["answers"] = texts
         results_file.write_text(json.dumps(results, indent=2))

@@ -8,6 +8,7 @@ same parameters trained (attention in full, LoRA of rank 32 on the FFN) by AdamW
 - `trainer`: transformers' Trainer with `compute_loss` = forward KL over full logits of both models
 - `heal`: `kvlatent.heal.heal`
 - `heal, plain loss`: the same with the whole batch's logits in one chunk
+- `heal, plain FFN`: the same with peft's own LoRA layers, which the Trainer has too
 - `heal, plain allocator`: the same with glibc's defaults
 - `heal, cached teacher`: the same with the teacher's 64 likeliest tokens from disk (made before, not timed)
 
@@ -29,7 +30,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-CASES = ("trainer", "heal", "heal, plain loss", "heal, plain allocator", "heal, cached teacher")
+CASES = (
+    "trainer", "heal", "heal, cached teacher", "heal, plain loss", "heal, plain FFN", "heal, plain allocator",
+)  # fmt: skip
 
 
 def models(folder: str) -> tuple[Any, Any]:
@@ -53,9 +56,12 @@ def with_trainer(student: Any, teacher: Any, ids: Any, steps: int, batch: int) -
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from kvlatent.adapters import with_adapters
+    from kvlatent.ffn import keep_all
     from kvlatent.settings import HealConfig
 
     trained = with_adapters(student, HealConfig())
+    for layer in student.model.layers:
+        keep_all(layer.mlp)
     teacher.requires_grad_(False)
     times = []
 
@@ -90,13 +96,15 @@ def with_trainer(student: Any, teacher: Any, ids: Any, steps: int, batch: int) -
 
 def with_heal(student: Any, teacher: Any, ids: Any, batch: int, case: str) -> list[float]:
     """Seconds of each step of `heal`."""
-    from kvlatent import losses
+    from kvlatent import adapters, losses
     from kvlatent.heal import heal
     from kvlatent.settings import HealConfig
     from kvlatent.teacher_cache import TeacherCache
 
     if case == "heal, plain loss":
         losses.CHUNK = ids.numel()
+    if case == "heal, plain FFN":
+        adapters.keep_little = lambda mlp: None
     with tempfile.TemporaryDirectory() as folder:
         cache = TeacherCache(Path(folder, "cache"), 64) if case == "heal, cached teacher" else None
         work = Path(folder, "work")

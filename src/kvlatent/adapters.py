@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from kvlatent.ffn import keep_all, keep_little
 from kvlatent.settings import HealConfig
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -42,6 +43,7 @@ def with_adapters(student: PreTrainedModel, config: HealConfig) -> nn.Module:
                 torch.manual_seed(config.seed * 100_003 + index)
                 for module in lora_layers(layer):
                     module.reset_lora_parameters("default", init_lora_weights=True)
+            keep_little(layer.mlp)
     names = {*(ATTENTION if "attention" in config.train else ()), *(MAPS if "maps" in config.train else ())}
     for layer in student.model.layers:
         for name, parameter in layer.self_attn.named_parameters():
@@ -70,6 +72,8 @@ def finished(trained: nn.Module, how: str, folder: Path) -> PreTrainedModel:
     if not isinstance(trained, PeftModel):
         assert isinstance(trained, PreTrainedModel)
         return trained
+    for layer in trained.get_base_model().model.layers:
+        keep_all(layer.mlp)
     if how != "merge":
         trained.save_pretrained(str(folder), save_embedding_layers=False)
     return trained.unload() if how == "keep" else trained.merge_and_unload()

@@ -397,7 +397,9 @@ def _accelerator(config: HealConfig, device: torch.device, track: Sequence[str],
     if missing := [name for name in track if name not in available]:
         raise UserError(f"tracker {missing[0]} is not installed; there are: {', '.join(available) or 'none'}")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise UserError("healing can't save DeepSpeed's state; FSDP2 shards the same: accelerate launch --use_fsdp")
+        raise UserError(
+            "healing can't save DeepSpeed's state; FSDP2 shards the same: accelerate launch --use_fsdp --fsdp_version 2"
+        )
     precision: str = config.mixed_precision
     if precision == "auto":
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
