@@ -13,7 +13,7 @@ from jaxtyping import install_import_hook
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-TENSOR_MODULES = ["attention", "cpu_decode", "cpu_linear", "losses", "reduce", "refit", "rope"]
+TENSOR_MODULES = ["attention", "cpu_decode", "cpu_linear", "cpu_rotary", "losses", "reduce", "refit", "rope"]
 install_import_hook([f"kvlatent.{name}" for name in TENSOR_MODULES], "beartype.beartype")
 
 from kvlatent.convert import convert  # noqa: E402

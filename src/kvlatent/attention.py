@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
-from kvlatent import cpu_decode
+from kvlatent import cpu_decode, cpu_rotary
 from kvlatent.cpu_linear import DecodeLinear
 from kvlatent.rope import rotate
 from kvlatent.spec import LatentSpec
@@ -80,6 +80,13 @@ class LatentAttention(nn.Module):
         q = self._unrotated(self.q_proj, self.q_norm, self.q_map, hidden_states, self.q_heads)
         k = self._unrotated(self.k_proj, self.k_norm, self.k_map, hidden_states, self.kv_heads)
         v = self.v_proj(hidden_states).unflatten(-1, (self.kv_heads, self.d_vo)).transpose(1, 2)
+        reductions = (self.q_map, self.k_map) if self.qk_map == "after_rope" else (None, None)
+        if all(map(cpu_rotary.fits, (q, k), reductions)):
+            q, k = (
+                cpu_rotary.rotate_one(x, cos, sin, freq_index=self.freq_index, reduction=reduction)
+                for x, reduction in zip((q, k), reductions, strict=True)
+            )
+            return q, k, v
         if self.freq_index is None:
             cos, sin = cos[:, None], sin[:, None]  # (batch, 1, seq, pairs)
         else:

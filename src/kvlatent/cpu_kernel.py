@@ -13,7 +13,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from kvlatent.cpu_code import BIT, BYTE, FAST, FLOAT, LONG, STORED, WIDEST, WORD, Writer, compiled
+from kvlatent.cpu_code import BIT, BYTE, FAST, FLOAT, LONG, STORED, WIDEST, WORD, Writer, compiled, pieces_of
 
 BLOCKS = 64, 32, 16
 """Keys whose logits are held at a time: the largest number that fits."""
@@ -35,17 +35,6 @@ def build(d_qk: int, d_vo: int, group_size: int, k_dtype: str, v_dtype: str) -> 
     return compiled(Kernel(d_qk, d_vo, group_size, STORED[k_dtype], STORED[v_dtype]).module)
 
 
-def _pieces(width: int) -> list[tuple[int, int]]:
-    """A row as vectors: (offset, lanes), lanes a power of two."""
-    pieces, offset, lanes = [], 0, WIDEST
-    while offset < width:
-        while lanes > width - offset:
-            lanes //= 2
-        pieces.append((offset, lanes))
-        offset += lanes
-    return pieces
-
-
 class Kernel(Writer):
     """Writes one module: threads attend part by part, then one of them merges."""
 
@@ -59,7 +48,7 @@ class Kernel(Writer):
         super().__init__()
         self.d_qk, self.d_vo, self.group_size = d_qk, d_vo, group_size
         self.k_stored, self.v_stored = k_stored, v_stored
-        self.k_pieces, self.v_pieces = _pieces(d_qk), _pieces(d_vo)
+        self.k_pieces, self.v_pieces = pieces_of(d_qk), pieces_of(d_vo)
         key, value = (d * (4 if stored == FLOAT else 2) for d, stored in ((d_qk, k_stored), (d_vo, v_stored)))
         fitting = [block for block in BLOCKS if (2 * key + value) * block <= BLOCK_BYTES]
         self.block, self.ahead = (fitting[0], True) if fitting else (BLOCKS[0], False)
