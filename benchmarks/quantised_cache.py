@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from kvlatent.cache import LatentCache, cache_bytes
-from kvlatent.checkpoints import load_model, load_tokenizer
+from kvlatent.checkpoints import load_model
 from kvlatent.modeling import head_dim_of
 from kvlatent.quantised import QuantisedCache
+from kvlatent.verbs.models import load_tokenizer
 from kvlatent.verbs.text import read_text
 
 CHUNK = 32

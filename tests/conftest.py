@@ -18,7 +18,9 @@ import jaxtyping
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-TENSOR_MODULES = ["attention", "cpu_decode", "cpu_linear", "cuda_decode", "losses", "reduce", "refit", "rope"]
+TENSOR_MODULES = [
+    "attention", "cpu_decode", "cpu_linear", "cpu_rotary", "cuda_decode", "losses", "reduce", "refit", "rope",
+]  # fmt: skip
 jaxtyping.install_import_hook([f"kvlatent.{name}" for name in TENSOR_MODULES], "beartype.beartype")
 
 from kvlatent.convert import convert  # noqa: E402

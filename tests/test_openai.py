@@ -23,7 +23,8 @@ from kvlatent.data import token_blocks
 from kvlatent.export.engines import routes
 from kvlatent.export.stock import export_stock
 from kvlatent.export.vllm import tokens_per_gib
-from kvlatent.verbs import convert_folder, load_config
+from kvlatent.verbs.conversion import convert_folder
+from kvlatent.verbs.models import load_config
 
 pytestmark = pytest.mark.engines
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
-from kvlatent import cpu_decode, cuda_decode
+from kvlatent import cpu_decode, cpu_rotary, cuda_decode
 from kvlatent.cpu_linear import DecodeLinear
 from kvlatent.rope import rotate
 from kvlatent.spec import LatentSpec
@@ -80,6 +80,13 @@ class LatentAttention(nn.Module):
         q = self._unrotated(self.q_proj, self.q_norm, self.q_map, hidden_states, self.q_heads)
         k = self._unrotated(self.k_proj, self.k_norm, self.k_map, hidden_states, self.kv_heads)
         v = self.v_proj(hidden_states).unflatten(-1, (self.kv_heads, self.d_vo)).transpose(1, 2)
+        reductions = (self.q_map, self.k_map) if self.qk_map == "after_rope" else (None, None)
+        if all(map(cpu_rotary.fits, (q, k), reductions)):
+            q, k = (
+                cpu_rotary.rotate_one(x, cos, sin, freq_index=self.freq_index, reduction=reduction)
+                for x, reduction in zip((q, k), reductions, strict=True)
+            )
+            return q, k, v
         if self.freq_index is None:
             cos, sin = cos[:, None], sin[:, None]  # (batch, 1, seq, pairs)
         else:
@@ -90,7 +97,7 @@ class LatentAttention(nn.Module):
         q = rotate(q, cos, sin)
         if self.qk_map == "after_rope":
             assert self.q_map is not None and self.k_map is not None
-            q, k = q @ self.q_map.to(q.dtype), k @ self.k_map.to(k.dtype)
+            q, k = _reduced(q, self.q_map), _reduced(k, self.k_map)
         return q, k, v
 
     def _unrotated(
@@ -101,7 +108,7 @@ class LatentAttention(nn.Module):
         if norm is not None:
             x = norm(x)
         x = x.transpose(1, 2)
-        return x @ reduction.to(x.dtype) if self.qk_map == "before_rope" and reduction is not None else x
+        return _reduced(x, reduction) if self.qk_map == "before_rope" and reduction is not None else x
 
     def forward(
         self,
@@ -117,6 +124,16 @@ class LatentAttention(nn.Module):
             k, v = past_key_values.update(k, v, self.layer_idx)
         out = latent_attention(q, k, v, mask=attention_mask, scale=self.scale)
         return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def _reduced(
+    x: Float[Tensor, "batch heads seq dim"], reduction: Float[Tensor, "heads dim d_qk"]
+) -> Float[Tensor, "batch heads seq d_qk"]:
+    """Every head's rows times its own map."""
+    reduction = reduction.to(x.dtype)
+    if x.shape[2] > 1:
+        return x @ reduction
+    return torch.bmm(x[:, :, 0].transpose(0, 1), reduction).transpose(0, 1)[:, :, None]  # `@` copies a map per sequence
 
 
 def latent_attention(

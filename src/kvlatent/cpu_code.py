@@ -43,6 +43,17 @@ def compiled(code: ir.Module) -> Callable[[Any, int], None]:
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32)(engine.get_function_address("run"))
 
 
+def pieces_of(width: int) -> list[tuple[int, int]]:
+    """A row as vectors: (offset, lanes), lanes a power of two."""
+    pieces, offset, lanes = [], 0, WIDEST
+    while offset < width:
+        while lanes > width - offset:
+            lanes //= 2
+        pieces.append((offset, lanes))
+        offset += lanes
+    return pieces
+
+
 class Writer:
     """Writes a module whose threads share items of work: small words, loops, and the sharing itself.
 

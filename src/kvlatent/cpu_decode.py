@@ -59,7 +59,7 @@ def decode_attention(
         mask: True where a query may look, one row per sequence or for all. Blocks of keys that a sequence doesn't see
             aren't read. A query that sees nothing gets zeros.
     """
-    from kvlatent.cpu_kernel import BLOCK, Kernel, build
+    from kvlatent.cpu_kernel import BLOCKS, Kernel, build
 
     batch, q_heads, _, d_qk = q.shape
     _, kv_heads, length, d_vo = v.shape
@@ -70,7 +70,7 @@ def decode_attention(
     pairs = batch * kv_heads
     threads = torch.get_num_threads() if k.nbytes + v.nbytes >= SINGLE_THREAD_BYTES else 1
     parts = 1 if threads == 1 else max(1, min(length // LEAST_PART, -(-PARTS_PER_THREAD * threads // pairs)))
-    part = -(-length // (parts * BLOCK)) * BLOCK
+    part = -(-length // (parts * BLOCKS[0])) * BLOCKS[0]
     partial = torch.empty(pairs * parts * group_size * (d_vo + 2))
     out = torch.empty(batch, q_heads, 1, d_vo)
     mask_at = mask_stride = 0

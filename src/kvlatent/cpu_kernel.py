@@ -6,21 +6,25 @@ A head's row of d_qk or d_vo numbers is a list of explicit vectors, so every wid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import product
 from typing import Any
 
 from llvmlite import ir
 
-from kvlatent.cpu_code import BIT, BYTE, FAST, FLOAT, LONG, STORED, WIDEST, Writer, compiled
+from kvlatent.cpu_code import BIT, BYTE, FAST, FLOAT, LONG, STORED, WIDEST, WORD, Writer, compiled, pieces_of
 
-BLOCK = 64
-"""Keys whose logits are held at a time; the keys and values of a block stay in the first caches."""
+BLOCKS = 64, 32, 16
+"""Keys whose logits are held at a time: the largest number that fits."""
+BLOCK_BYTES = 12 * 1024
+"""What a block's keys and values, and the keys of the next one, may take, to stay in the first cache."""
 LANES = 16
 """Logits exponentiated at a time."""
+KEYS = 4
+"""Keys whose logits are computed together, as `_sums` adds them up."""
 REGISTERS = 12
-"""Vectors of sums over values that are held at once."""
+"""Vectors of sums that are held at once."""
 LOWEST = -1e30
 """A logit that nothing finite is below."""
 
@@ -29,17 +33,6 @@ LOWEST = -1e30
 def build(d_qk: int, d_vo: int, group_size: int, k_dtype: str, v_dtype: str) -> Callable[[Any, int], None]:
     """Return the kernel for these dims and dtypes: a function of the call's fields and the number of threads."""
     return compiled(Kernel(d_qk, d_vo, group_size, STORED[k_dtype], STORED[v_dtype]).module)
-
-
-def _pieces(width: int) -> list[tuple[int, int]]:
-    """A row as vectors: (offset, lanes), lanes a power of two."""
-    pieces, offset, lanes = [], 0, WIDEST
-    while offset < width:
-        while lanes > width - offset:
-            lanes //= 2
-        pieces.append((offset, lanes))
-        offset += lanes
-    return pieces
 
 
 class Kernel(Writer):
@@ -55,14 +48,17 @@ class Kernel(Writer):
         super().__init__()
         self.d_qk, self.d_vo, self.group_size = d_qk, d_vo, group_size
         self.k_stored, self.v_stored = k_stored, v_stored
-        self.k_pieces, self.v_pieces = _pieces(d_qk), _pieces(d_vo)
+        self.k_pieces, self.v_pieces = pieces_of(d_qk), pieces_of(d_vo)
+        key, value = (d * (4 if stored == FLOAT else 2) for d, stored in ((d_qk, k_stored), (d_vo, v_stored)))
+        fitting = [block for block in BLOCKS if (2 * key + value) * block <= BLOCK_BYTES]
+        self.block, self.ahead = (fitting[0], True) if fitting else (BLOCKS[0], False)
         self.record = d_vo + 2  # of a query head's part: unnormalised outputs, maximum, sum
         self.write_worker(self._part)
         self.write_run(self._merge)
 
     def before_items(self) -> None:
         """Set room aside for the weights of a block."""
-        self.weights = self.b.alloca(FLOAT, self.group_size * BLOCK)
+        self.weights = self.b.alloca(FLOAT, self.group_size * self.block)
         self.weights.align = 64
 
     def _part(self, item: ir.Value, fields: dict[str, ir.Value]) -> None:
@@ -85,14 +81,14 @@ class Kernel(Writer):
             self._store(FLOAT(LOWEST), b.gep(output, [LONG(self.d_vo)]))
             self._store(FLOAT(0.0), b.gep(output, [LONG(self.d_vo + 1)]))
         q_rows = [self._at(fields["q"], b.add(q_start, LONG(g * self.d_qk)), FLOAT) for g in range(self.group_size)]
-        with self._loop(start, end, BLOCK) as (first, _, _):
-            count = self._least(b.sub(end, first), LONG(BLOCK))
+        with self._loop(start, end, self.block) as (first, _, _):
+            count = self._least(b.sub(end, first), LONG(self.block))
             seen = self._seen(first, count, batch, fields)
             with b.if_then(seen):
                 self._logits(first, count, q_rows, fields, k_start, v_start)
                 self._hide(first, count, batch, fields)
                 self._softmax(outputs)
-                self._values(first, count, outputs, fields, v_start)
+                self._values(first, count, outputs, fields, k_start, v_start)
 
     def _mask_byte(self, key: ir.Value, batch: ir.Value, fields: dict[str, ir.Value]) -> ir.Value:
         return self.b.load(self._at(fields["mask"], self.b.add(self.b.mul(batch, fields["mask_batch"]), key), BYTE))
@@ -121,21 +117,66 @@ class Kernel(Writer):
         k_start: ir.Value,
         v_start: ir.Value,
     ) -> None:
-        """Logits of a block into `weights`, -inf behind its last key; its values are asked for meanwhile."""
+        """Logits of a block into `weights`, -inf behind its last key; its values are asked for meanwhile.
+
+        Keys are taken a few at a time: their sums are added up across lanes together, with a third of the shuffles.
+        """
         b = self.b
-        nothing = self._splat(FLOAT(-math.inf), LANES)
-        with b.if_then(b.icmp_signed("<", count, LONG(BLOCK)), likely=False):
-            for i in range(0, self.group_size * BLOCK, LANES):
-                self._store(nothing, self._vector(self.weights, i, FLOAT, LANES))
-        with self._loop(LONG(0), count) as (j, _, _):
-            key_index = b.add(first, j)
-            value = b.add(v_start, b.mul(key_index, fields["v_token"]))
-            self._prefetch(self._at(fields["v"], value, self.v_stored), self.d_vo, self.v_stored)
-            place = self._at(fields["k"], b.add(k_start, b.mul(key_index, fields["k_token"])), self.k_stored)
-            key = self._read(place, self.k_pieces, self.k_stored)
-            for g, q_row in enumerate(q_rows):
-                logit = self._dot(self._read(q_row, self.k_pieces, FLOAT), key)
-                b.store(logit, b.gep(self.weights, [b.add(j, LONG(g * BLOCK))]))
+        last = b.sub(fields["length"], LONG(1))
+        at_once = max(1, REGISTERS // KEYS)
+        for start in range(0, self.group_size, at_once):
+            heads = range(self.group_size)[start : start + at_once]
+            with self._loop(LONG(0), count, KEYS) as (j, _, _):
+                keys = []
+                for i in range(KEYS):
+                    index = self._least(b.add(first, b.add(j, LONG(i))), last)
+                    if start == 0:
+                        value = b.add(v_start, b.mul(index, fields["v_token"]))
+                        self._prefetch(self._at(fields["v"], value, self.v_stored), self.d_vo, self.v_stored)
+                    place = self._at(fields["k"], b.add(k_start, b.mul(index, fields["k_token"])), self.k_stored)
+                    keys.append(place)
+                sums: dict[tuple[int, int], ir.Value] = {}
+                for piece in self.k_pieces:
+                    rows = [self._widened(self._read(place, [piece], self.k_stored)[0]) for place in keys]
+                    for g in heads:
+                        query = self._widened(self._read(q_rows[g], [piece], FLOAT)[0])
+                        for i, row in enumerate(rows):
+                            before = sums.get((g, i))
+                            sums[g, i] = (
+                                b.fmul(query, row, flags=FAST)
+                                if before is None
+                                else self._multiply_add(query, row, before)
+                            )
+                for g in heads:
+                    logits = self._sums([sums[g, i] for i in range(KEYS)])
+                    place = b.gep(self.weights, [b.add(j, LONG(g * self.block))])
+                    b.store(logits, self._vector(place, 0, FLOAT, KEYS), align=4 * KEYS)
+        with self._loop(count, LONG(self.block)) as (j, _, _):
+            for g in range(self.group_size):
+                b.store(FLOAT(-math.inf), b.gep(self.weights, [b.add(j, LONG(g * self.block))]))
+
+    def _widened(self, vector: ir.Value) -> ir.Value:
+        """A vector of fewer lanes than the widest, with zeros behind them."""
+        lanes = vector.type.count
+        if lanes == WIDEST:
+            return vector
+        order = ir.Constant(ir.VectorType(WORD, WIDEST), [min(i, lanes) for i in range(WIDEST)])
+        return self.b.shuffle_vector(vector, self._splat(FLOAT(0.0), lanes), order)
+
+    def _sums(self, vectors: list[ir.Value]) -> ir.Value:
+        """Sum over the lanes of each of four vectors of eight, as one vector of four: neighbours are added twice."""
+        b = self.b
+
+        def picked(x: ir.Value, y: ir.Value, lanes: Sequence[int]) -> ir.Value:
+            return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(WORD, len(lanes)), list(lanes)))
+
+        even = (0, 2, 8, 10, 4, 6, 12, 14)  # within the halves of a register, across which moving lanes is slow
+        odd = [lane + 1 for lane in even]
+        while len(vectors) > 1:
+            pairs = zip(vectors[::2], vectors[1::2], strict=True)
+            vectors = [b.fadd(picked(x, y, even), picked(x, y, odd), flags=FAST) for x, y in pairs]
+        (total,) = vectors
+        return b.fadd(picked(total, total, range(4)), picked(total, total, range(4, 8)), flags=FAST)
 
     def _hide(self, first: ir.Value, count: ir.Value, batch: ir.Value, fields: dict[str, ir.Value]) -> None:
         """Logits of keys that may not be looked at become -inf."""
@@ -145,13 +186,13 @@ class Kernel(Writer):
             hidden = b.icmp_unsigned("==", self._mask_byte(b.add(first, j), batch, fields), BYTE(0))
             with b.if_then(hidden):
                 for g in range(self.group_size):
-                    b.store(FLOAT(-math.inf), b.gep(self.weights, [b.add(j, LONG(g * BLOCK))]))
+                    b.store(FLOAT(-math.inf), b.gep(self.weights, [b.add(j, LONG(g * self.block))]))
 
     def _softmax(self, outputs: list[ir.Value]) -> None:
         """Logits to weights relative to the part's maximum so far; what was summed before is brought down to it."""
         b = self.b
         for g, output in enumerate(outputs):
-            places = [self._vector(self.weights, g * BLOCK + i, FLOAT, LANES) for i in range(0, BLOCK, LANES)]
+            places = [self._vector(self.weights, g * self.block + i, FLOAT, LANES) for i in range(0, self.block, LANES)]
             logits = [b.load(place, align=64) for place in places]
             top = logits[0]
             for vector in logits[1:]:
@@ -172,20 +213,33 @@ class Kernel(Writer):
                 self._store(smaller, self._vector(output, offset, FLOAT, lanes))
 
     def _values(
-        self, first: ir.Value, count: ir.Value, outputs: list[ir.Value], fields: dict[str, ir.Value], v_start: ir.Value
+        self,
+        first: ir.Value,
+        count: ir.Value,
+        outputs: list[ir.Value],
+        fields: dict[str, ir.Value],
+        k_start: ir.Value,
+        v_start: ir.Value,
     ) -> None:
-        """Add the weighted values of a block to all query heads, as many pieces of a row at once as registers hold."""
+        """Add the weighted values of a block to all query heads, as many pieces of a row at once as registers hold.
+
+        The next block's keys are asked for meanwhile, so that memory doesn't wait for arithmetic; of long rows the
+        processor reads ahead by itself.
+        """
         b = self.b
         at_once = 1 << max(0, (REGISTERS // self.group_size).bit_length() - 1)
         for i in range(0, len(self.v_pieces), at_once):
             pieces = self.v_pieces[i : i + at_once]
             sums = [vector for output in outputs for vector in self._read(output, pieces, FLOAT)]
             with self._loop(LONG(0), count, sums=sums) as (j, totals, hand):
+                if i == 0 and self.ahead:
+                    key = b.add(k_start, b.mul(b.add(b.add(first, j), LONG(self.block)), fields["k_token"]))
+                    self._prefetch(self._at(fields["k"], key, self.k_stored), self.d_qk, self.k_stored)
                 index = b.add(v_start, b.mul(b.add(first, j), fields["v_token"]))
                 values = self._read(self._at(fields["v"], index, self.v_stored), pieces, self.v_stored)
                 added: list[ir.Value] = []
                 for g in range(self.group_size):
-                    weight = b.load(b.gep(self.weights, [b.add(j, LONG(g * BLOCK))]))
+                    weight = b.load(b.gep(self.weights, [b.add(j, LONG(g * self.block))]))
                     for value in values:
                         total = totals[len(added)]
                         added.append(self._multiply_add(self._splat(weight, value.type.count), value, total))
