@@ -331,7 +331,7 @@ def test_llama_cpp_serves_a_student(folder: Path, port: int, tmp_path: Path) -> 
     pytest.importorskip("xllamacpp")
     command = [sys.executable, "-m", "kvlatent.cli", "serve", str(folder), "--engine", "llama.cpp", "--port", str(port)]
     with started(command, tmp_path / "log", "is served by llama.cpp") as process:
-        body = {"prompt": "stone", "max_tokens": 150, "temperature": 0, "stream": True, "ignore_eos": True}
+        body = {"prompt": "stone", "max_tokens": 60, "temperature": 0, "stream": True, "ignore_eos": True}
         body |= {"stream_options": {"include_usage": True}}
         request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode())
         with urllib.request.urlopen(request, timeout=60) as response:
@@ -340,7 +340,7 @@ def test_llama_cpp_serves_a_student(folder: Path, port: int, tmp_path: Path) -> 
             lines += response.readlines()
         *_, last, done = [line.removeprefix(b"data: ") for line in lines if line.strip()]
         assert done.strip() == b"[DONE]"
-        assert json.loads(last)["usage"]["completion_tokens"] == 150
+        assert json.loads(last)["usage"]["completion_tokens"] == 60
         assert process.wait(timeout=60) == 0
     launch.check_port("127.0.0.1", port)
 
