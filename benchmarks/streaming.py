@@ -16,6 +16,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 HIDDEN, FFN, VOCABULARY, BLOCK = 576, 1536, 1024, 256
@@ -25,6 +27,25 @@ def anonymous_bytes() -> int:
     """Memory of this process that no file backs."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
+
+
+@contextmanager
+def watched() -> Iterator[list[int]]:
+    """Sample this process's anonymous memory for the body of a `with`: a list of what it was before and at its peak."""
+    found = [anonymous_bytes()] * 2
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            found[1] = max(found[1], anonymous_bytes())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
 
 
 def one(layers: int, stream: bool, steps: int) -> None:
@@ -46,24 +67,13 @@ def one(layers: int, stream: bool, steps: int) -> None:
     student = convert(teacher, preset="paper", d_qk=32, d_vo=32)
     ids = torch.randint(VOCABULARY, (2 * steps, BLOCK))
     config = HealConfig(stage1_tokens=ids.numel(), batch_size=2, stream_layers=stream)
-    before = peak = anonymous_bytes()
-    running = True
-
-    def watch() -> None:
-        nonlocal peak
-        while running:
-            peak = max(peak, anonymous_bytes())
-            time.sleep(0.002)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, watched() as memory:
         began = time.monotonic()
         heal(student, teacher, ids, Path(folder, "work"), config)
         seconds = time.monotonic() - began
-    running = False
-    thread.join()
-    print(json.dumps({"layers": layers, "stream": stream, "peak_mb": (peak - before) / 1e6, "seconds": seconds}))
+    print(
+        json.dumps({"layers": layers, "stream": stream, "peak_mb": (memory[1] - memory[0]) / 1e6, "seconds": seconds})
+    )
 
 
 def main() -> None:

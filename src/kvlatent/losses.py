@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK = 512
+CHUNK = 256
 """Positions whose logits are held at once."""
 
 Term = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
@@ -177,6 +177,7 @@ class _HeadLoss(torch.autograd.Function):
                 by_logit = slope if by_logit is None else by_logit.add_(slope)
             if gradient is not None and by_logit is not None:
                 gradient[part] = by_logit.to(head.dtype) @ head
+            del logits, slope  # before the next chunk's come
         if gradient is not None:
             gradient.mul_(largest)
         ctx.save_for_backward(gradient)
