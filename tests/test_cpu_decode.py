@@ -23,6 +23,7 @@ CASES = [  # each builds a kernel
     (6, 5, torch.float16),
     (2, 1, torch.float32),
     (64, 20, torch.bfloat16),
+    (84, 20, torch.float32),  # keys one by one; no whole vectors
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -137,14 +137,22 @@ class Writer:
             vectors.append(raw if raw.type.element == FLOAT else self.b.fpext(raw, ir.VectorType(FLOAT, lanes)))
         return vectors
 
+    def _lines(self, width: int, stored: ir.Type) -> range:
+        """Where the cache lines of a row begin, in bytes."""
+        return range(0, width * (4 if stored == FLOAT else 2), LINE)
+
     def _prefetch(self, pointer: ir.Value, width: int, stored: ir.Type) -> None:
         """Ask for a row that is needed soon."""
+        for line in self._lines(width, stored):
+            self._prefetch_line(pointer, line)
+
+    def _prefetch_line(self, pointer: ir.Value, offset: int) -> None:
+        """Ask for the cache line so many bytes behind a pointer."""
         place = self.b.bitcast(pointer, BYTE.as_pointer())
         function = self.module.globals.get("llvm.prefetch.p0") or ir.Function(
             self.module, ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), WORD, WORD, WORD]), "llvm.prefetch.p0"
         )
-        for offset in range(0, width * (4 if stored == FLOAT else 2), LINE):
-            self.b.call(function, [self.b.gep(place, [LONG(offset)]), WORD(0), WORD(3), WORD(1)])
+        self.b.call(function, [self.b.gep(place, [LONG(offset)]), WORD(0), WORD(3), WORD(1)])
 
     def _splat(self, value: ir.Value, width: int) -> ir.Value:
         if isinstance(value, ir.Constant):

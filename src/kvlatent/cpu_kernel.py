@@ -23,6 +23,8 @@ LANES = 16
 """Logits exponentiated at a time."""
 KEYS = 4
 """Keys whose logits are computed together, as `_sums` adds them up."""
+WIDE = 64
+"""Dims of a key beyond which adding up is a small part of the work, and keys are taken one by one."""
 REGISTERS = 12
 """Vectors of sums that are held at once."""
 LOWEST = -1e30
@@ -52,6 +54,7 @@ class Kernel(Writer):
         key, value = (d * (4 if stored == FLOAT else 2) for d, stored in ((d_qk, k_stored), (d_vo, v_stored)))
         fitting = [block for block in BLOCKS if (2 * key + value) * block <= BLOCK_BYTES]
         self.block, self.ahead = (fitting[0], True) if fitting else (BLOCKS[0], False)
+        self.keys = KEYS if d_qk <= WIDE else 1
         self.record = d_vo + 2  # of a query head's part: unnormalised outputs, maximum, sum
         self.write_worker(self._part)
         self.write_run(self._merge)
@@ -119,25 +122,28 @@ class Kernel(Writer):
     ) -> None:
         """Logits of a block into `weights`, -inf behind its last key; its values are asked for meanwhile.
 
-        Keys are taken a few at a time: their sums are added up across lanes together, with a third of the shuffles.
+        Keys of few dims are taken several at a time: their sums are added up across lanes together, in half the steps.
         """
         b = self.b
         last = b.sub(fields["length"], LONG(1))
-        at_once = max(1, REGISTERS // KEYS)
+        at_once = max(1, REGISTERS // self.keys)
         for start in range(0, self.group_size, at_once):
             heads = range(self.group_size)[start : start + at_once]
-            with self._loop(LONG(0), count, KEYS) as (j, _, _):
-                keys = []
-                for i in range(KEYS):
+            with self._loop(LONG(0), count, self.keys) as (j, _, _):
+                keys, values = [], []
+                for i in range(self.keys):
                     index = self._least(b.add(first, b.add(j, LONG(i))), last)
-                    if start == 0:
-                        value = b.add(v_start, b.mul(index, fields["v_token"]))
-                        self._prefetch(self._at(fields["v"], value, self.v_stored), self.d_vo, self.v_stored)
-                    place = self._at(fields["k"], b.add(k_start, b.mul(index, fields["k_token"])), self.k_stored)
-                    keys.append(place)
+                    value = b.add(v_start, b.mul(index, fields["v_token"]))
+                    values.append(self._at(fields["v"], value, self.v_stored))
+                    key = b.add(k_start, b.mul(index, fields["k_token"]))
+                    keys.append(self._at(fields["k"], key, self.k_stored))
+                lines = [(value, line) for line in self._lines(self.d_vo, self.v_stored) for value in values]
                 sums: dict[tuple[int, int], ir.Value] = {}
-                for piece in self.k_pieces:
-                    rows = [self._widened(self._read(place, [piece], self.k_stored)[0]) for place in keys]
+                for n, piece in enumerate(self.k_pieces):
+                    if start == 0:  # a few lines at a time: the processor fetches some twenty at once
+                        for value, line in lines[n :: len(self.k_pieces)]:
+                            self._prefetch_line(value, line)
+                    rows = [self._widened(self._read(key, [piece], self.k_stored)[0]) for key in keys]
                     for g in heads:
                         query = self._widened(self._read(q_rows[g], [piece], FLOAT)[0])
                         for i, row in enumerate(rows):
@@ -148,9 +154,12 @@ class Kernel(Writer):
                                 else self._multiply_add(query, row, before)
                             )
                 for g in heads:
-                    logits = self._sums([sums[g, i] for i in range(KEYS)])
                     place = b.gep(self.weights, [b.add(j, LONG(g * self.block))])
-                    b.store(logits, self._vector(place, 0, FLOAT, KEYS), align=4 * KEYS)
+                    if self.keys == 1:
+                        b.store(self._sum(sums[g, 0]), place)
+                    else:
+                        logits = self._sums([sums[g, i] for i in range(KEYS)])
+                        b.store(logits, self._vector(place, 0, FLOAT, KEYS), align=4 * KEYS)
         with self._loop(count, LONG(self.block)) as (j, _, _):
             for g in range(self.group_size):
                 b.store(FLOAT(-math.inf), b.gep(self.weights, [b.add(j, LONG(g * self.block))]))
