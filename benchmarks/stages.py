@@ -55,7 +55,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def plot(lines: list[dict[str, Any]], path: Path) -> None:
-    """Loss of stage 2 (KL, mean of four steps) over all tokens healed on, a panel per start."""
+    """Loss of stage 2 (KL, mean of two steps) over all tokens healed on, a panel per start."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -66,9 +66,9 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     for start, panel in zip(starts, panels[0], strict=True):
         for line in lines:
             points = [(tokens, loss) for stage, tokens, loss in line["curve"] if stage == 2]
-            if line["start"] != start or len(points) < 8:
+            if line["start"] != start or len(points) < 2:
                 continue
-            groups = [points[at : at + 4] for at in range(0, len(points) - 3, 4)]
+            groups = [points[at : at + 2] for at in range(0, len(points) - 1, 2)]
             x = [line["stage1"] + group[-1][0] for group in groups]
             y = [sum(loss for _, loss in group) / len(group) for group in groups]
             panel.plot(x, y, marker=".", label=f"{line['stage1']:,} + {line['stage2']:,}")
