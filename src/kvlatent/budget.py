@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -18,7 +19,6 @@ from kvlatent.attention import LatentAttention
 from kvlatent.calibrate import Statistics, fit_batch, layer_arguments
 from kvlatent.convert import fill, plan_reduction, reductions
 from kvlatent.errors import UserError
-from kvlatent.losses import kl_loss
 from kvlatent.modeling import graft, head_dim_of
 from kvlatent.offload import OffloadedLayers
 
@@ -193,13 +193,13 @@ def probe(
                 layer.self_attn = fill(reduced, attention, *reductions(plan, index, attention, stats))
                 probes.append(layer(state, **kwargs))
             layer.self_attn, state = attention, unchanged
-    head = student.get_output_embeddings().weight
-    wanted, *got = (student.model.norm(x).flatten(0, 1) for x in (state, *probes))
-    return (
-        torch.tensor([float(kl_loss(x, head, wanted, head)) for x in got], dtype=torch.float64)
-        .view(len(layers), -1, 2)
-        .permute(2, 0, 1)
-    )
+
+    def log_probs(hidden: Tensor) -> Tensor:
+        return student.lm_head(student.model.norm(hidden)).flatten(0, 1).float().log_softmax(-1)
+
+    wanted = log_probs(state)
+    losses = [F.kl_div(log_probs(x), wanted, reduction="batchmean", log_target=True).double().cpu() for x in probes]
+    return torch.stack(losses).view(len(layers), -1, 2).permute(2, 0, 1)
 
 
 def allocate(curves: Float[Tensor, "items options"], total: int, *, floor: int) -> list[int]:
