@@ -43,9 +43,7 @@ print(type(model).__name__, keys.shape[-1])
 
 
 def stock_logits(folder: Path, ids: Tensor) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    with torch.no_grad():
-        return model(ids).logits
+    return logits(AutoModelForCausalLM.from_pretrained(folder).eval(), ids)
 
 
 def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:

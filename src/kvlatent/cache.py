@@ -8,6 +8,7 @@ offloads with them as with its own. Keys and values have widths of their own, la
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,7 +66,35 @@ class Buffer:
             self.held().copy_(held)
 
 
-class _InPlace:
+class Buffered:
+    """What layers that keep their content in buffers have in common."""
+
+    is_initialized: bool
+    device: torch.device
+
+    def buffers(self) -> Iterator[Buffer]:
+        """All buffers there are by now."""
+        raise NotImplementedError
+
+    def allocated_bytes(self) -> int:
+        """Bytes of all buffers, room included."""
+        return sum(buffer.whole.nbytes for buffer in self.buffers())
+
+    def offload(self) -> None:
+        """Move all buffers to the CPU."""
+        self._move("cpu")
+
+    def prefetch(self) -> None:
+        """Move all buffers back to the layer's device."""
+        if self.is_initialized:
+            self._move(self.device)
+
+    def _move(self, device: torch.device | str) -> None:
+        for buffer in self.buffers():
+            buffer.whole = buffer.whole.to(device, non_blocking=True)
+
+
+class _InPlace(Buffered):
     """Makes `keys` and `values` of a transformers layer views of buffers; what is assigned to them becomes one."""
 
     _keys: Buffer | None = None
@@ -87,9 +116,9 @@ class _InPlace:
     def values(self, held: Tensor | None) -> None:
         self._values = None if held is None else Buffer(held)
 
-    def allocated_bytes(self) -> int:
-        """Bytes of both buffers, room included."""
-        return sum(x.whole.nbytes for x in (self._keys, self._values) if x is not None)
+    def buffers(self) -> Iterator[Buffer]:
+        """Keys and values."""
+        yield from (buffer for buffer in (self._keys, self._values) if buffer is not None)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -98,24 +127,10 @@ class _InPlace:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder sequences in place, keeping the room."""
-        for buffer in (self._keys, self._values):
-            if buffer is not None and buffer.length:
+        for buffer in self.buffers():
+            if buffer.length:
                 held = buffer.held()
                 held.copy_(held.index_select(0, beam_idx.to(held.device)))
-
-    def offload(self) -> None:
-        """Move both buffers to the CPU."""
-        self._move("cpu")
-
-    def prefetch(self) -> None:
-        """Move both buffers back to the layer's device."""
-        if self.is_initialized:
-            self._move(self.device)
-
-    def _move(self, device: torch.device | str) -> None:
-        for buffer in (self._keys, self._values):
-            if buffer is not None:
-                buffer.whole = buffer.whole.to(device, non_blocking=True)
 
 
 class GrowingLayer(_InPlace, DynamicLayer):
@@ -136,9 +151,8 @@ class GrowingLayer(_InPlace, DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens, their number given as a negative one (assisted decoding)."""
         check_crop(tokens_to_remove)
-        for buffer in (self._keys, self._values):
-            if buffer is not None:
-                buffer.length = max(0, buffer.length + tokens_to_remove)
+        for buffer in self.buffers():
+            buffer.length = max(0, buffer.length + tokens_to_remove)
 
 
 class RollingLayer(_InPlace, DynamicSlidingWindowLayer):

@@ -176,18 +176,6 @@ class Writer:
     def _sum(self, vector: ir.Value) -> ir.Value:
         return self._call("vector.reduce.fadd", FLOAT(-0.0), vector, result=FLOAT)
 
-    def _dot(self, left: list[ir.Value], right: list[ir.Value]) -> ir.Value:
-        by_lanes: dict[int, ir.Value] = {}
-        for x, y in zip(left, right, strict=True):
-            lanes = x.type.count
-            by_lanes[lanes] = (
-                self._multiply_add(x, y, by_lanes[lanes]) if lanes in by_lanes else self.b.fmul(x, y, flags=FAST)
-            )
-        first, *rest = (self._sum(vector) for vector in by_lanes.values())
-        for value in rest:
-            first = self.b.fadd(first, value, flags=FAST)
-        return first
-
     def _multiply_add(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
         return self._call("fma", x, y, z)
 

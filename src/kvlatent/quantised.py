@@ -7,6 +7,7 @@ quantised again. Attention sees dequantised tensors, one layer at a time, so thi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from kvlatent.cache import LEAST_ROOM, Buffer, GrowingLayer, Held, Keys, LatentCache, Values
+from kvlatent.cache import LEAST_ROOM, Buffer, Buffered, GrowingLayer, Held, Keys, LatentCache, Values, check_crop
 from kvlatent.errors import UserError
 
 GROUP = 128
@@ -44,7 +45,7 @@ class QuantisedCache(LatentCache):
                 self.layers[index] = QuantisedLayer(bits)
 
 
-class QuantisedLayer(DynamicLayer):
+class QuantisedLayer(Buffered, DynamicLayer):
     """Codes and scales of whole groups, then a residual in full precision; `keys` and `values` are the residual."""
 
     def __init__(self, bits: int) -> None:
@@ -115,8 +116,7 @@ class QuantisedLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens, their number given as a negative one; groups that are cut become residual."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove; got {tokens_to_remove}")
+        check_crop(tokens_to_remove)
         remove = min(-tokens_to_remove, self.get_seq_length())
         if remove > 0 and remove > self.residual[0].length:
             groups = -(-(remove - self.residual[0].length) // GROUP)
@@ -131,7 +131,7 @@ class QuantisedLayer(DynamicLayer):
             buffer.length -= remove
 
     def _index(self, indices: Tensor) -> None:
-        for buffer in (*self.residual, *self.codes):
+        for buffer in self.buffers():
             held = buffer.held()
             selected = held.index_select(0, indices.to(held.device))
             if selected.shape == held.shape:
@@ -152,26 +152,13 @@ class QuantisedLayer(DynamicLayer):
         if self.residual:
             self._index(torch.arange(len(self.residual[0].whole)).repeat_interleave(repeats))
 
-    def offload(self) -> None:
-        """Move all buffers to the CPU."""
-        self._move("cpu")
-
-    def prefetch(self) -> None:
-        """Move all buffers back to the layer's device."""
-        if self.is_initialized:
-            self._move(self.device)
-
-    def _move(self, device: torch.device | str) -> None:
-        for buffer in (*self.residual, *self.codes):
-            buffer.whole = buffer.whole.to(device, non_blocking=True)
+    def buffers(self) -> Iterator[Buffer]:
+        """The residual's, then codes and ranges."""
+        yield from (*self.residual, *self.codes)
 
     def held_bytes(self) -> int:
         """Bytes in use: codes, ranges and residual."""
-        return sum(buffer.held().nbytes for buffer in (*self.residual, *self.codes))
-
-    def allocated_bytes(self) -> int:
-        """Bytes of all buffers, room included."""
-        return sum(buffer.whole.nbytes for buffer in (*self.residual, *self.codes))
+        return sum(buffer.held().nbytes for buffer in self.buffers())
 
 
 def quantise_keys(keys: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,19 +12,11 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent import budget as budgets
 from kvlatent.calibrate import Statistics, calibrate
-from kvlatent.checkpoints import (
-    environment,
-    load_model,
-    save_checkpoint,
-)
+from kvlatent.checkpoints import environment, load_model, save_checkpoint
 from kvlatent.convert import QK_OF, SHARED_LIST, check_request, convert
 from kvlatent.data import TokenBlocks
 from kvlatent.errors import UserError

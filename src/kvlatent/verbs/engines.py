@@ -6,12 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from kvlatent.checkpoints import (
-    environment,
-    load_model,
-    locate,
-    record_of,
-)
+from kvlatent.checkpoints import environment, load_model, locate, record_of
 from kvlatent.errors import UserError
 from kvlatent.export.engines import check_gguf, check_stock, diagnose, routes
 from kvlatent.export.gguf import FileType, export_gguf

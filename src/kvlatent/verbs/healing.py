@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from kvlatent.checkpoints import (
     environment,

@@ -10,16 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.benchmark import benchmark, n_max_of
-from kvlatent.checkpoints import (
-    load_model,
-    record_of,
-)
+from kvlatent.checkpoints import load_model, record_of
 from kvlatent.data import check_held_out
 from kvlatent.errors import UserError
 from kvlatent.evaluate import Perplexity, TaskScore, compare, lm_eval_tasks, needle, paired_test, perplexity

@@ -16,11 +16,7 @@ from transformers import (
 )
 from transformers import initialization as init
 
-from kvlatent.checkpoints import (
-    locate,
-    pick_dtype,
-    record_of,
-)
+from kvlatent.checkpoints import locate, pick_dtype, record_of
 from kvlatent.errors import UserError
 from kvlatent.export.engines import engine_names
 from kvlatent.families import family_of
