@@ -18,7 +18,7 @@ from kvlatent.cpu_decode import PARTS_PER_THREAD, STORED, available
 
 MOST_ROWS = 16
 """Rows beyond which arithmetic, not memory, takes the time."""
-LEAST_BYTES = 64 * 1024
+LEAST_BYTES = 16 * 1024
 """Weights below which a call costs more than it saves."""
 PART_BYTES = 256 * 1024
 """Bytes of weights that a thread takes at a time, at most."""

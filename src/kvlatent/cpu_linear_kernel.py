@@ -57,9 +57,9 @@ class Kernel(Writer):
             xs = [self._at(fields["x"], b.mul(LONG(row), inputs), FLOAT) for row in rows]
             sums = [self._splat(FLOAT(0.0), WIDEST)] * (TILE * len(rows))
             with self._loop(LONG(0), inputs, WIDEST, sums=sums) as (k, totals, hand):
-                if block == 0:
-                    for weight in weights:
-                        self._prefetch(b.gep(weight, [b.add(k, fields["ahead"])]), WIDEST, self.stored)
+                soon = b.add(fields["ahead"], b.sdiv(b.add(k, b.mul(inputs, LONG(block))), LONG(blocks)))
+                for weight in weights:  # each block asks for its share, so that memory never waits
+                    self._prefetch(b.gep(weight, [soon]), WIDEST, self.stored)
                 left = [self._read(b.gep(weight, [k]), [(0, WIDEST)], self.stored)[0] for weight in weights]
                 right = [self._read(b.gep(x, [k]), [(0, WIDEST)], FLOAT)[0] for x in xs]
                 pairs = [(x, w) for x in right for w in left]
