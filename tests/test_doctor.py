@@ -80,7 +80,7 @@ def test_each_engine_caches_what_it_is_said_to(tiny_student: Callable[..., PreTr
     narrow, padded = 2 * 2 * (8 + 4), 2 * 2 * (8 + 8)
     assert sizes == {
         ("transformers", "folder"): narrow,
-        ("vLLM", "folder"): 2 * 2 * (32 + 16),
+        ("vLLM", "folder"): 2 * 2 * (8 + 8),
         ("transformers", "stock"): padded,
         ("vLLM", "stock"): padded,
         ("SGLang", "stock"): padded,

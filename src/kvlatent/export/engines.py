@@ -11,7 +11,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 
 from kvlatent.errors import UserError
-from kvlatent.export.vllm import CPU_HEAD_SIZES, Backend, cache_widths
+from kvlatent.export.vllm import CPU_HEAD_SIZES, Backend, cache_widths, gpu_backend
 from kvlatent.families import family_of
 from kvlatent.modeling import dims_by_layer, spec_in
 from kvlatent.spec import bytes_per_token
@@ -63,7 +63,7 @@ def routes(config: PreTrainedConfig, *, vllm_on_cpu: bool = False) -> list[Route
     layers, spec = len(d_qk), spec_in(config)
     found = [Route(engine="transformers", form="folder", d_qk=d_qk, d_vo=d_vo)]
     if spec is not None:
-        backend: Backend = "CPU_ATTN" if vllm_on_cpu else "EQUAL" if d_qk == d_vo else "DIFFKV"
+        backend: Backend = "CPU_ATTN" if vllm_on_cpu else gpu_backend(spec)
         keys, values = zip(*cache_widths(spec, backend), strict=True)
         zeros = 1 - sum(d_qk + d_vo) / sum(keys + values)
         note = f"{zeros:.0%} of its cache is zeros, which fill up the heads to sizes that vLLM has" if zeros else None
