@@ -171,10 +171,13 @@ def test_two_processes_share_the_model(
 ) -> None:
     """Each has half of the query and KV heads, with their maps and frequencies; or one of the layers."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    options: dict[str, Any] = {"max_model_len": 128, f"{parallel}_parallel_size": 2}
+    if parallel == "pipeline":  # vLLM (0.32, CPU) makes the buffers between stages when it compiles, else it fails
+        options["enforce_eager"] = False
     student = own_frequencies_and_maps(tiny_teacher("llama"))
     student.save_pretrained(tmp_path / "student")
     prompts = random_prompts(60, 33)
-    with engine(tmp_path / "student", max_model_len=128, **{f"{parallel}_parallel_size": 2}) as llm:
+    with engine(tmp_path / "student", **options) as llm:
         difference = mean_difference(vllm_logprobs(llm, prompts), logprobs(student, prompts))
     print(f"mean |Δ log-probability| {difference:.1e}")
     assert difference <= TOLERANCE
