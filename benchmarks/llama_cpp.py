@@ -4,8 +4,10 @@
     kvlatent export student --to gguf --out student.gguf
     python benchmarks/llama_cpp.py teacher.gguf student.gguf
 
-One JSON object per model: MiB of float16 cache for 8,192 tokens, as llama.cpp's log says, and medians of three rounds,
-in which the models take turns. The engine is the prebuilt one in `xllamacpp`, on two threads, with flash attention.
+One JSON object per model: MiB of float16 cache for 8,192 tokens, as llama.cpp's log says; tokens per second by its own
+clock, medians of rounds in which the models take turns, since a machine's speed changes from minute to minute; medians
+of the ratios to the first model within each round, with the smallest and largest. The engine is the prebuilt one in
+`xllamacpp`, on two threads, with flash attention.
 """
 
 import json
@@ -16,7 +18,7 @@ import sys
 import tempfile
 import urllib.request
 
-DEPTHS, NEW_TOKENS, ROUNDS, CELLS = (512, 4096, 8192), 32, 3, 8192 + 64
+DEPTHS, NEW_TOKENS, ROUNDS, CELLS = (512, 4096, 8192), 24, 7, 8192 + 64
 
 
 def serve(path):
@@ -60,18 +62,28 @@ class Engine:
             return json.load(answer)["timings"]["predicted_per_second"]
 
 
+def _spread(speeds, firsts):
+    """Median, smallest and largest ratio of two models' speeds in the same round."""
+    ratios = [speed / first for speed, first in zip(speeds, firsts, strict=True)]
+    return [round(of(ratios), 2) for of in (statistics.median, min, max)]
+
+
 def main(paths):
     """Measure the models at `paths` in turns."""
     engines = [Engine(path) for path in paths]
     speeds = {depth: [[] for _ in engines] for depth in DEPTHS}
     for depth in DEPTHS:
+        for engine in engines:
+            engine.tokens_per_s(depth)  # reads the prompt
         for _ in range(ROUNDS):
             for found, engine in zip(speeds[depth], engines, strict=True):
                 found.append(engine.tokens_per_s(depth))
         print(depth, speeds[depth], file=sys.stderr, flush=True)
     for at, (path, engine) in enumerate(zip(paths, engines, strict=True)):
         medians = {depth: round(statistics.median(speeds[depth][at]), 2) for depth in DEPTHS}
-        print(json.dumps({"model": path, "cache_mib": engine.cache_mib(), "tokens_per_s": medians}))
+        ratios = {depth: _spread(speeds[depth][at], speeds[depth][0]) for depth in DEPTHS}
+        found = {"model": path, "cache_mib": engine.cache_mib(), "tokens_per_s": medians, "ratio": ratios}
+        print(json.dumps(found), flush=True)
         engine.process.stdin.close()
         engine.process.wait()
 

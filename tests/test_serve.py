@@ -259,7 +259,7 @@ def _interrupt_when_healthy(port: int) -> None:
         (["--engine", "vllm"], "vllm is not installed"),
         (["--port", "0"], "a port is a number from 1 to 65535; got 0"),
         (["--context", "257"], "context is 1 to 256 tokens; got 257"),
-        (["--host", "192.0.2.1"], "can't listen on 192.0.2.1"),
+        (["--host", "192.0.2.1"], "Cannot assign requested address; choose another --host"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(

@@ -137,7 +137,10 @@ def _unpacked(gguf: Path) -> Path:
         where = {"gguf_file": gguf.name}
         family_of(AutoConfig.from_pretrained(gguf.parent, **where))
         if any(tensor.name == "rope_freqs.weight" and (tensor.data != 1).any() for tensor in GGUFReader(gguf).tensors):
-            raise UserError(f"{gguf} has frequencies of its own (rope_freqs), which transformers ignores: wrong logits")
+            raise UserError(
+                f"{gguf} has frequencies of its own (rope_freqs), which transformers ignores; llama.cpp reads them "
+                f"(llama-server -m {gguf.name}), and kvlatent the folder that it was exported from"
+            )
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
     except UserError:

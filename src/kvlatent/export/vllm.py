@@ -39,6 +39,12 @@ def cache_widths(spec: LatentSpec, backend: Backend) -> tuple[tuple[int, int], .
     return tuple((max(32, _eights(d_qk)), values) for d_qk in spec.d_qk)
 
 
+def gpu_backend(spec: LatentSpec) -> Backend:
+    """The kind of GPU backend that caches fewer bytes: one d_vo for all layers can cost more than two sizes save."""
+    one, two = (sum(map(sum, cache_widths(spec, backend))) for backend in ("EQUAL", "DIFFKV"))
+    return "EQUAL" if one <= two else "DIFFKV"
+
+
 def _cpu_size(d: int) -> int:
     fitting = [size for size in CPU_HEAD_SIZES if size >= d]
     if not fitting:

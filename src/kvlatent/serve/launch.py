@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -88,7 +89,8 @@ def check_port(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left is free
             probe.bind(address)
     except OSError as error:
-        raise UserError(f"can't listen on {host} port {port}: {error.strerror}; choose another --port") from None
+        other = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise UserError(f"can't listen on {host} port {port}: {error.strerror}; choose another {other}") from None
 
 
 def run_server(
@@ -246,8 +248,12 @@ def serve(
     options: dict[str, Any] = {"host": host, "port": port, "announce": ready}
     with contextlib.ExitStack() as stack:
         if chosen == "vllm":
-            from kvlatent.checkpoints import pick_device, pick_dtype
+            from transformers import AutoConfig
 
+            from kvlatent.checkpoints import pick_device, pick_dtype
+            from kvlatent.export.engines import check_vllm
+
+            check_vllm(AutoConfig.from_pretrained(source))
             device = pick_device()
             kind = str(pick_dtype(dtype, device)).removeprefix("torch.")
             eager = device.type == "cpu"  # where compiling takes a C++ compiler, and minutes before the first answer

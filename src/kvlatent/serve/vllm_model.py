@@ -21,7 +21,7 @@ from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from kvlatent.export.vllm import Backend, cache_bytes_per_token, cache_widths, pad_heads
+from kvlatent.export.vllm import Backend, cache_bytes_per_token, cache_widths, gpu_backend, pad_heads
 from kvlatent.families import FAMILIES, Family
 from kvlatent.rope import rotate
 from kvlatent.spec import LatentSpec
@@ -43,8 +43,12 @@ class LatentAttention(nn.Module):
         widths: tuple[int, int],
         rotary: RotaryEmbedding,
         vllm_config: VllmConfig,
+        two_sizes: Any,
     ) -> None:
-        """Take the place of `stock`: its heads, biases, QK-norms, window and name in the forward context."""
+        """Take the place of `stock`: its heads, biases, QK-norms, window and name in the forward context.
+
+        `two_sizes` is the backend that keeps keys and values apart; None leaves the choice to vLLM.
+        """
         super().__init__()
         self.q_heads, self.kv_heads = stock.num_heads, stock.num_kv_heads  # of this rank
         self.group_size = self.q_heads // self.kv_heads
@@ -90,7 +94,7 @@ class LatentAttention(nn.Module):
             quant_config=quant_config,
             per_layer_sliding_window=stock.attn.sliding_window,
             prefix=stock.attn.layer_name,
-            attn_backend=_diffkv_backend(width_v) if width_k != width_v else None,
+            attn_backend=two_sizes,
             head_size_v=width_v,
         )
 
@@ -160,25 +164,28 @@ def _rotary(spec: LatentSpec, head_size: int, max_position: int) -> RotaryEmbedd
     return rotary
 
 
-def choose_backend() -> Backend:
-    """The kind of attention backend that caches will be laid out for on this machine."""
+TWO_SIZES = "TRITON_ATTN_DIFFKV"
+"""vLLM's backend with sizes of their own for keys and values that any GPU runs."""
+
+
+def choose_backend(spec: LatentSpec) -> Backend:
+    """The kind of attention backend that caches will be laid out for on this machine: the one asked for, if any."""
     if current_platform.is_cpu():
         return "CPU_ATTN"
-    return "DIFFKV" if _diffkv_name() in AttentionBackendEnum.__members__ else "EQUAL"
+    if asked := _asked_backend():
+        return "DIFFKV" if asked.endswith("_DIFFKV") else "EQUAL"
+    return gpu_backend(spec) if TWO_SIZES in AttentionBackendEnum.__members__ else "EQUAL"
 
 
-def _diffkv_name() -> str:
-    """The backend with sizes of their own for keys and values: the one asked for, or the one any GPU runs."""
+def _asked_backend() -> str | None:
     from vllm.config import get_current_vllm_config
 
     asked = get_current_vllm_config().attention_config.backend
-    if asked is None:
-        return "TRITON_ATTN_DIFFKV"
-    return asked.name if asked.name.endswith("_DIFFKV") else f"none, {asked.name} was asked for"
+    return None if asked is None else str(asked.name)
 
 
 def _diffkv_backend(width_v: int) -> Any:
-    backend = AttentionBackendEnum[_diffkv_name()].get_class()
+    backend = AttentionBackendEnum[_asked_backend() or TWO_SIZES].get_class()
     backend.set_head_size_v(width_v)
     return backend
 
@@ -187,17 +194,18 @@ def graft(model: Any, vllm_config: VllmConfig) -> tuple[tuple[int, int], ...]:
     """Replace the attention of every layer of a stock vLLM body that this rank holds; returns `cache_widths`."""
     config = vllm_config.model_config.hf_config
     spec = LatentSpec.from_dict(config.latent)
-    backend: Backend = choose_backend()
-    if backend == "DIFFKV" and spec.d_qk == spec.d_vo:
-        backend = "EQUAL"
+    backend = choose_backend(spec)
     widths = cache_widths(spec, backend)
+    two_sizes = _diffkv_backend(widths[0][1]) if backend == "DIFFKV" else None
     rotaries: dict[int, RotaryEmbedding] = {}  # by dims of queries and keys when they are rotated, zeros included
     for index in range(model.start_layer, model.end_layer):
         layer = model.layers[index]
         rotated = spec.head_dim if spec.qk_map == "after_rope" else widths[index][0]
         if rotated not in rotaries:
             rotaries[rotated] = _rotary(spec, rotated, config.max_position_embeddings)
-        layer.self_attn = LatentAttention(layer.self_attn, spec, index, widths[index], rotaries[rotated], vllm_config)
+        layer.self_attn = LatentAttention(
+            layer.self_attn, spec, index, widths[index], rotaries[rotated], vllm_config, two_sizes
+        )
     heads, size = config.num_key_value_heads, torch.get_default_dtype().itemsize
     whole, padding = cache_bytes_per_token(spec, backend, kv_heads=heads, element_size=size)
     logger.info_once("kvlatent: the cache takes %d bytes per token, %d of them padding (%s)", whole, padding, backend)
