@@ -93,7 +93,7 @@ def students(
         return convert(teacher, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, ids=ids)
 
     def planned(_d_qk: int, _d_vo: int, share: float) -> PreTrainedModel:
-        allocation = budgets.plan(teacher, statistics, share, ids[:1])
+        allocation = budgets.plan(teacher, statistics, share)
         return convert(teacher, d_qk=allocation.d_qk, d_vo=allocation.d_vo, ids=ids)
 
     def axes(d_qk: int, d_vo: int, index: int) -> tuple[Tensor, Tensor]:

@@ -100,50 +100,6 @@ def test_a_layer_whose_values_do_not_matter_pays_for_the_others(
     assert allocation.d_qk[1] + allocation.d_vo[1] == 28
 
 
-@torch.no_grad()
-def kl(teacher: PreTrainedModel, student: PreTrainedModel, ids: Tensor) -> float:
-    wanted, got = (model(ids).logits.double().log_softmax(-1) for model in (teacher, student))
-    return float((wanted.exp() * (wanted - got)).sum(-1).mean())
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_contributions_are_what_making_one_part_whole_gives_back(
-    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str
-) -> None:
-    teacher = tiny_teacher(name)
-    statistics, dims = calibrate(teacher, ids, about={}), torch.tensor([[8, 4], [6, 16]])
-    measured = budget.contributions(teacher, statistics, dims, ids[:2])
-
-    def loss(d: Tensor) -> float:
-        d_qk, d_vo = d.tolist()
-        return kl(teacher, convert(teacher, d_qk=d_qk, d_vo=d_vo, statistics=statistics), ids[:2])
-
-    for side, layer in itertools.product(range(2), range(2)):
-        restored = dims.clone()
-        restored[side, layer] = 16
-        expected = loss(dims) - loss(restored)
-        assert float(measured[side, layer]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
-
-
-def test_curves_are_moved_half_way_to_what_was_measured() -> None:
-    curves = torch.linspace(1, 0, 17).repeat(2, 3, 1).double()
-    dims = torch.tensor([[8, 4, 16], [12, 8, 8]])
-    measured = torch.tensor([[1.0, 1.5, 0.0], [0.5, 1e-9, 1e9]], dtype=torch.float64)
-    got = budget.corrected(curves, dims, measured)
-    ratios = torch.tensor([[2, 2, 2], [2, 0.25, 16]], dtype=torch.float64)
-    torch.testing.assert_close(got, curves * ratios.sqrt()[..., None])
-    whole = torch.full((2, 3), 16)
-    assert torch.equal(budget.corrected(curves, whole, torch.zeros(2, 3)), curves)
-
-
-@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
-def test_a_plan_that_was_tried_spends_the_same_budget(any_teacher: PreTrainedModel, ids: Tensor, share: float) -> None:
-    statistics = probed(any_teacher, ids)
-    tried = budget.plan(any_teacher, statistics, share, ids[:2])
-    assert sum(tried.d_qk) + sum(tried.d_vo) == budget.total_dims(any_teacher.config, share)
-    assert tried.expected_loss <= tried.uniform_loss + 1e-12
-
-
 @pytest.mark.parametrize("name", ["llama", "qwen3", "llama-yarn", "mistral-mha"])
 def test_probes_are_the_kl_of_models_with_one_narrow_part(
     tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str
@@ -157,7 +113,10 @@ def test_probes_are_the_kl_of_models_with_one_narrow_part(
         dims[side][layer] = (4, 8, 12)[share]
         measured, (d_qk, d_vo) = probes[side, layer, share], dims
         student = convert(teacher, d_qk=d_qk, d_vo=d_vo, statistics=statistics)
-        assert float(measured) == pytest.approx(kl(teacher, student, ids[:2]), rel=1e-3, abs=1e-6)
+        with torch.no_grad():
+            wanted, got = (model(ids[:2]).logits.double().log_softmax(-1) for model in (teacher, student))
+        kl = (wanted.exp() * (wanted - got)).sum(-1).mean()
+        assert float(measured) == pytest.approx(float(kl), rel=1e-3, abs=1e-6)
 
 
 def test_curves_pass_through_the_probes_and_end_at_zero(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvlatent import reduce
 from kvlatent.attention import LatentAttention
-from kvlatent.calibrate import LayerStatistics, Statistics, fit_batch, layer_arguments
+from kvlatent.calibrate import Statistics, fit_batch, layer_arguments
 from kvlatent.convert import fill, plan_reduction, reductions
 from kvlatent.errors import UserError
 from kvlatent.modeling import graft, head_dim_of
@@ -25,10 +24,6 @@ from kvlatent.offload import OffloadedLayers
 
 PROBE_SHARES = (0.25, 0.5, 0.75)
 """A probe keeps one of these shares of one layer's key dims, or of its value dims, and everything else."""
-TRIALS = 2
-"""Times that a plan is tried and made anew."""
-MOST_CORRECTION = 8.0
-"""A part's measured loss counts as at most this factor more or less above its curve than the median part's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,70 +90,36 @@ def _check_share(budget: float) -> None:
         raise UserError(f"budget is the share of the cache bytes that is kept, above 0 and at most 1; got {budget}")
 
 
-def plan(
-    teacher: PreTrainedModel,
-    statistics: Statistics,
-    budget: float,
-    ids: Int[Tensor, "blocks block_size"] | None = None,
-) -> Allocation:
+def plan(teacher: PreTrainedModel, statistics: Statistics, budget: float) -> Allocation:
     """Spend `budget` where the teacher's statistics expect it to save the most loss.
 
     Layers and keys against values differ; KV heads of one layer can't, since a cache tensor
-    (batch, kv_heads, seq, d) has one width. Errors of narrow layers don't add up, so with text the plan is tried, each
-    curve corrected by what its part costs among all the others, and the budget spent again, `TRIALS` times.
+    (batch, kv_heads, seq, d) has one width.
 
     Args:
         teacher: A stock model of a supported family.
         statistics: From `calibrate`, with losses from `probe`.
         budget: Share of the cache bytes kept.
-        ids: Token blocks to try the plan on, one or two; with None it is not tried.
 
     Raises:
         UserError: The budget can't be, or the statistics were never probed.
     """
     total, step = total_dims(teacher.config, budget), step_of(head_dim_of(teacher.config))
     curves = loss_curves(teacher, statistics)  # (2, layers, head_dim + 1)
-
-    def spend() -> Tensor:
-        units = allocate(curves.flatten(0, 1)[:, ::step], total // step, floor=1)
-        return step * torch.tensor(units).view(2, -1)
-
-    dims = spend()
-    if ids is not None:
-        for _ in range(TRIALS):
-            curves = corrected(curves, dims, contributions(teacher, statistics, dims, ids))
-            dims = spend()
-    losses = curves.gather(-1, dims[..., None])[..., 0]
-    each, between = divmod(total / dims.numel(), 1)
+    layers = curves.shape[1]
+    steps = curves.flatten(0, 1)[:, ::step]
+    spent = allocate(steps, total // step, floor=1)
+    dims = [step * n for n in spent]
+    losses = [float(curve[n]) for curve, n in zip(steps, spent, strict=True)]
+    each, between = divmod(total / (2 * layers), 1)
     alike = torch.lerp(curves[..., int(each)], curves[..., min(int(each) + 1, curves.shape[-1] - 1)], between)
     return Allocation(
-        d_qk=tuple(dims[0].tolist()),
-        d_vo=tuple(dims[1].tolist()),
-        qk_loss=tuple(losses[0].tolist()),
-        vo_loss=tuple(losses[1].tolist()),
+        d_qk=tuple(dims[:layers]),
+        d_vo=tuple(dims[layers:]),
+        qk_loss=tuple(losses[:layers]),
+        vo_loss=tuple(losses[layers:]),
         uniform_loss=float(alike.sum()),
     )
-
-
-def corrected(
-    curves: Float[Tensor, "2 layers dims"], dims: Int[Tensor, "2 layers"], measured: Float[Tensor, "2 layers"]
-) -> Float[Tensor, "2 layers dims"]:
-    """Curves moved towards the losses measured at some dims, half-way by ratio; those of whole parts like the median.
-
-    Moved all the way, plans swing back and forth.
-
-    Args:
-        curves: Expected loss by dims kept.
-        dims: Where it was measured.
-        measured: What the loss is there.
-    """
-    expected, narrow = curves.gather(-1, dims[..., None])[..., 0], dims < curves.shape[-1] - 1
-    if not narrow.any():
-        return curves
-    factors = measured.clamp_min(0) / expected.clamp_min(torch.finfo(torch.float64).tiny)
-    middle = factors[narrow].median()
-    factors = torch.where(narrow, factors, middle).clamp(middle / MOST_CORRECTION, middle * MOST_CORRECTION)
-    return curves * factors.sqrt()[..., None]
 
 
 def loss_curves(teacher: PreTrainedModel, statistics: Statistics) -> Float[Tensor, "2 layers dims"]:
@@ -206,78 +167,39 @@ def probe(
         ids: Token blocks; one or two are enough to rank layers.
         offloaded: From `offload.open_offloaded`, with its teacher.
     """
-    student, head_dim = graft(teacher), head_dim_of(teacher.config)
-    parts = [
-        (d_qk, d_vo) for narrow in _probe_dims(head_dim) for d_qk, d_vo in ((narrow, head_dim), (head_dim, narrow))
+    student = graft(teacher)
+    head_dim, layers = head_dim_of(teacher.config), student.model.layers
+    plans = [
+        plan_reduction(
+            teacher,
+            preset="best",
+            qk="project",
+            d_qk=(d_qk,) * len(layers),
+            d_vo=(d_vo,) * len(layers),
+            statistics=None,
+        )
+        for narrow in _probe_dims(head_dim)
+        for d_qk, d_vo in ((narrow, head_dim), (head_dim, narrow))
     ]
     state, probes = student.model.embed_tokens(ids.to(student.device)), list[Tensor]()
     for index, kwargs in enumerate(tqdm(layer_arguments(student, ids), unit="layer", desc="probe")):
-        layer, kwargs, stats = student.model.layers[index], fit_batch(kwargs, len(ids)), statistics.layers[index]
+        layer, kwargs, stats = layers[index], fit_batch(kwargs, len(ids)), statistics.layers[index]
         attention = layer.self_attn
         with nullcontext() if offloaded is None else offloaded.visiting(layer, index):
             probes = [layer(probe, **kwargs) for probe in probes]
             unchanged = layer(state, **kwargs)
-            for d_qk, d_vo in parts:
-                layer.self_attn = _narrowed(teacher, attention, stats, d_qk, d_vo)
+            for plan in plans:
+                reduced = LatentAttention(student.config, index, attention, plan.spec)
+                layer.self_attn = fill(reduced, attention, *reductions(plan, index, attention, stats))
                 probes.append(layer(state, **kwargs))
             layer.self_attn, state = attention, unchanged
-    return _losses(student, state, probes).view(len(statistics.layers), -1, 2).permute(2, 0, 1)
-
-
-@torch.no_grad()
-def contributions(
-    teacher: PreTrainedModel,
-    statistics: Statistics,
-    dims: Int[Tensor, "2 layers"],
-    ids: Int[Tensor, "blocks block_size"],
-) -> Float[Tensor, "2 layers"]:
-    """What each narrow part costs among all the others: the KL from the teacher, in nats per token, less what it is
-    with that layer's keys [0] or values [1] whole. It takes layers² forwards of one layer.
-
-    Args:
-        teacher: A stock model of a supported family.
-        statistics: What the reductions are derived from.
-        dims: d_qk [0] and d_vo [1] of every layer.
-        ids: Token blocks.
-    """
-    student, head_dim = graft(teacher), head_dim_of(teacher.config)
-    whole = state = student.model.embed_tokens(ids.to(student.device))
-    probes = list[Tensor]()
-    for index, kwargs in enumerate(tqdm(layer_arguments(student, ids), unit="layer", desc="try plan")):
-        layer, kwargs, stats = student.model.layers[index], fit_batch(kwargs, len(ids)), statistics.layers[index]
-        attention, (d_qk, d_vo) = layer.self_attn, dims[:, index].tolist()
-        whole, restored = layer(whole, **kwargs), list[Tensor]()
-        for part in ((head_dim, d_vo), (d_qk, head_dim)):
-            layer.self_attn = _narrowed(teacher, attention, stats, *part)
-            restored.append(layer(state, **kwargs))
-        layer.self_attn = _narrowed(teacher, attention, stats, d_qk, d_vo)
-        state, *probes = (layer(x, **kwargs) for x in (state, *probes))
-        probes += restored
-        layer.self_attn = attention
-    losses = _losses(student, whole, [state, *probes])
-    return (losses[0] - losses[1:]).view(-1, 2).T
-
-
-def _narrowed(
-    teacher: PreTrainedModel, whole: LatentAttention, stats: LayerStatistics, d_qk: int, d_vo: int
-) -> LatentAttention:
-    """A layer's attention of other dims, from its own statistics."""
-    layers, index = len(teacher.model.layers), whole.layer_idx
-    d = {"d_qk": (d_qk,) * layers, "d_vo": (d_vo,) * layers}
-    plan = plan_reduction(teacher, preset="best", qk="project", **d, statistics=None)
-    reduced = LatentAttention(teacher.config, index, whole, plan.spec)
-    return fill(reduced, whole, *reductions(plan, index, whole, stats))
-
-
-def _losses(student: PreTrainedModel, wanted: Tensor, states: Sequence[Tensor]) -> Float[Tensor, "states"]:
-    """KL in nats per token from the model whose final hidden states are `wanted`, for each of `states` in its place."""
 
     def log_probs(hidden: Tensor) -> Tensor:
         return student.lm_head(student.model.norm(hidden)).flatten(0, 1).float().log_softmax(-1)
 
-    target = log_probs(wanted)
-    losses = [F.kl_div(log_probs(x), target, reduction="batchmean", log_target=True).double().cpu() for x in states]
-    return torch.stack(losses)
+    wanted = log_probs(state)
+    losses = [F.kl_div(log_probs(x), wanted, reduction="batchmean", log_target=True).double().cpu() for x in probes]
+    return torch.stack(losses).view(len(layers), -1, 2).permute(2, 0, 1)
 
 
 def allocate(curves: Float[Tensor, "items options"], total: int, *, floor: int) -> list[int]:

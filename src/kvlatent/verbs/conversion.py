@@ -34,8 +34,6 @@ PLAN_TOKENS = 4096
 """A budget is planned on this much of the calibration text."""
 PROBE_TOKENS = 256
 """How much layers matter is measured on this much text."""
-TRIAL_TOKENS = 512
-"""A plan is tried on this much."""
 
 
 def calibrate_file(
@@ -109,13 +107,9 @@ def probed_statistics(
 ) -> Statistics:
     """Statistics of the teacher on token blocks, and how much each layer matters, measured on the first few."""
     statistics = calibrate(teacher, ids, batch_size=BATCH_SIZE, about=about, offloaded=offloaded)
-    statistics.probes = budgets.probe(teacher, statistics, first_of(ids, PROBE_TOKENS), offloaded=offloaded)
+    first = ids[: max(1, PROBE_TOKENS // ids.shape[1]), :PROBE_TOKENS]
+    statistics.probes = budgets.probe(teacher, statistics, first, offloaded=offloaded)
     return statistics
-
-
-def first_of(ids: Int[Tensor, "blocks block_size"], tokens: int) -> Int[Tensor, "blocks block_size"]:
-    """The first blocks, `tokens` tokens of them; of a longer block, its start."""
-    return ids[: max(1, tokens // ids.shape[1]), :tokens]
 
 
 def plan_model(
@@ -152,12 +146,12 @@ def plan_model(
     config, tokenizer = load_config(model), load_tokenizer(model)
     check_teacher(config)
     budgets.total_dims(config, budget)
-    ids, statistics = None, None if stats is None else _load_statistics(stats, config)
+    statistics = None if stats is None else _load_statistics(stats, config)
     teacher = load_model(model, device=device, dtype=dtype)[0]
     if statistics is None:
         blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=lambda: teacher)
-        ids, statistics = first_of(blocks.ids, TRIAL_TOKENS), probed_statistics(teacher, blocks.ids, about={})
-    allocation = budgets.plan(teacher, statistics, budget, ids)
+        statistics = probed_statistics(teacher, blocks.ids, about={})
+    allocation = budgets.plan(teacher, statistics, budget)
     kv_heads, size = config.num_key_value_heads, stored_dtype(config, "auto").itemsize
     budgets.draw(allocation, out, title=f"{model}: {budget:.4g} of the cache", head_dim=head_dim_of(config))
     return {
@@ -272,9 +266,9 @@ def planned_dims(
     """Dims layer by layer that spend a budget; without statistics they are taken on the first of the blocks."""
     if statistics is None:
         assert blocks is not None
-        statistics = probed_statistics(teacher, first_of(blocks.ids, PLAN_TOKENS), about={})
-    trial = None if blocks is None else first_of(blocks.ids, TRIAL_TOKENS)
-    allocation = budgets.plan(teacher, statistics, budget, trial)
+        ids = blocks.ids[: max(1, PLAN_TOKENS // blocks.ids.shape[1])]
+        statistics = probed_statistics(teacher, ids, about={})
+    allocation = budgets.plan(teacher, statistics, budget)
     return allocation.d_qk, allocation.d_vo
 
 
