@@ -57,8 +57,10 @@ class Kernel(Writer):
             xs = [self._at(fields["x"], b.mul(LONG(row), inputs), FLOAT) for row in rows]
             sums = [self._splat(FLOAT(0.0), WIDEST)] * (TILE * len(rows))
             with self._loop(LONG(0), inputs, WIDEST, sums=sums) as (k, totals, hand):
-                soon = b.add(fields["ahead"], b.sdiv(b.add(k, b.mul(inputs, LONG(block))), LONG(blocks)))
-                for weight in weights:  # each block asks for its share, so that memory never waits
+                # Each block asks for its share of the next tile, so that memory never waits; in long rows, just ahead.
+                share = b.sdiv(b.add(k, b.mul(inputs, LONG(block))), LONG(blocks))
+                soon = b.add(fields["ahead"], b.select(b.icmp_signed("<", fields["ahead"], inputs), k, share))
+                for weight in weights:
                     self._prefetch(b.gep(weight, [soon]), WIDEST, self.stored)
                 left = [self._read(b.gep(weight, [k]), [(0, WIDEST)], self.stored)[0] for weight in weights]
                 right = [self._read(b.gep(x, [k]), [(0, WIDEST)], FLOAT)[0] for x in xs]
