@@ -49,7 +49,9 @@ def test_few_rows_match_float64(dtype: torch.dtype, rows: int, bias: bool) -> No
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize(("outputs", "inputs"), [(8, 8), (9, 4104), (1000, 64), (4099, 24), (300, 3000)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(8, 8), (9, 4104), (1000, 64), (4099, 24), (300, 3000), (131, 396), (40, 5)]
+)
 def test_every_split_among_threads_gives_every_output(threads: int, outputs: int, inputs: int) -> None:
     x, weight = numbers(2, 1, inputs), numbers(outputs, inputs)
     before = torch.get_num_threads()
@@ -79,7 +81,6 @@ def test_what_does_not_fit_stays_with_torch() -> None:
         "rows": (numbers(MOST_ROWS + 1, 1, 128), weight),
         "small": (x, weight[:30]),
         "one output": (numbers(2, 1, 2**15), numbers(1, 2**15)),
-        "inputs": (numbers(2, 1, 132), numbers(131, 132)),
         "transposed": (x, numbers(128, 131).t()),
         "float64": (x.double(), weight.double()),
         "mixed": (x, weight.bfloat16()),

@@ -137,6 +137,14 @@ class Writer:
             vectors.append(raw if raw.type.element == FLOAT else self.b.fpext(raw, ir.VectorType(FLOAT, lanes)))
         return vectors
 
+    def _widened(self, vector: ir.Value) -> ir.Value:
+        """A vector of fewer lanes than the widest, with zeros behind them."""
+        lanes = vector.type.count
+        if lanes == WIDEST:
+            return vector
+        order = ir.Constant(ir.VectorType(WORD, WIDEST), [min(i, lanes) for i in range(WIDEST)])
+        return self.b.shuffle_vector(vector, self._splat(FLOAT(0.0), lanes), order)
+
     def _lines(self, width: int, stored: ir.Type) -> range:
         """Where the cache lines of a row begin, in bytes."""
         return range(0, width * (4 if stored == FLOAT else 2), LINE)

@@ -13,7 +13,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from kvlatent.cpu_code import BIT, BYTE, FAST, FLOAT, LONG, STORED, WIDEST, WORD, Writer, compiled, pieces_of
+from kvlatent.cpu_code import BIT, BYTE, FAST, FLOAT, LONG, STORED, WORD, Writer, compiled, pieces_of
 
 BLOCKS = 64, 32, 16
 """Keys whose logits are held at a time: the largest number that fits."""
@@ -164,14 +164,6 @@ class Kernel(Writer):
             for g in range(self.group_size):
                 b.store(FLOAT(-math.inf), b.gep(self.weights, [b.add(j, LONG(g * self.block))]))
 
-    def _widened(self, vector: ir.Value) -> ir.Value:
-        """A vector of fewer lanes than the widest, with zeros behind them."""
-        lanes = vector.type.count
-        if lanes == WIDEST:
-            return vector
-        order = ir.Constant(ir.VectorType(WORD, WIDEST), [min(i, lanes) for i in range(WIDEST)])
-        return self.b.shuffle_vector(vector, self._splat(FLOAT(0.0), lanes), order)
-
     def _sums(self, vectors: list[ir.Value]) -> ir.Value:
         """Sum over the lanes of each of four vectors of eight, as one vector of four: neighbours are added twice."""
         b = self.b
@@ -236,7 +228,7 @@ class Kernel(Writer):
         processor reads ahead by itself.
         """
         b = self.b
-        at_once = 1 << max(0, (REGISTERS // self.group_size).bit_length() - 1)
+        at_once = max(1, REGISTERS // self.group_size)
         for i in range(0, len(self.v_pieces), at_once):
             pieces = self.v_pieces[i : i + at_once]
             sums = [vector for output in outputs for vector in self._read(output, pieces, FLOAT)]

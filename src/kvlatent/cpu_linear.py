@@ -50,7 +50,6 @@ def fits(x: Tensor, weight: Tensor) -> bool:
         x.device.type == "cpu"
         and x.numel() <= MOST_ROWS * inputs
         and weight.nbytes >= LEAST_BYTES
-        and inputs % 8 == 0  # whole vectors
         and outputs >= 8  # more than a tile
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and weight.dtype in STORED
@@ -68,12 +67,13 @@ def few_rows(
     x: Float[Tensor, "*rows inputs"], weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, "outputs"] | None
 ) -> Float[Tensor, "*rows outputs"]:
     """`x @ weight.T + bias`; sums are float32 whatever the dtype."""
+    from kvlatent.cpu_code import WIDEST
     from kvlatent.cpu_linear_kernel import TILE, Kernel, build
 
     outputs, inputs = weight.shape
     wide = x.float().contiguous()
     out = torch.empty(*x.shape[:-1], outputs)
-    run = build(wide.numel() // inputs, STORED[weight.dtype])
+    run = build(wide.numel() // inputs, inputs % WIDEST, STORED[weight.dtype])
     threads = torch.get_num_threads()
     row_bytes = inputs * weight.element_size()
     part = min(PART_BYTES // row_bytes, outputs // (PARTS_PER_THREAD * threads)) // TILE * TILE or TILE

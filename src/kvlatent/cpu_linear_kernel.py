@@ -12,7 +12,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from kvlatent.cpu_code import FLOAT, LONG, STORED, WIDEST, Writer, compiled
+from kvlatent.cpu_code import FLOAT, LONG, STORED, WIDEST, Writer, compiled, pieces_of
 
 TILE = 3
 """Rows of weights in a tile."""
@@ -21,9 +21,9 @@ TILE_ROWS = 4
 
 
 @cache
-def build(rows: int, stored: str) -> Callable[[Any, int], None]:
-    """Return the kernel for `rows` rows of inputs and weights of a dtype."""
-    return compiled(Kernel(rows, STORED[stored]).module)
+def build(rows: int, rest: int, stored: str) -> Callable[[Any, int], None]:
+    """Return the kernel for `rows` rows of inputs, `rest` of each beyond whole vectors, and weights of a dtype."""
+    return compiled(Kernel(rows, rest, STORED[stored]).module)
 
 
 class Kernel(Writer):
@@ -32,9 +32,9 @@ class Kernel(Writer):
     fields = ("x", "weight", "out", "outputs", "inputs", "part", "ahead", "items", "next")
     """Addresses, sizes, and how many elements ahead weights are asked for."""
 
-    def __init__(self, rows: int, stored: ir.Type) -> None:
+    def __init__(self, rows: int, rest: int, stored: ir.Type) -> None:
         super().__init__()
-        self.rows, self.stored = rows, stored
+        self.rows, self.rest, self.stored = rows, rest, stored
         self.write_worker(self._part)
         self.write_run()
 
@@ -56,16 +56,25 @@ class Kernel(Writer):
             rows = range(self.rows * block // blocks, self.rows * (block + 1) // blocks)
             xs = [self._at(fields["x"], b.mul(LONG(row), inputs), FLOAT) for row in rows]
             sums = [self._splat(FLOAT(0.0), WIDEST)] * (TILE * len(rows))
-            with self._loop(LONG(0), inputs, WIDEST, sums=sums) as (k, totals, hand):
+            whole = b.sub(inputs, LONG(self.rest))
+            with self._loop(LONG(0), whole, WIDEST, sums=sums) as (k, totals, hand):
                 # Each block asks for its share of the next tile, so that memory never waits; in long rows, just ahead.
                 share = b.sdiv(b.add(k, b.mul(inputs, LONG(block))), LONG(blocks))
                 soon = b.add(fields["ahead"], b.select(b.icmp_signed("<", fields["ahead"], inputs), k, share))
                 for weight in weights:
                     self._prefetch(b.gep(weight, [soon]), WIDEST, self.stored)
-                left = [self._read(b.gep(weight, [k]), [(0, WIDEST)], self.stored)[0] for weight in weights]
-                right = [self._read(b.gep(x, [k]), [(0, WIDEST)], FLOAT)[0] for x in xs]
-                pairs = [(x, w) for x in right for w in left]
-                hand([self._multiply_add(x, w, total) for (x, w), total in zip(pairs, totals, strict=True)])
+                hand(self._products(k, (0, WIDEST), weights, xs, totals))
+            for piece in pieces_of(self.rest):
+                totals = self._products(whole, piece, weights, xs, totals)
             for i, total in enumerate(totals):
                 index = b.add(b.mul(LONG(rows[i // TILE]), fields["outputs"]), b.add(n, LONG(i % TILE)))
                 b.store(self._sum(total), self._at(fields["out"], index, FLOAT))
+
+    def _products(
+        self, k: ir.Value, piece: tuple[int, int], weights: list[ir.Value], xs: list[ir.Value], totals: list[ir.Value]
+    ) -> list[ir.Value]:
+        """Add to a tile's sums what one vector of every row, from its number k on, gives."""
+        left = [self._widened(self._read(self.b.gep(weight, [k]), [piece], self.stored)[0]) for weight in weights]
+        right = [self._widened(self._read(self.b.gep(x, [k]), [piece], FLOAT)[0]) for x in xs]
+        pairs = [(x, w) for x in right for w in left]
+        return [self._multiply_add(x, w, total) for (x, w), total in zip(pairs, totals, strict=True)]
