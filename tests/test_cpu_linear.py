@@ -1,5 +1,6 @@
 """Linear layers of a decode step on a CPU against float64, where they are used, and what stays `nn.Linear`'s."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvlatent import cpu_decode, cpu_linear
-from kvlatent.cpu_linear import MOST_ROWS, DecodeLinear, few_rows, fits, lean
+from kvlatent.cpu_linear import MOST_ROWS, DecodeLinear, few_rows, fits, lean, together
 from kvlatent.modeling import graft
 
 pytestmark = pytest.mark.skipif(not cpu_decode.available(), reason="no llvmlite, or another OpenMP than GNU's")
@@ -21,15 +22,22 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
+def linear(weight: Tensor, bias: Tensor | None = None) -> DecodeLinear:
+    """A layer with the given parameters, frozen."""
+    layer = DecodeLinear(weight.shape[1], len(weight), bias=bias is not None, dtype=weight.dtype).requires_grad_(False)
+    layer.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
+    return layer
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes that the kernel got; it takes small weights too."""
+    """Shapes of the inputs of every layer that the kernel got; it takes small weights too."""
     seen: list[tuple[int, ...]] = []
     kernel = few_rows
 
-    def spy(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        seen.append(tuple(x.shape))
-        return kernel(x, weight, bias)
+    def spy(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
+        seen.extend(tuple(x.shape) for _ in layers)
+        return kernel(x, *layers)
 
     monkeypatch.setattr(cpu_linear, "few_rows", spy)
     monkeypatch.setattr(cpu_linear, "LEAST_BYTES", 0)
@@ -41,7 +49,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("bias", [False, True])
 def test_few_rows_match_float64(dtype: torch.dtype, rows: int, bias: bool) -> None:
     x, weight, b = numbers(rows, 1, 128, dtype=dtype), numbers(*WIDE, dtype=dtype), numbers(131, dtype=dtype)
-    got = few_rows(x, weight, b if bias else None)
+    (got,) = few_rows(x, linear(weight, b if bias else None))
     assert got.dtype == dtype
     wanted = F.linear(x.double(), weight.double(), b.double() if bias else None)
     eps = torch.finfo(dtype).eps
@@ -57,15 +65,18 @@ def test_every_split_among_threads_gives_every_output(threads: int, outputs: int
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        got = few_rows(x, weight, None)
+        got, *others = few_rows(x, linear(weight), linear(weight[:9]), linear(weight.flip(0)))
     finally:
         torch.set_num_threads(before)
-    torch.testing.assert_close(got.double(), F.linear(x.double(), weight.double()), rtol=1e-5, atol=1e-4)
+    wanted = F.linear(x.double(), weight.double())
+    for out, part in zip([got, *others], [wanted, wanted[..., :9], wanted.flip(-1)], strict=True):
+        torch.testing.assert_close(out.double(), part, rtol=1e-5, atol=1e-4)
 
 
 def test_inputs_that_are_not_contiguous_are_read_right() -> None:
     x = numbers(4, 3, 128)[:, 1:2]
-    torch.testing.assert_close(few_rows(x, numbers(*WIDE), None), F.linear(x, numbers(*WIDE)), rtol=1e-4, atol=1e-4)
+    weight = numbers(*WIDE)
+    torch.testing.assert_close(few_rows(x, linear(weight))[0], F.linear(x, weight), rtol=1e-4, atol=1e-4)
 
 
 def test_what_does_not_fit_stays_with_torch() -> None:
@@ -109,6 +120,23 @@ def test_a_lean_model_keeps_parameters_gradients_and_prefill() -> None:
     assert torch.equal(plain(numbers(2, 5, 128)), long)
     with torch.no_grad():
         torch.testing.assert_close(plain(x), plain(x.expand(2, 2, 128))[:, :1], rtol=1e-4, atol=1e-5)
+
+
+def test_layers_of_one_input_are_one_call_unless_something_wants_to_see_each() -> None:
+    x, layers = numbers(3, 1, 128), [linear(numbers(*WIDE)), linear(numbers(40, 128), numbers(40))]
+    wanted = [F.linear(x, layer.weight, layer.bias) for layer in layers]
+    seen: list[Tensor] = []
+    torch.testing.assert_close(together(x, *layers), wanted, rtol=1e-4, atol=1e-4)
+    for change in (
+        lambda layer: layer.register_forward_hook(lambda module, args, out: seen.append(out)),
+        lambda layer: layer.register_forward_pre_hook(lambda module, args: seen.append(args[0])),
+        lambda layer: setattr(layer, "forward", lambda x: seen.append(x) or DecodeLinear.forward(layer, x)),
+    ):
+        first = copy.deepcopy(layers[0])
+        change(first)
+        seen.clear()
+        torch.testing.assert_close(together(x, first, layers[1]), wanted, rtol=1e-4, atol=1e-4)
+        assert len(seen) == 1
 
 
 def test_subclasses_of_linear_are_left_alone() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
 from kvlatent import cpu_decode, cpu_rotary, cuda_decode
-from kvlatent.cpu_linear import DecodeLinear
+from kvlatent.cpu_linear import DecodeLinear, together
 from kvlatent.rope import rotate
 from kvlatent.spec import LatentSpec
 
@@ -77,9 +77,10 @@ class LatentAttention(nn.Module):
             cos: Cosines of `LatentRotaryEmbedding`, (batch, seq, pairs).
             sin: Sines, likewise.
         """
-        q = self._unrotated(self.q_proj, self.q_norm, self.q_map, hidden_states, self.q_heads)
-        k = self._unrotated(self.k_proj, self.k_norm, self.k_map, hidden_states, self.kv_heads)
-        v = self.v_proj(hidden_states).unflatten(-1, (self.kv_heads, self.d_vo)).transpose(1, 2)
+        q, k, v = together(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        q = self._unrotated(q, self.q_norm, self.q_map, self.q_heads)
+        k = self._unrotated(k, self.k_norm, self.k_map, self.kv_heads)
+        v = v.unflatten(-1, (self.kv_heads, self.d_vo)).transpose(1, 2)
         reductions = (self.q_map, self.k_map) if self.qk_map == "after_rope" else (None, None)
         if all(map(cpu_rotary.fits, (q, k), reductions)):
             q, k = (
@@ -100,11 +101,9 @@ class LatentAttention(nn.Module):
             q, k = _reduced(q, self.q_map), _reduced(k, self.k_map)
         return q, k, v
 
-    def _unrotated(
-        self, proj: nn.Linear, norm: nn.Module | None, reduction: Tensor | None, x: Tensor, heads: int
-    ) -> Tensor:
+    def _unrotated(self, x: Tensor, norm: nn.Module | None, reduction: Tensor | None, heads: int) -> Tensor:
         """Queries or keys before RoPE, (batch, heads, seq, dim)."""
-        x = proj(x).unflatten(-1, (heads, -1))
+        x = x.unflatten(-1, (heads, -1))
         if norm is not None:
             x = norm(x)
         x = x.transpose(1, 2)

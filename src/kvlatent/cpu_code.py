@@ -9,7 +9,7 @@ import ctypes
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 from llvmlite import binding, ir
 
@@ -61,7 +61,7 @@ class Writer:
     counter of those taken.
     """
 
-    fields: ClassVar[tuple[str, ...]]
+    fields: tuple[str, ...]
 
     def __init__(self) -> None:
         self.module = ir.Module("kvlatent")

@@ -8,6 +8,7 @@ are read in place and once, so nothing is packed, stored twice or changed about 
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -32,15 +33,48 @@ class DecodeLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Multiply; one position per sequence on a CPU takes the short way."""
         if input.shape[-2:-1] == (1,) and fits(input, self.weight):
-            return few_rows(input, self.weight, self.bias)
+            return few_rows(input, self)[0]
         return F.linear(input, self.weight, self.bias)
 
 
+def together(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
+    """What layers of the same input give, in one call where all of them take the short way and nothing hooks them."""
+    if x.shape[-2:-1] == (1,) and all(_plain(layer) and fits(x, layer.weight) for layer in layers):
+        return few_rows(x, *layers)
+    return [layer(x) for layer in layers]
+
+
+def _plain(layer: nn.Module) -> bool:
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return type(layer) is DecodeLinear and not hooked
+
+
+class DecodeFFN(nn.Module):
+    """Mixed into a gated FFN, whose `gate_proj` and `up_proj` read the same rows."""
+
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+    act_fn: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The stock module's forward."""
+        gate, up = together(x, self.gate_proj, self.up_proj)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
 def lean(model: nn.Module) -> None:
-    """Let every plain `nn.Linear` of a model be a `DecodeLinear`."""
+    """Let every plain `nn.Linear` of a model be a `DecodeLinear`, and every gated FFN a `DecodeFFN`."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = DecodeLinear
+        elif hasattr(module, "gate_proj") and not isinstance(module, DecodeFFN):
+            module.__class__ = _gated(type(module))  # type: ignore[arg-type]
+
+
+@cache
+def _gated(stock: type[nn.Module]) -> type[nn.Module]:
+    return type(stock.__name__, (DecodeFFN, stock), {"__module__": stock.__module__})
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
@@ -63,25 +97,27 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def few_rows(
-    x: Float[Tensor, "*rows inputs"], weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, "outputs"] | None
-) -> Float[Tensor, "*rows outputs"]:
-    """`x @ weight.T + bias`; sums are float32 whatever the dtype."""
+def few_rows(x: Float[Tensor, "*rows inputs"], *layers: nn.Linear) -> list[Float[Tensor, "*rows outputs"]]:
+    """`x @ weight.T + bias` of layers with weights of one dtype; sums are float32 whatever the dtype."""
     from kvlatent.cpu_code import WIDEST
-    from kvlatent.cpu_linear_kernel import TILE, Kernel, build
+    from kvlatent.cpu_linear_kernel import TILE, build
 
-    outputs, inputs = weight.shape
+    inputs, dtype = x.shape[-1], layers[0].weight.dtype
     wide = x.float().contiguous()
-    out = torch.empty(*x.shape[:-1], outputs)
-    run = build(wide.numel() // inputs, inputs % WIDEST, STORED[weight.dtype])
     threads = torch.get_num_threads()
-    row_bytes = inputs * weight.element_size()
-    part = min(PART_BYTES // row_bytes, outputs // (PARTS_PER_THREAD * threads)) // TILE * TILE or TILE
+    row_bytes = inputs * dtype.itemsize
+    outputs = [len(layer.weight) for layer in layers]
+    part = min(PART_BYTES // row_bytes, sum(outputs) // (PARTS_PER_THREAD * threads)) // TILE * TILE or TILE
     ahead = TILE * inputs if TILE * row_bytes <= AHEAD_BYTES else 256
-    call = (ctypes.c_int64 * len(Kernel.fields))(
-        wide.data_ptr(), weight.data_ptr(), out.data_ptr(), outputs, inputs, part, ahead, -(-outputs // part), 0
-    )
-    run(call, threads)
-    if bias is not None:
-        out += bias
-    return out.to(x.dtype)
+    made, fields, parts = list[Tensor](), [wide.data_ptr(), inputs, ahead, part], 0
+    for layer, size in zip(layers, outputs, strict=True):
+        made.append(torch.empty(*x.shape[:-1], size))
+        fields += [layer.weight.data_ptr(), made[-1].data_ptr(), size, parts]
+        parts += -(-size // part)
+    fields += [parts, 0]
+    run = build(wide.numel() // inputs, inputs % WIDEST, len(layers), STORED[dtype])
+    run((ctypes.c_int64 * len(fields))(*fields), threads)
+    for out, layer in zip(made, layers, strict=True):
+        if layer.bias is not None:
+            out += layer.bias
+    return [out.to(x.dtype) for out in made]

@@ -1,4 +1,4 @@
-"""A linear layer of a few rows as LLVM code: the weights are read once, in place, at the speed of memory.
+"""Linear layers of the same few rows as LLVM code: the weights are read once, in place, at the speed of memory.
 
 A tile is a few rows of weights times a few rows of inputs, its sums in registers. Meanwhile the next tile's weights are
 asked for, since a row of a small model is over before the processor has noticed that it is read in order.
@@ -16,32 +16,37 @@ from kvlatent.cpu_code import FLOAT, LONG, STORED, WIDEST, Writer, compiled, pie
 
 TILE = 3
 """Rows of weights in a tile."""
+OF_LAYER = ("weight", "out", "outputs", "first")
+"""Fields of each layer: addresses, size, and the first part of all that is one of its."""
 TILE_ROWS = 4
 """Rows of inputs in a tile, at most; with them, twelve of AVX2's sixteen registers hold sums."""
 
 
 @cache
-def build(rows: int, rest: int, stored: str) -> Callable[[Any, int], None]:
+def build(rows: int, rest: int, layers: int, stored: str) -> Callable[[Any, int], None]:
     """Return the kernel for `rows` rows of inputs, `rest` of each beyond whole vectors, and weights of a dtype."""
-    return compiled(Kernel(rows, rest, STORED[stored]).module)
+    return compiled(Kernel(rows, rest, layers, STORED[stored]).module)
 
 
 class Kernel(Writer):
-    """Writes one module: threads take parts of the rows of weights."""
+    """Writes one module: threads take parts of the rows of weights, one layer's after the other's."""
 
-    fields = ("x", "weight", "out", "outputs", "inputs", "part", "ahead", "items", "next")
-    """Addresses, sizes, and how many elements ahead weights are asked for."""
-
-    def __init__(self, rows: int, rest: int, stored: ir.Type) -> None:
+    def __init__(self, rows: int, rest: int, layers: int, stored: ir.Type) -> None:
+        self.fields = ("x", "inputs", "ahead", "part", *(f"{name}{i}" for i in range(layers) for name in OF_LAYER))
+        self.fields += ("items", "next")
         super().__init__()
-        self.rows, self.rest, self.stored = rows, rest, stored
+        self.rows, self.rest, self.layers, self.stored = rows, rest, layers, stored
         self.write_worker(self._part)
         self.write_run()
 
     def _part(self, item: ir.Value, fields: dict[str, ir.Value]) -> None:
-        """One part of the outputs; the last tile reaches back where outputs aren't a multiple of it."""
+        """One part of a layer's outputs; the last tile reaches back where outputs aren't a multiple of it."""
         b = self.b
-        start = b.mul(item, fields["part"])
+        for i in range(self.layers):  # the last layer that begins at this part or before it
+            begun = b.icmp_signed(">=", item, fields[f"first{i}"])
+            of_layer = {name: fields[f"{name}{i}"] for name in OF_LAYER}
+            fields |= {name: b.select(begun, new, fields[name]) if i else new for name, new in of_layer.items()}
+        start = b.mul(b.sub(item, fields["first"]), fields["part"])
         end = self._least(b.add(start, fields["part"]), fields["outputs"])
         last = b.sub(fields["outputs"], LONG(TILE))
         with self._loop(start, end, TILE) as (n, _, _):

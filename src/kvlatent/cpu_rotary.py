@@ -49,7 +49,7 @@ def rotate_one(
     batch, heads, _, width = x.shape
     pairs = cos.shape[-1]
     numbers = x.float().contiguous()
-    cos, sin = (part.float().expand(batch, 1, pairs).contiguous() for part in (cos, sin))
+    cos, sin = (part.float().contiguous() for part in (cos, sin))
     maps = None if reduction is None else reduction.float().contiguous()
     d_qk = width if maps is None else maps.shape[-1]
     out = torch.empty(batch, heads, 1, d_qk)
@@ -59,7 +59,7 @@ def rotate_one(
         frequencies, group = freq_index.data_ptr(), heads // len(freq_index)
     call = (ctypes.c_int64 * len(Kernel.fields))(
         numbers.data_ptr(), cos.data_ptr(), sin.data_ptr(), frequencies, 0 if maps is None else maps.data_ptr(),
-        out.data_ptr(), batch, group, pairs, heads, 0,
+        out.data_ptr(), batch, group, pairs if len(cos) > 1 else 0, heads, 0,
     )  # fmt: skip
     work = 0 if maps is None else batch * maps.numel()
     run = build(width, None if maps is None else d_qk, freq_index is not None)

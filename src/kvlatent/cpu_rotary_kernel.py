@@ -23,8 +23,8 @@ def build(width: int, reduced: int | None, own_frequencies: bool) -> Callable[[A
 class Kernel(Writer):
     """Writes one module: threads take heads, each of them in all sequences, so that a head's map is read once."""
 
-    fields = ("x", "cos", "sin", "frequencies", "map", "out", "batch", "group", "pairs", "items", "next")
-    """Addresses, and sizes: sequences, heads that share frequencies, and pairs of the whole ladder."""
+    fields = ("x", "cos", "sin", "frequencies", "map", "out", "batch", "group", "angles", "items", "next")
+    """Addresses, and sizes: sequences, heads that share frequencies, and angles from one sequence to the next."""
 
     def __init__(self, width: int, reduced: int | None, own_frequencies: bool) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Kernel(Writer):
     ) -> None:
         """Rotate the pairs (j, j + width / 2) of a row."""
         b, half = self.b, LONG(self.width // 2)
-        start = b.mul(sequence, fields["pairs"])
+        start = b.mul(sequence, fields["angles"])
         of_head = b.mul(b.sdiv(head, fields["group"]), half)
         with self._loop(LONG(0), half) as (j, _, _):
             entry = b.load(self._at(fields["frequencies"], b.add(of_head, j), LONG)) if self.own_frequencies else j
