@@ -21,7 +21,7 @@ STORED = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 """Dtypes a cache may have here, by their names in the kernel."""
 LEAST_PART = 256
 """Keys below which a context isn't split any further."""
-PARTS_PER_THREAD = 4
+PARTS_PER_THREAD = 8
 """Parts of the work per thread, so that a late thread leaves little to wait for."""
 SINGLE_THREAD_BYTES = 64 * 1024
 """Caches below which waking other threads costs more than they give."""
