@@ -43,8 +43,8 @@ ALLOWED: dict[Preset, tuple[QK, ...]] = {
 SHARED_LIST = ALLOWED["portable"]
 DISTANCES = torch.logspace(0, 9, 64, base=2)
 """Tokens between query and key that rotations are judged at: 1 to 512, as many near as far."""
-RIDGE = 1.0
-"""Pull of refitted weights towards the old ones, in units of the mean input energy."""
+RIDGES = (1.0, 0.3, 0.1, 0.03)
+"""Pulls of refitted weights towards the old ones, in units of the mean input energy, that each matrix chooses from."""
 LOGIT_RIDGE = 0.03
 """Pull of refitted query and key maps towards where they started, in units of mean query × mean key energy."""
 LOGIT_QUERIES = 1536
@@ -63,7 +63,7 @@ def convert(
     statistics: Statistics | None = None,
     ids: Int[Tensor, "blocks block_size"] | None = None,
     batch_size: int = 4,
-    ridge: float | Sequence[float] = RIDGE,
+    ridges: Sequence[float] = RIDGES,
 ) -> PreTrainedModel:
     """Return a student with d_qk and d_vo dims per head; weights that conversion doesn't touch are the teacher's.
 
@@ -80,8 +80,8 @@ def convert(
         statistics: From `calibrate`.
         ids: Calibration text as token blocks.
         batch_size: Blocks per forward.
-        ridge: Pull of refitted weights towards the old ones, in units of the mean input energy. Of several, each matrix
-            takes the one that serves best on a quarter of the text, held out meanwhile.
+        ridges: Pulls of refitted weights towards the old ones, in units of the mean input energy. Each matrix takes the
+            one that serves best on a quarter of the text, held out meanwhile; below four batches, the first.
 
     Raises:
         UserError: Dims the preset or the model doesn't allow, or neither statistics nor text where needed.
@@ -89,8 +89,6 @@ def convert(
     d_qk, d_vo = check_request(teacher.config, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo)
     if preset != "paper" and statistics is None and ids is None:
         raise UserError(f"preset {preset} is calibrated: give text (--text) or statistics (--stats)")
-    if not isinstance(ridge, int | float) and ids is not None and len(ids) < 4 * batch_size:
-        raise UserError(f"choosing among ridges holds out every fourth batch: give at least {4 * batch_size} blocks")
     qk = qk or QK_OF[preset]
     if qk in ("fold", "pairs-model") and statistics is None:  # their list is chosen for the whole model
         assert ids is not None
@@ -104,7 +102,7 @@ def convert(
             stats = None if statistics is None else statistics.layers[index]
             fill(layer.self_attn, whole[index], *reductions(plan, index, whole[index], stats))
         return student
-    return _convert_in_order(student, teacher, plan, ids, batch_size, ridge)
+    return _convert_in_order(student, teacher, plan, ids, batch_size, ridges)
 
 
 def check_request(
@@ -305,20 +303,17 @@ def turning(position_embeddings: tuple[Tensor, Tensor], freq_index: Tensor | Non
 
 
 class _Ridges:
-    """The ridge of one matrix; where its strength is to be chosen, every fourth batch waits in a second one."""
+    """The ridge of one matrix; every fourth batch waits in a second one until it has chosen the strength."""
 
-    def __init__(self, linear: nn.Linear, strengths: float | Sequence[float]) -> None:
-        self.strengths = (strengths,) if isinstance(strengths, int | float) else tuple(strengths)
-        self.train, self.held_out = Ridge(linear), Ridge(linear) if len(self.strengths) > 1 else None
+    def __init__(self, linear: nn.Linear, strengths: Sequence[float]) -> None:
+        self.strengths, self.train, self.held_out = strengths, Ridge(linear), Ridge(linear)
 
     def __getitem__(self, batch: int) -> Ridge:
-        return self.train if self.held_out is None or batch % 4 != 3 else self.held_out
+        return self.held_out if batch % 4 == 3 else self.train
 
     def solve(self) -> None:
-        strength = self.strengths[0]
-        if self.held_out is not None:
-            strength = self.train.choose(self.held_out, self.strengths)
-            self.train.merge(self.held_out)
+        strength = self.train.choose(self.held_out, self.strengths)
+        self.train.merge(self.held_out)
         self.train.solve(strength=strength)
 
 
@@ -329,7 +324,7 @@ def _convert_in_order(
     plan: Plan,
     ids: Tensor,
     batch_size: int,
-    strengths: float | Sequence[float],
+    strengths: Sequence[float],
 ) -> PreTrainedModel:
     """Reduce and refit layer after layer; `student` comes in unreduced and is changed in place.
 

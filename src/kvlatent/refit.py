@@ -75,7 +75,7 @@ class Ridge:
         self.linear.weight.copy_(self.solution(strength).T)
 
     def choose(self, held_out: Ridge, strengths: Sequence[float]) -> float:
-        """Of `strengths`, the one whose solution errs least on `held_out`, which holds other batches."""
+        """Of `strengths`, the one whose solution errs least on other batches, in `held_out`; the first without any."""
         return min(strengths, key=lambda strength: held_out.error(self.solution(strength)))
 
     def merge(self, other: Ridge) -> None:
