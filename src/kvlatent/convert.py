@@ -43,7 +43,7 @@ ALLOWED: dict[Preset, tuple[QK, ...]] = {
 SHARED_LIST = ALLOWED["portable"]
 DISTANCES = torch.logspace(0, 9, 64, base=2)
 """Tokens between query and key that rotations are judged at: 1 to 512, as many near as far."""
-RIDGES = (1.0, 0.3, 0.1, 0.03)
+RIDGES = (1.0, 0.3, 0.1)
 """Pulls of refitted weights towards the old ones, in units of the mean input energy, that each matrix chooses from."""
 LOGIT_RIDGE = 0.03
 """Pull of refitted query and key maps towards where they started, in units of mean query × mean key energy."""
