@@ -24,7 +24,7 @@ TILE_ROWS = 4
 
 @cache
 def build(rows: int, rest: int, layers: int, stored: str) -> Callable[[Any, int], None]:
-    """Return the kernel for `rows` rows of inputs, `rest` of each beyond whole vectors, and weights of a dtype."""
+    """Return the kernel for `rows` rows of inputs, `rest` of each beyond whole vectors, and so many layers of a dtype."""
     return compiled(Kernel(rows, rest, layers, STORED[stored]).module)
 
 
@@ -32,6 +32,7 @@ class Kernel(Writer):
     """Writes one module: threads take parts of the rows of weights, one layer's after the other's."""
 
     def __init__(self, rows: int, rest: int, layers: int, stored: ir.Type) -> None:
+        # Address and size of the inputs, how many elements ahead weights are asked for, outputs in a part.
         self.fields = ("x", "inputs", "ahead", "part", *(f"{name}{i}" for i in range(layers) for name in OF_LAYER))
         self.fields += ("items", "next")
         super().__init__()
