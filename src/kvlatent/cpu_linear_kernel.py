@@ -24,7 +24,7 @@ TILE_ROWS = 4
 
 @cache
 def build(rows: int, rest: int, layers: int, stored: str) -> Callable[[Any, int], None]:
-    """Return the kernel for `rows` rows of inputs, `rest` of each beyond whole vectors, and so many layers of a dtype."""
+    """Return the kernel for `rows` rows of inputs, `rest` of each beyond whole vectors, and layers of a dtype."""
     return compiled(Kernel(rows, rest, layers, STORED[stored]).module)
 
 
