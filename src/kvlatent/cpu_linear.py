@@ -37,24 +37,25 @@ class DecodeLinear(nn.Linear):
         return F.linear(input, self.weight, self.bias)
 
 
-def together(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
+def together(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """What layers of the same input give, in one call where all of them take the short way and nothing hooks them."""
-    if x.shape[-2:-1] == (1,) and all(_plain(layer) and fits(x, layer.weight) for layer in layers):
-        return few_rows(x, *layers)
+    if x.shape[-2:-1] == (1,):
+        plain = [layer for layer in layers if type(layer) is DecodeLinear and not _hooked(layer)]
+        if len(plain) == len(layers) and all(fits(x, layer.weight) for layer in plain):
+            return few_rows(x, *plain)
     return [layer(x) for layer in layers]
 
 
-def _plain(layer: nn.Module) -> bool:
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
-    return type(layer) is DecodeLinear and not hooked
+def _hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
 
 class DecodeFFN(nn.Module):
     """Mixed into a gated FFN, whose `gate_proj` and `up_proj` read the same rows."""
 
-    gate_proj: nn.Linear
-    up_proj: nn.Linear
-    down_proj: nn.Linear
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
     act_fn: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
