@@ -46,7 +46,7 @@ class Kernel(Writer):
         for i in range(self.layers):  # the last layer that begins at this part or before it
             begun = b.icmp_signed(">=", item, fields[f"first{i}"])
             of_layer = {name: fields[f"{name}{i}"] for name in OF_LAYER}
-            fields |= {name: b.select(begun, new, fields[name]) if i else new for name, new in of_layer.items()}
+            fields = fields | {name: b.select(begun, new, fields[name]) if i else new for name, new in of_layer.items()}
         start = b.mul(b.sub(item, fields["first"]), fields["part"])
         end = self._least(b.add(start, fields["part"]), fields["outputs"])
         last = b.sub(fields["outputs"], LONG(TILE))
