@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlatent import budget as budgets
-from kvlatent.calibrate import Statistics, fit_batch, layer_arguments
+from kvlatent.calibrate import Statistics, layer_arguments
 from kvlatent.checkpoints import load_model
 from kvlatent.convert import convert, fill, plan_reduction
 from kvlatent.errors import UserError
@@ -47,10 +47,11 @@ def moments(teacher: PreTrainedModel, ids: Tensor, *, batch_size: int = 4) -> li
     model, sums = graft(teacher), []
     for batch in ids.split(batch_size):
         hidden, found = model.model.embed_tokens(batch), []
-        for layer, kwargs in zip(model.model.layers, layer_arguments(model, batch), strict=True):
+        arguments = layer_arguments(model, torch.zeros(len(batch), dtype=torch.long), batch.shape[1])
+        for layer, kwargs in zip(model.model.layers, arguments, strict=True):
             _, k, v = layer.self_attn.queries_keys_values(layer.input_layernorm(hidden), *kwargs["position_embeddings"])
             found.append(tuple(torch.einsum("bhsd,bhse->hde", x, x).double() for x in (k, v)))
-            hidden = layer(hidden, **fit_batch(kwargs, len(batch)))
+            hidden = layer(hidden, **kwargs)
         sums = found if not sums else [(k + a, v + b) for (k, v), (a, b) in zip(sums, found, strict=True)]
     return sums
 

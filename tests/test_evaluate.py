@@ -79,6 +79,18 @@ def test_perplexity_matches_naive_float64_loop() -> None:
     assert measured.block_nll.tolist() == pytest.approx([sum(row) / 15 for row in expected], rel=1e-6)
 
 
+def test_perplexity_by_position_is_of_the_tokens_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "SHORT", 3)
+    model, ids = tiny(), blocks()
+    nll = torch.tensor(naive_nll(model, ids), dtype=torch.float64).mean(0)  # of tokens 1 to 15
+    found = perplexity(model, ids, text_bytes=320, batch_size=2).by_position
+    assert list(found) == ["0-3", "3-6", "6-12", "12-16"]
+    wanted = [nll[:2], nll[2:5], nll[5:11], nll[11:]]
+    assert list(found.values()) == pytest.approx([math.exp(part.mean()) for part in wanted], rel=1e-6)
+    monkeypatch.setattr(evaluate, "SHORT", 16)
+    assert list(perplexity(model, ids, text_bytes=320, batch_size=2).by_position) == ["0-16"]
+
+
 def test_perplexity_does_not_depend_on_batches_or_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny(), blocks()
     whole = perplexity(model, ids, text_bytes=320, batch_size=5)
@@ -121,7 +133,8 @@ def test_model_compared_with_itself_has_ratio_one_and_no_error() -> None:
 
 def measured_as(block_nll: list[float]) -> Perplexity:
     nll = torch.tensor(block_nll, dtype=torch.float64)
-    return Perplexity(nll=nll.sum().item() * 9, tokens=9 * len(nll), bytes=100, block_nll=nll)
+    at = torch.full((9,), nll.mean().item())
+    return Perplexity(nll=nll.sum().item() * 9, tokens=9 * len(nll), bytes=100, block_nll=nll, position_nll=at)
 
 
 def test_compare_is_the_perplexity_ratio_with_the_paired_error() -> None:

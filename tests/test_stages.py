@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from kvlatent.losses import kl_loss, ntp_loss
 from kvlatent.settings import HealConfig
-from kvlatent.stages import Stage, Text, in_layer_losses, positions_in_documents
+from kvlatent.stages import Stage, Text, in_layer_losses
 
 SEPARATOR = 5
 
@@ -19,13 +19,6 @@ def blocks() -> Tensor:
     ids = torch.randint(6, 260, (4, 16), generator=torch.Generator().manual_seed(3))
     ids[0, 6] = ids[1, 0] = ids[1, 11] = SEPARATOR
     return ids
-
-
-def test_positions_start_anew_at_every_separator(blocks: Tensor) -> None:
-    found = positions_in_documents(blocks, SEPARATOR)
-    assert found[0].tolist() == [*range(6), *range(10)]
-    assert found[1].tolist() == [*range(11), *range(5)]
-    assert found[2].tolist() == [*range(16)]
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvlatent import reduce
 from kvlatent.attention import LatentAttention
-from kvlatent.calibrate import Statistics, fit_batch, layer_arguments
+from kvlatent.calibrate import Statistics, layer_arguments
 from kvlatent.convert import fill, plan_reduction, reductions
 from kvlatent.errors import UserError
 from kvlatent.modeling import graft, head_dim_of
@@ -182,8 +182,9 @@ def probe(
         for d_qk, d_vo in ((narrow, head_dim), (head_dim, narrow))
     ]
     state, probes = student.model.embed_tokens(ids.to(student.device)), list[Tensor]()
-    for index, kwargs in enumerate(tqdm(layer_arguments(student, ids), unit="layer", desc="probe")):
-        layer, kwargs, stats = layers[index], fit_batch(kwargs, len(ids)), statistics.layers[index]
+    arguments = layer_arguments(student, torch.zeros(len(ids), dtype=torch.long), ids.shape[1])
+    for index, kwargs in enumerate(tqdm(arguments, unit="layer", desc="probe")):
+        layer, stats = layers[index], statistics.layers[index]
         attention = layer.self_attn
         with nullcontext() if offloaded is None else offloaded.visiting(layer, index):
             probes = [layer(probe, **kwargs) for probe in probes]

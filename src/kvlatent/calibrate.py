@@ -22,6 +22,7 @@ from kvlatent.errors import UserError
 from kvlatent.files import replaced
 from kvlatent.modeling import graft
 from kvlatent.offload import OffloadedLayers
+from kvlatent.positions import block_starts, positions_in_blocks
 from kvlatent.refit import LogitSamples
 from kvlatent.rope import rotate
 
@@ -193,6 +194,7 @@ def calibrate(
     ids: Int[Tensor, "blocks block_size"],
     *,
     batch_size: int = 4,
+    context: int | None = None,
     about: dict[str, Any],
     offloaded: OffloadedLayers | None = None,
 ) -> Statistics:
@@ -205,39 +207,42 @@ def calibrate(
         teacher: A stock model of a supported family.
         ids: Token blocks.
         batch_size: Blocks per forward.
+        context: Positions that the blocks are spread over, if more than a block's.
         about: Stored with the statistics.
         offloaded: From `offload.open_offloaded`, with its teacher.
     """
     model = graft(teacher)
     layers, scaling = model.model.layers, model.model.rotary_emb.scaling
     statistics = [LayerStatistics() for _ in layers]
-    arguments = layer_arguments(model, ids)
+    starts = block_starts(len(ids), ids.shape[1], context).split(batch_size)
+    arguments = [layer_arguments(model, part, ids.shape[1]) for part in starts]
 
-    def through(index: int, hidden: Tensor) -> Tensor:
-        layer, kwargs = layers[index], fit_batch(arguments[index], len(hidden))
+    def through(index: int, batch: int, hidden: Tensor) -> Tensor:
+        layer, kwargs = layers[index], arguments[batch][index]
         statistics[index].update(layer.self_attn, layer.input_layernorm(hidden), kwargs, rope_scaling=scaling)
         return layer(hidden, **kwargs)
 
     with torch.no_grad(), tqdm(total=ids.numel() * len(layers), unit="tok", unit_scale=True, desc="calibrate") as bar:
         states = (model.model.embed_tokens(batch.to(model.device)) for batch in ids.split(batch_size))
         if offloaded is None:
-            for hidden in states:
+            for b, hidden in enumerate(states):
                 for index in range(len(layers)):
-                    hidden = through(index, hidden)
+                    hidden = through(index, b, hidden)
                     bar.update(hidden.shape[0] * hidden.shape[1])
         else:
             waiting = [hidden.cpu() for hidden in states]
             for index, layer in enumerate(layers):
                 with offloaded.visiting(layer, index):
                     for b, hidden in enumerate(waiting):
-                        waiting[b] = through(index, hidden.to(model.device)).cpu()
+                        waiting[b] = through(index, b, hidden.to(model.device)).cpu()
                         bar.update(hidden.shape[0] * hidden.shape[1])
     return Statistics(statistics, {**about, "tokens": ids.numel()})
 
 
-def layer_arguments(model: PreTrainedModel, ids: Int[Tensor, "batch block_size"]) -> list[dict[str, Any]]:
-    """Position embeddings and mask that each decoder layer gets for full blocks of this size; no layer is run."""
-    _, arguments = enter_layers(model, ids[:1].to(model.device))
+def layer_arguments(model: PreTrainedModel, starts: Int[Tensor, "batch"], block_size: int) -> list[dict[str, Any]]:
+    """Position embeddings and mask that each decoder layer gets for blocks that begin at `starts`; no layer is run."""
+    positions = positions_in_blocks(starts.to(model.device), block_size)
+    _, arguments = enter_layers(model, torch.zeros_like(positions), positions)
     return [{name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")} for kwargs in arguments]
 
 
@@ -272,12 +277,6 @@ class _Entrance(nn.Module):
         self.hidden.append(hidden)
         self.arguments.append(kwargs)
         return hidden
-
-
-def fit_batch(kwargs: dict[str, Any], batch: int) -> dict[str, Any]:
-    """Arguments of `layer_arguments` (made for one block) as a decoder layer of `batch` blocks takes them."""
-    mask = kwargs["attention_mask"]
-    return {**kwargs, "attention_mask": None if mask is None else mask.expand(batch, -1, -1, -1)}
 
 
 @contextmanager

@@ -23,6 +23,8 @@ from kvlatent.spec import QK, Preset
 Model = Annotated[str, arg(metavar="MODEL")]
 Number = Annotated[int, arg(metavar="N")]
 Numbers = Annotated[tuple[int, ...], arg(metavar="N…")]
+Block = Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 2048, or the model's positions)")]
+Context = Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's positions)")]
 Folder = Annotated[Path, arg(metavar="DIR")]
 Sources = Annotated[tuple[str, ...], arg(metavar="F…", help_behavior_hint="")]
 
@@ -95,8 +97,10 @@ class Calibrate(Verb):
     """Load one layer at a time from the model's safetensors, for models larger than memory."""
     tokens: Number = 16384
     """Tokens of text."""
-    block_size: Number = 512
-    """Tokens per block."""
+    block_size: Block = None
+    """Tokens per block; long ones keep the student good at long contexts."""
+    context: Context = None
+    """Positions that blocks are spread over: as far as the student will be used."""
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
@@ -104,7 +108,7 @@ class Calibrate(Verb):
 
         return calibrate_file(
             self.model, self.out, text=self.text, merge=self.merge, offload=self.offload, tokens=self.tokens,
-            block_size=self.block_size, **self.common.place(),
+            block_size=self.block_size, context=self.context, **self.common.place(),
         )  # fmt: skip
 
 
@@ -124,8 +128,10 @@ class Plan(Verb):
     """Calibration text, as for calibrate."""
     tokens: Number = 4096
     """Tokens of text."""
-    block_size: Number = 512
-    """Tokens per block."""
+    block_size: Block = None
+    """Tokens per block; long ones keep the student good at long contexts."""
+    context: Context = None
+    """Positions that blocks are spread over: as far as the student will be used."""
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
@@ -133,7 +139,7 @@ class Plan(Verb):
 
         return plan_model(
             self.model, self.budget, self.out, stats=self.stats, text=self.text, tokens=self.tokens,
-            block_size=self.block_size, **self.common.place(),
+            block_size=self.block_size, context=self.context, **self.common.place(),
         )  # fmt: skip
 
     def table(self, result: dict[str, Any]) -> str:
@@ -170,8 +176,10 @@ class Convert(Verb):
     """Calibration text, as for calibrate; better than statistics, since layers are refitted. Not for paper."""
     tokens: Number = 16384
     """Tokens of text."""
-    block_size: Number = 512
-    """Tokens per block."""
+    block_size: Block = None
+    """Tokens per block; long ones keep the student good at long contexts."""
+    context: Context = None
+    """Positions that blocks are spread over: as far as the student will be used."""
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
@@ -184,7 +192,8 @@ class Convert(Verb):
         budget = 0.5 if self.d_qk is None and self.budget is None else self.budget
         return convert_folder(
             self.model, self.out, preset=self.preset, qk=self.qk, d_qk=self.d_qk, d_vo=self.d_vo, budget=budget,
-            stats=self.stats, text=self.text, tokens=self.tokens, block_size=self.block_size, **self.common.place(),
+            stats=self.stats, text=self.text, tokens=self.tokens, block_size=self.block_size, context=self.context,
+            **self.common.place(),
         )  # fmt: skip
 
     def table(self, result: dict[str, Any]) -> str:
@@ -252,6 +261,8 @@ class Heal(Verb):
     """Of matrix products; weights stay float32. auto: as accelerate launch says, or bf16 where the hardware has it."""
     block_size: Number = 512
     """Tokens per block."""
+    context: Context = None
+    """Positions that blocks are spread over: as far as the student will be used."""
     teacher: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="(default: the one in the record)")] = None
     """The model that the student was converted from."""
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
@@ -262,7 +273,7 @@ class Heal(Verb):
         names = (
             "stage1_tokens", "stage2_tokens", "loss", "kl_weight", "temperature", "temperature_squared",
             "stream_layers", "lora_rank", "learning_rate", "batch_size", "accumulate", "checkpointing",
-            "mixed_precision", "eval_tokens", "train", "adapters",
+            "mixed_precision", "eval_tokens", "train", "adapters", "context",
         )  # fmt: skip
         changes = {name: getattr(self, name) for name in names} | {"stage1_learning_rate": self.learning_rate}
         return heal_folder(
@@ -297,7 +308,7 @@ class Eval(Verb):
     tokens: Number = 16384
     """Tokens of text."""
     block_size: Number = 512
-    """Tokens per block."""
+    """Tokens per block; above 512, perplexity is told by position too."""
     needle: bool = False
     """Ask for a code hidden in 1,024, 2,048 and 4,096 tokens of filler."""
     tasks: Annotated[tuple[str, ...], arg(metavar="T…", help_behavior_hint="")] = ()
@@ -315,7 +326,9 @@ class Eval(Verb):
         )  # fmt: skip
 
     def table(self, result: dict[str, Any]) -> str:
-        table = _side_by_side(result, ("perplexity", "perplexity_stderr", "bits_per_byte", "needle", "tasks"))
+        table = _side_by_side(
+            result, ("perplexity", "perplexity_stderr", "perplexity_at", "bits_per_byte", "needle", "tasks")
+        )
         lines = [
             f"{task} {metric}: {test['difference']:+.4f} ± {test['stderr']:.4f}, p = {test['p_value']:.3g}"
             for task, tests in result.get("paired", {}).items()
@@ -413,7 +426,7 @@ class Serve(Verb):
     """Likewise."""
     engine: Literal["auto", "vllm", "llama.cpp"] = "auto"
     """auto takes the first that is installed."""
-    context: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's positions)")] = None
+    context: Context = None
     """Tokens of a request at most, answer included."""
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 

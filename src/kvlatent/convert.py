@@ -19,7 +19,6 @@ from kvlatent.calibrate import (
     LayerStatistics,
     Statistics,
     calibrate,
-    fit_batch,
     input_and_output,
     input_of,
     layer_arguments,
@@ -28,6 +27,7 @@ from kvlatent.calibrate import (
 from kvlatent.errors import UserError
 from kvlatent.families import family_of
 from kvlatent.modeling import check_teacher, graft, head_dim_of, identity_spec, set_spec
+from kvlatent.positions import block_starts, positions_in_blocks
 from kvlatent.refit import LogitSamples, Ridge, refit_logits
 from kvlatent.rope import LatentRotaryEmbedding, frequency_aware_exponents, inverse_frequencies
 from kvlatent.spec import QK, LatentSpec, Preset, check_dims
@@ -63,6 +63,7 @@ def convert(
     statistics: Statistics | None = None,
     ids: Int[Tensor, "blocks block_size"] | None = None,
     batch_size: int = 4,
+    context: int | None = None,
     ridges: Sequence[float] = RIDGES,
 ) -> PreTrainedModel:
     """Return a student with d_qk and d_vo dims per head; weights that conversion doesn't touch are the teacher's.
@@ -80,6 +81,7 @@ def convert(
         statistics: From `calibrate`.
         ids: Calibration text as token blocks.
         batch_size: Blocks per forward.
+        context: Positions that the blocks are spread over, if more than a block's.
         ridges: Pulls of refitted weights towards the old ones, in units of the mean input energy. Each matrix takes the
             one that serves best on a quarter of the text, held out meanwhile; below four batches, the first.
 
@@ -92,7 +94,7 @@ def convert(
     qk = qk or QK_OF[preset]
     if qk in ("fold", "pairs-model") and statistics is None:  # their list is chosen for the whole model
         assert ids is not None
-        statistics = calibrate(teacher, ids, batch_size=batch_size, about={})
+        statistics = calibrate(teacher, ids, batch_size=batch_size, context=context, about={})
     plan = plan_reduction(teacher, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, statistics=statistics)
     student = graft(teacher)
     if preset == "paper" or ids is None:
@@ -102,7 +104,7 @@ def convert(
             stats = None if statistics is None else statistics.layers[index]
             fill(layer.self_attn, whole[index], *reductions(plan, index, whole[index], stats))
         return student
-    return _convert_in_order(student, teacher, plan, ids, batch_size, ridges)
+    return _convert_in_order(student, teacher, plan, ids, batch_size, context, ridges)
 
 
 def check_request(
@@ -324,6 +326,7 @@ def _convert_in_order(
     plan: Plan,
     ids: Tensor,
     batch_size: int,
+    context: int | None,
     strengths: Sequence[float],
 ) -> PreTrainedModel:
     """Reduce and refit layer after layer; `student` comes in unreduced and is changed in place.
@@ -333,17 +336,24 @@ def _convert_in_order(
     """
     device, spec = student.device, plan.spec
     batches = ids.split(batch_size)
-    whole_arguments, teacher_arguments = layer_arguments(student, ids), layer_arguments(teacher, ids)
+    size = ids.shape[1]
+    starts = block_starts(len(ids), size, context).to(device).split(batch_size)
+    whole_arguments, teacher_arguments = (
+        [layer_arguments(m, part, size) for part in starts] for m in (student, teacher)
+    )
     rotary = LatentRotaryEmbedding(spec.inv_freq, spec.rope_scaling).to(device)
-    position_embeddings = rotary(student.model.embed_tokens.weight, torch.arange(ids.shape[1], device=device)[None])
+    rotations: list[tuple[Tensor, Tensor]] = [
+        rotary(student.model.embed_tokens.weight, positions_in_blocks(part, size)) for part in starts
+    ]
+    from_start = rotations[0][0][:1], rotations[0][1][:1]
     generator = torch.Generator().manual_seed(0)
-    of_block = min(ids.shape[1], -(-LOGIT_QUERIES // len(ids)))
-    rows = torch.randperm(ids.shape[1], generator=generator)[:of_block].sort().values.to(device)
+    of_block = min(size, -(-LOGIT_QUERIES // len(ids)))
+    rows = torch.randperm(size, generator=generator)[:of_block].sort().values.to(device)
     student_states = [student.model.embed_tokens(batch.to(device)).cpu() for batch in batches]
     teacher_states = list(student_states)
     for index, layer in enumerate(tqdm(student.model.layers, unit="layer", desc="convert")):
         whole, original = layer.self_attn, teacher.model.layers[index]
-        arguments = [fit_batch(whole_arguments[index], len(batch)) for batch in batches]
+        arguments = [of_batch[index] for of_batch in whole_arguments]
 
         stats, samples = LayerStatistics(), list[LogitSamples]()
         for state, kwargs in zip(student_states, arguments, strict=True):
@@ -355,7 +365,7 @@ def _convert_in_order(
                 samples.append(sample_logits(whole, x, kwargs, rows=rows, rotated=rotated, rope_scaling=scaling))
         qk, vo = reductions(plan, index, whole, stats)
         if samples:
-            turn = None if spec.qk_map == "after_rope" else turning(position_embeddings, qk.freq_index)
+            turn = None if spec.qk_map == "after_rope" else turning(from_start, qk.freq_index)
             qk = reduce.rescaled(refit_logits(samples, qk, turn=turn, scale=spec.scale, strength=LOGIT_RIDGE))
         layer.self_attn = LatentAttention(student.config, index, whole, spec)
         fill(layer.self_attn, whole, qk, vo)
@@ -363,14 +373,12 @@ def _convert_in_order(
         # W_O: with the student's head outputs, give the teacher's residual stream after attention.
         ridges, outputs = _Ridges(layer.self_attn.o_proj, strengths), list[Tensor]()
         for b, kwargs in enumerate(arguments):
-            layer_input = teacher_states[b].to(device)
-            run = partial(original, layer_input, **fit_batch(teacher_arguments[index], len(layer_input)))
+            run = partial(original, teacher_states[b].to(device), **teacher_arguments[b][index])
             after_attention, after_layer = input_and_output(original.post_attention_layernorm, run)
             teacher_states[b] = after_layer.cpu()
             state = student_states[b].to(device)
             attend = partial(layer.self_attn, layer.input_layernorm(state))
-            kwargs["position_embeddings"] = position_embeddings
-            heads = input_of(layer.self_attn.o_proj, partial(attend, **kwargs))
+            heads = input_of(layer.self_attn.o_proj, partial(attend, **kwargs | {"position_embeddings": rotations[b]}))
             ridges[b].add(heads, after_attention - state, size=after_attention)
             outputs.append(heads.cpu())
         ridges.solve()

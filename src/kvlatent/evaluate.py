@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import itertools
 import math
 import random
 import re
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvlatent.errors import UserError
 
 POSITIONS_PER_CHUNK = 512  # a 150k vocabulary in float32 then needs 0.3 GB of logits, whatever the block size
+SHORT = 512  # tokens of a short context
 DEPTH_BINS = 5
 
 
@@ -36,6 +38,8 @@ class Perplexity:
     """UTF-8 bytes of the text behind all tokens, the first of each block included."""
     block_nll: Float[Tensor, "blocks"]
     """Mean over the predicted tokens of each block, in nats; float64, on the CPU."""
+    position_nll: Float[Tensor, "block_size-1"]
+    """Mean over blocks of each predicted position, likewise."""
 
     @property
     def perplexity(self) -> float:
@@ -47,6 +51,21 @@ class Perplexity:
         """Standard error of `perplexity` with blocks as the independent samples; None for one block."""
         error = _standard_error(self.block_nll)
         return None if error is None else self.perplexity * error
+
+    @property
+    def by_position(self) -> dict[str, float]:
+        """Perplexity of the first `SHORT` tokens of blocks, of the next as many, of the next twice as many, and so on.
+
+        A student may be good at the start of a context and bad far into it, which a mean over short blocks can't show.
+        """
+        bounds, block_size = [0, SHORT], len(self.position_nll) + 1
+        while bounds[-1] < block_size:
+            bounds.append(2 * bounds[-1])
+        bounds[-1] = block_size
+        return {  # the first token is not predicted
+            f"{start}-{end}": math.exp(self.position_nll[max(0, start - 1) : end - 1].mean())
+            for start, end in itertools.pairwise(bounds)
+        }
 
     @property
     def bits_per_byte(self) -> float:
@@ -108,16 +127,23 @@ def perplexity(
     _check_blocks(model, ids, text_bytes=text_bytes, batch_size=batch_size)
     blocks, block_size = ids.shape
     block_nll = torch.empty(blocks, dtype=torch.float64)
+    position_nll = torch.zeros(block_size - 1, dtype=torch.float64)
     progress = tqdm(total=ids.numel(), desc="perplexity", unit="tokens", unit_scale=True)
     with _evaluation_mode(model), progress:
         for start in range(0, blocks, batch_size):
             batch = ids[start : start + batch_size].to(model.device)
-            block_nll[start : start + len(batch)] = _token_nll(model, batch).double().mean(dim=1).cpu()
+            nll = _token_nll(model, batch).cpu().double()
+            block_nll[start : start + len(batch)] = nll.mean(dim=1)
+            position_nll += nll.sum(dim=0) / blocks
             progress.set_postfix(perplexity=f"{block_nll[: start + len(batch)].mean().exp():.2f}", refresh=False)
             progress.update(batch.numel())
     predicted = block_size - 1
     return Perplexity(
-        nll=block_nll.sum().item() * predicted, tokens=blocks * predicted, bytes=text_bytes, block_nll=block_nll
+        nll=block_nll.sum().item() * predicted,
+        tokens=blocks * predicted,
+        bytes=text_bytes,
+        block_nll=block_nll,
+        position_nll=position_nll,
     )
 
 

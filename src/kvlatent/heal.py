@@ -30,6 +30,7 @@ from kvlatent.allocator import freed_memory_kept
 from kvlatent.checkpoints import multiplies_bfloat16, peak_memory, processes
 from kvlatent.errors import UserError
 from kvlatent.files import replaced
+from kvlatent.positions import block_starts
 from kvlatent.settings import HealConfig
 from kvlatent.signals import interruptible
 from kvlatent.stages import Batch, Stage, Text
@@ -90,7 +91,8 @@ def heal(
         if device.type == "cpu":
             stack.enter_context(freed_memory_kept())
         interrupted = stack.enter_context(interruptible())
-        text = Text(ids=ids, answers=answers, separator=separator)
+        starts = block_starts(len(ids), ids.shape[1], config.context) if config.context else None
+        text = Text(ids=ids, answers=answers, separator=separator, starts=starts)
         return _Healing(
             student, teacher, text, work, config, resume=resume, cache=cache, held_out=held_out, track=track,
             device=device, interrupted=interrupted,

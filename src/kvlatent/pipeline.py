@@ -31,7 +31,7 @@ from kvlatent.spec import Preset
 from kvlatent.verbs.conversion import convert_loaded, planned_dims, requested_dims
 from kvlatent.verbs.healing import heal_config, heal_student, healing_blocks, teacher_dtype
 from kvlatent.verbs.measuring import complete, scores_of
-from kvlatent.verbs.models import BATCH_SIZE, load_config, load_tokenizer, stored_dtype
+from kvlatent.verbs.models import batch_size_for, context_of, load_config, load_tokenizer, stored_dtype
 from kvlatent.verbs.text import read_text
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
@@ -76,9 +76,9 @@ class Healing(_Entry):
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = None
     train: tuple[Part, ...] | None = None
 
-    def settings(self, preset: Preset, seed: int) -> HealConfig:
+    def settings(self, preset: Preset, context: int, seed: int) -> HealConfig:
         """The hyperparameters for a student of `preset`."""
-        return heal_config(self.like or preset, self.model_dump(exclude={"like"}), seed)
+        return heal_config(self.like or preset, self.model_dump(exclude={"like"}) | {"context": context}, seed)
 
 
 class Student(_Entry):
@@ -120,12 +120,20 @@ class Recipe(_Entry):
     license: str | None = None
     seed: int = 0
     block_size: int = Field(default=512, ge=2)
+    context: int | None = None
+    """Positions that blocks are spread over; all that the model has by default."""
     calibration: Text
     training: Sources | None = None
     held_out: Text
     students: dict[Preset, Student] = Field(min_length=1)
     bench: Bench
     generate: Generate
+
+    def positions(self, config: PreTrainedConfig) -> int:
+        """The positions that blocks are spread over."""
+        texts = (self.calibration, self.held_out, *([self.training] if self.training else ()))
+        longest = max(text.block_size or self.block_size for text in texts)
+        return context_of(config, self.context, block_size=longest)
 
     @model_validator(mode="after")
     def _training_where_healed(self) -> Recipe:
@@ -202,10 +210,11 @@ def run(
     if seed is not None:
         wanted = wanted.model_copy(update={"seed": seed})
     config = load_config(wanted.model)
+    context = wanted.positions(config)
     for preset, student in wanted.students.items():
         requested_dims(config, preset=preset, **student.dims())
         if student.heal is not None:
-            student.heal.settings(preset, wanted.seed)
+            student.heal.settings(preset, context, wanted.seed)
     stored = out / "recipe.yaml"
     if stored.is_file():
         if read_recipe(stored) != wanted:
@@ -220,6 +229,7 @@ class _Run:
 
     def __init__(self, recipe: Recipe, out: Path, config: PreTrainedConfig, device: str, dtype: str) -> None:
         self.recipe, self.out, self.config = recipe, out, config
+        self.context = recipe.positions(config)
         self.device = device
         self.group = processes(pick_device(device))
         self.dtype = str(pick_dtype(dtype, pick_device(device))).removeprefix("torch.")
@@ -344,7 +354,7 @@ class _Run:
     def _settings(self, preset: Preset) -> HealConfig:
         healing = self.recipe.students[preset].heal
         assert healing is not None
-        return healing.settings(preset, self.recipe.seed)
+        return healing.settings(preset, self.context, self.recipe.seed)
 
     def _blocks(self, name: str) -> TokenBlocks:
         return load_blocks(self.out / "text" / f"{name}.safetensors")
@@ -355,10 +365,10 @@ class _Run:
         dims = requested_dims(self.config, preset=preset, **student.dims())
         if dims is None:
             assert student.budget is not None
-            dims = planned_dims(self.teacher(), student.budget, blocks=blocks, statistics=None)
+            dims = planned_dims(self.teacher(), student.budget, blocks=blocks, statistics=None, context=self.context)
         convert_loaded(
             self.teacher(), self.tokenizer, out, name=self.recipe.model, preset=preset, d_qk=dims[0], d_vo=dims[1],
-            blocks=blocks, statistics=None, dtype=stored_dtype(self.config, "auto"),
+            blocks=blocks, context=self.context, statistics=None, dtype=stored_dtype(self.config, "auto"),
         )  # fmt: skip
 
     def _heal(self, preset: Preset, out: Path) -> None:
@@ -375,9 +385,9 @@ class _Run:
     def _evaluate(self, model: str, out: Path) -> None:
         held_out = self._blocks("held_out")
         check_held_out(record_of(model).get("fingerprints", ()), held_out)
-        score = perplexity(self._model(model), held_out.ids, text_bytes=held_out.bytes, batch_size=BATCH_SIZE)
-        kept = {"nll": score.nll, "tokens": score.tokens, "bytes": score.bytes, "block_nll": score.block_nll.tolist()}
-        _write_json(out, kept)
+        size = batch_size_for(held_out.ids.shape[1])
+        score = perplexity(self._model(model), held_out.ids, text_bytes=held_out.bytes, batch_size=size)
+        _write_json(out, {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in vars(score).items()})
 
     def _pair(self) -> dict[str, PreTrainedModel]:
         student = self.final(next(iter(self.recipe.students)))
@@ -442,7 +452,8 @@ class _Run:
 
 def _read_score(path: Path) -> Perplexity:
     data = json.loads(path.read_text(encoding="utf-8"))
-    return Perplexity(**data | {"block_nll": torch.tensor(data["block_nll"], dtype=torch.float64)})
+    tensors = {name: torch.tensor(x, dtype=torch.float64) for name, x in data.items() if isinstance(x, list)}
+    return Perplexity(**data | tensors)
 
 
 def _commit() -> str | None:

@@ -63,6 +63,8 @@ class HealConfig:
     """A killed run loses at most this much."""
     eval_tokens: int = 0
     """Held-out perplexity is measured every so many tokens of a stage and at its end; 0 is never."""
+    context: int | None = None
+    """Positions that the blocks are spread over, if more than a block's."""
     seed: int = 0
     """Of LoRA's start and of nothing else: the blocks come in a fixed order."""
 

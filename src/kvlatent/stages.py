@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from kvlatent.calibrate import enter_layers
 from kvlatent.losses import Term, head_loss, hidden_mse, kl_term, ntp_loss, ntp_term, relative_error, top_k_term
+from kvlatent.positions import positions_in_blocks, positions_in_documents
 from kvlatent.settings import HealConfig
 
 
@@ -21,7 +22,7 @@ class Batch:
 
     ids: Int[Tensor, "batch seq"]
     position_ids: Int[Tensor, "batch seq"] | None = None
-    """Positions within documents, where documents in a block don't see each other."""
+    """Positions, if they don't simply count the block's tokens from 0."""
     counted: Bool[Tensor, "batch seq"] | None = None
     """The positions that losses are taken at, those before an answer's tokens; None is all."""
     positions: float
@@ -48,6 +49,8 @@ class Text:
     """Tokens of answers, if losses are taken on those alone."""
     separator: int | None = None
     """The token that starts a document, if documents must not see each other."""
+    starts: Int[Tensor, "blocks"] | None = None
+    """The positions that blocks begin at, if not all at 0."""
 
     def batch(self, start: int, size: int, step: slice) -> Batch:
         """The blocks from `start` on.
@@ -64,14 +67,13 @@ class Text:
             counted[:, -1] = False  # what follows the block is not known
             all_counted = self.answers[step, 1:].sum().item()
             positions = max(1.0, all_counted * size / (step.stop - step.start))
-        position_ids = None if self.separator is None else positions_in_documents(ids, self.separator)
+        starts = torch.zeros(len(ids), dtype=torch.long) if self.starts is None else self.starts[part]
+        position_ids = None
+        if self.separator is not None:
+            position_ids = starts[:, None] + positions_in_documents(ids, self.separator)
+        elif self.starts is not None:
+            position_ids = positions_in_blocks(starts, ids.shape[1])
         return Batch(ids=ids, position_ids=position_ids, counted=counted, positions=positions)
-
-
-def positions_in_documents(ids: Int[Tensor, "batch seq"], separator: int) -> Int[Tensor, "batch seq"]:
-    """Positions counted anew from every separator; transformers then keeps documents from seeing each other."""
-    at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    return at - torch.where(ids == separator, at, 0).cummax(1).values
 
 
 class Stage(nn.Module):

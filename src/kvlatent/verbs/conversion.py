@@ -25,11 +25,21 @@ from kvlatent.modeling import check_teacher, dims_by_layer, head_dim_of, spec_of
 from kvlatent.offload import OffloadedLayers, open_offloaded
 from kvlatent.report.text import model_card
 from kvlatent.spec import QK, LatentSpec, Preset, bytes_per_token
-from kvlatent.verbs.models import BATCH_SIZE, load_config, load_tokenizer, stored_dtype, teacher_name, weight_bytes
+from kvlatent.verbs.models import (
+    batch_size_for,
+    context_of,
+    load_config,
+    load_tokenizer,
+    stored_dtype,
+    teacher_name,
+    weight_bytes,
+)
 from kvlatent.verbs.text import TEACHER_TEXT, read_text
 
 Dims = tuple[int | Sequence[int], int | Sequence[int]]
 """d_qk and d_vo: one number each, or one per layer."""
+BLOCK_SIZE = 2048
+"""Tokens per calibration block: a student is good up to about the length of the blocks that it was fitted to."""
 PLAN_TOKENS = 4096
 """A budget is planned on this much of the calibration text."""
 PROBE_TOKENS = 256
@@ -44,7 +54,8 @@ def calibrate_file(
     merge: Sequence[Path] = (),
     offload: bool = False,
     tokens: int,
-    block_size: int,
+    block_size: int | None,
+    context: int | None,
     device: str,
     dtype: str,
     seed: int,
@@ -58,7 +69,8 @@ def calibrate_file(
         merge: Files of earlier calls on other text.
         offload: Keep the layers in their files and load one at a time.
         tokens: Of the text.
-        block_size: Tokens per block.
+        block_size: Tokens per block; None is `BLOCK_SIZE`, or as many as the model has positions.
+        context: Positions that the blocks are spread over; None is all that the model has.
         device: Where to compute.
         dtype: Of the weights.
         seed: Of the order of the text.
@@ -71,6 +83,7 @@ def calibrate_file(
         raise UserError("nothing to calibrate on: give text (--text), or statistics to merge (--merge)")
     config, tokenizer = load_config(model), load_tokenizer(model)
     check_teacher(config)
+    block_size, context = _lengths(config, block_size, context)
     shards = [_load_statistics(path, config) for path in merge]
     whole_heads = 3 * config.num_attention_heads + 2 * config.num_key_value_heads
     check_disk(out, config.num_hidden_layers * whole_heads * head_dim_of(config) ** 2 * 8)
@@ -91,7 +104,7 @@ def calibrate_file(
             "record": environment(),
         }
         opened = open_offloaded(model, device=device, dtype=dtype) if offload else (teacher(), None)
-        shards.append(probed_statistics(opened[0], blocks.ids, about=about, offloaded=opened[1]))
+        shards.append(probed_statistics(opened[0], blocks.ids, context=context, about=about, offloaded=opened[1]))
     statistics = reduce(Statistics.merge, shards)
     statistics.save(out)
     told = {key: statistics.about.get(key) for key in ("tokens", "text")}
@@ -102,11 +115,13 @@ def probed_statistics(
     teacher: PreTrainedModel,
     ids: Int[Tensor, "blocks block_size"],
     *,
+    context: int,
     about: dict[str, Any],
     offloaded: OffloadedLayers | None = None,
 ) -> Statistics:
     """Statistics of the teacher on token blocks, and how much each layer matters, measured on the first few."""
-    statistics = calibrate(teacher, ids, batch_size=BATCH_SIZE, about=about, offloaded=offloaded)
+    size = batch_size_for(ids.shape[1])
+    statistics = calibrate(teacher, ids, batch_size=size, context=context, about=about, offloaded=offloaded)
     first = ids[: max(1, PROBE_TOKENS // ids.shape[1]), :PROBE_TOKENS]
     statistics.probes = budgets.probe(teacher, statistics, first, offloaded=offloaded)
     return statistics
@@ -120,7 +135,8 @@ def plan_model(
     stats: Path | None,
     text: Sequence[str],
     tokens: int,
-    block_size: int,
+    block_size: int | None,
+    context: int | None,
     device: str,
     dtype: str,
     seed: int,
@@ -134,7 +150,8 @@ def plan_model(
         stats: A file of `calibrate_file`; without it, statistics are taken on text.
         text: Calibration text.
         tokens: Of the text.
-        block_size: Tokens per block.
+        block_size: Tokens per block; None is `BLOCK_SIZE`, or as many as the model has positions.
+        context: Positions that the blocks are spread over; None is all that the model has.
         device: Where to compute.
         dtype: Of the weights.
         seed: Of the order of the text.
@@ -146,11 +163,12 @@ def plan_model(
     config, tokenizer = load_config(model), load_tokenizer(model)
     check_teacher(config)
     budgets.total_dims(config, budget)
+    block_size, context = _lengths(config, block_size, context)
     statistics = None if stats is None else _load_statistics(stats, config)
     teacher = load_model(model, device=device, dtype=dtype)[0]
     if statistics is None:
         blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=lambda: teacher)
-        statistics = probed_statistics(teacher, blocks.ids, about={})
+        statistics = probed_statistics(teacher, blocks.ids, context=context, about={})
     allocation = budgets.plan(teacher, statistics, budget)
     kv_heads, size = config.num_key_value_heads, stored_dtype(config, "auto").itemsize
     budgets.draw(allocation, out, title=f"{model}: {budget:.4g} of the cache", head_dim=head_dim_of(config))
@@ -177,7 +195,8 @@ def convert_folder(
     stats: Path | None,
     text: Sequence[str],
     tokens: int,
-    block_size: int,
+    block_size: int | None,
+    context: int | None,
     device: str,
     dtype: str,
     seed: int,
@@ -195,7 +214,8 @@ def convert_folder(
         stats: A file of `calibrate_file`: instead of text or, with a budget, what it is spent by.
         text: Calibration text; `paper` takes neither.
         tokens: Of the text.
-        block_size: Tokens per block.
+        block_size: Tokens per block; None is `BLOCK_SIZE`, or as many as the model has positions.
+        context: Positions that the blocks are spread over; None is all that the model has.
         device: Where to compute; always in float32.
         dtype: Of the weights written; `auto` is that of the teacher's checkpoint.
         seed: Of the order of the text.
@@ -206,6 +226,7 @@ def convert_folder(
     refuse_existing(out)
     config, tokenizer = load_config(model), load_tokenizer(model)
     dims = requested_dims(config, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, budget=budget)
+    block_size, context = _lengths(config, block_size, context)
     if preset == "paper" and (stats or text):
         raise UserError("preset paper is not calibrated; leave --text and --stats out")
     if preset != "paper" and not (stats or text):
@@ -223,11 +244,11 @@ def convert_folder(
         blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=teacher)
     if dims is None:
         assert budget is not None
-        dims = planned_dims(teacher(), budget, blocks=blocks, statistics=statistics)
+        dims = planned_dims(teacher(), budget, blocks=blocks, statistics=statistics, context=context)
         statistics = None if text else statistics
     return convert_loaded(
         teacher(), tokenizer, out, name=model, preset=preset, qk=qk, d_qk=dims[0], d_vo=dims[1],
-        blocks=blocks, statistics=statistics, dtype=stored_dtype(config, dtype),
+        blocks=blocks, context=context, statistics=statistics, dtype=stored_dtype(config, dtype),
     )  # fmt: skip
 
 
@@ -261,15 +282,21 @@ def requested_dims(
 
 
 def planned_dims(
-    teacher: PreTrainedModel, budget: float, *, blocks: TokenBlocks | None, statistics: Statistics | None
+    teacher: PreTrainedModel, budget: float, *, blocks: TokenBlocks | None, statistics: Statistics | None, context: int
 ) -> Dims:
     """Dims layer by layer that spend a budget; without statistics they are taken on the first of the blocks."""
     if statistics is None:
         assert blocks is not None
         ids = blocks.ids[: max(1, PLAN_TOKENS // blocks.ids.shape[1])]
-        statistics = probed_statistics(teacher, ids, about={})
+        statistics = probed_statistics(teacher, ids, context=context, about={})
     allocation = budgets.plan(teacher, statistics, budget)
     return allocation.d_qk, allocation.d_vo
+
+
+def _lengths(config: PreTrainedConfig, block_size: int | None, context: int | None) -> tuple[int, int]:
+    """Tokens per block and positions to spread blocks over, where they aren't asked for."""
+    size = block_size or min(BLOCK_SIZE, config.max_position_embeddings)
+    return size, context_of(config, context, block_size=size)
 
 
 def _load_statistics(path: Path, config: PreTrainedConfig) -> Statistics:
@@ -297,20 +324,22 @@ def convert_loaded(
     d_qk: int | Sequence[int],
     d_vo: int | Sequence[int],
     blocks: TokenBlocks | None,
+    context: int,
     statistics: Statistics | None,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Convert a teacher in memory and write the student to `out`; `name` is how to find the teacher again."""
     check_disk(out, weight_bytes(teacher, dtype) + 50_000_000)
     began = time.monotonic()
-    ids = None if blocks is None else blocks.ids
-    student = convert(
-        teacher, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, statistics=statistics, ids=ids, batch_size=BATCH_SIZE
-    )
+    text: dict[str, Any] = {}
+    if blocks is not None:
+        text = {"ids": blocks.ids, "batch_size": batch_size_for(blocks.ids.shape[1]), "context": context}
+    student = convert(teacher, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, statistics=statistics, **text)
     step: dict[str, Any] = {"verb": "convert", "preset": preset, "qk": qk or QK_OF[preset], "d_qk": d_qk, "d_vo": d_vo}
     fingerprints: Sequence[str] = ()
     if blocks is not None:
         step |= {"text": list(blocks.sources), "tokens": blocks.ids.numel(), "block_size": blocks.ids.shape[1]}
+        step |= {"context": context}
         fingerprints = sorted(blocks.fingerprints)
     elif statistics is not None:
         step |= {key: statistics.about[key] for key in ("text", "tokens") if key in statistics.about}

@@ -35,7 +35,7 @@ from kvlatent.streaming import hidden_bytes
 from kvlatent.teacher_cache import BYTES as TOP_K_BYTES
 from kvlatent.teacher_cache import TeacherCache
 from kvlatent.verbs.conversion import unmeasured_card
-from kvlatent.verbs.models import load_config, load_tokenizer, stored_dtype, weight_bytes
+from kvlatent.verbs.models import context_of, load_config, load_tokenizer, stored_dtype, weight_bytes
 from kvlatent.verbs.text import read_text
 
 
@@ -103,7 +103,8 @@ def heal_folder(
                 f"{name} is not the teacher of {start}: "
                 f"its {field} is {getattr(original, field)}, not {getattr(config, field)}"
             )
-    settings = heal_config(spec.preset, changes, seed)
+    context = context_of(config, changes.get("context"), block_size=block_size)
+    settings = heal_config(spec.preset, {**changes, "context": context}, seed)
     tokenizer = load_tokenizer(start)
 
     if not 0 < top_k <= config.vocab_size:

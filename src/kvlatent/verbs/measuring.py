@@ -20,7 +20,7 @@ from kvlatent.evaluate import Perplexity, TaskScore, compare, lm_eval_tasks, nee
 from kvlatent.files import new_folder
 from kvlatent.modeling import graft
 from kvlatent.report.page import bench_page, write_report
-from kvlatent.verbs.models import BATCH_SIZE, load_config, load_tokenizer
+from kvlatent.verbs.models import batch_size_for, load_config, load_tokenizer
 from kvlatent.verbs.text import read_text
 
 NEEDLE_CONTEXTS, NEEDLE_TRIALS = (1024, 2048, 4096), 10
@@ -69,7 +69,8 @@ def evaluate_models(
         loaded, _ = load_model(name, device=device, dtype=dtype)
         entry: dict[str, Any] = {"model": name}
         if blocks is not None:
-            scores.append(perplexity(loaded, blocks.ids, text_bytes=blocks.bytes, batch_size=BATCH_SIZE))
+            size = batch_size_for(block_size)
+            scores.append(perplexity(loaded, blocks.ids, text_bytes=blocks.bytes, batch_size=size))
             entry |= scores_of(scores[-1])
         if with_needle:
             entry["needle"] = {
@@ -108,6 +109,7 @@ def scores_of(score: Perplexity) -> dict[str, Any]:
         "perplexity": score.perplexity,
         "perplexity_stderr": score.perplexity_stderr,
         "bits_per_byte": score.bits_per_byte,
+        **({"perplexity_at": score.by_position} if len(score.by_position) > 1 else {}),
     }
 
 

@@ -23,8 +23,24 @@ from kvlatent.families import family_of
 from kvlatent.modeling import dims_by_layer, head_dim_of, spec_in
 from kvlatent.spec import bytes_per_token
 
-BATCH_SIZE = 4
-"""Blocks per forward where nothing is trained."""
+
+def context_of(config: PreTrainedConfig, context: int | None, *, block_size: int) -> int:
+    """The positions that blocks of text are spread over: those asked for, or all that the model has.
+
+    Raises:
+        UserError: The model hasn't that many.
+    """
+    positions: int = config.max_position_embeddings
+    if block_size > positions:
+        raise UserError(f"block_size must be at most the model's {positions} positions; got {block_size}")
+    if context is not None and not 1 <= context <= positions:
+        raise UserError(f"context must be between 1 and the model's {positions} positions; got {context}")
+    return context or positions
+
+
+def batch_size_for(block_size: int) -> int:
+    """Blocks per forward where nothing is trained: 2,048 tokens, and at most four blocks."""
+    return max(1, min(4, 2048 // block_size))
 
 
 def load_config(model: str) -> PreTrainedConfig:
