@@ -183,13 +183,9 @@ class Convert(Verb):
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        if (self.d_qk is None) != (self.d_vo is None):
-            raise UserError("--d-qk and --d-vo go together; give both, or --budget")
-        if self.d_qk is not None and self.budget is not None:
-            raise UserError("give either --d-qk and --d-vo or --budget, not both")
         from kvlatent.verbs.conversion import convert_folder
 
-        budget = 0.5 if self.d_qk is None and self.budget is None else self.budget
+        budget = 0.5 if self.d_qk is None and self.d_vo is None and self.budget is None else self.budget
         return convert_folder(
             self.model, self.out, preset=self.preset, qk=self.qk, d_qk=self.d_qk, d_vo=self.d_vo, budget=budget,
             stats=self.stats, text=self.text, tokens=self.tokens, block_size=self.block_size, context=self.context,

@@ -266,8 +266,10 @@ def requested_dims(
     Raises:
         UserError: A request that can't be.
     """
-    if (d_qk is None) != (d_vo is None) or (d_qk is None) == (budget is None):
-        raise UserError("give either d_qk and d_vo, or a budget")
+    if (d_qk is None) != (d_vo is None):
+        raise UserError("d_qk and d_vo go together; give both, or a budget")
+    if (d_qk is None) == (budget is None):
+        raise UserError("give either d_qk and d_vo or a budget, one and not both")
     if budget is not None and preset == "best":
         check_teacher(config)
         budgets.total_dims(config, budget)
