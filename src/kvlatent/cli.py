@@ -128,10 +128,8 @@ class Plan(Verb):
     """Calibration text, as for calibrate."""
     tokens: Number = 4096
     """Tokens of text."""
-    block_size: Block = None
-    """Tokens per block; long ones keep the student good at long contexts."""
-    context: Context = None
-    """Positions that blocks are spread over: as far as the student will be used."""
+    block_size: Number = 512
+    """Tokens per block."""
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
@@ -139,7 +137,7 @@ class Plan(Verb):
 
         return plan_model(
             self.model, self.budget, self.out, stats=self.stats, text=self.text, tokens=self.tokens,
-            block_size=self.block_size, context=self.context, **self.common.place(),
+            block_size=self.block_size, **self.common.place(),
         )  # fmt: skip
 
     def table(self, result: dict[str, Any]) -> str:

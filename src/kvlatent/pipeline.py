@@ -365,7 +365,7 @@ class _Run:
         dims = requested_dims(self.config, preset=preset, **student.dims())
         if dims is None:
             assert student.budget is not None
-            dims = planned_dims(self.teacher(), student.budget, blocks=blocks, statistics=None, context=self.context)
+            dims = planned_dims(self.teacher(), student.budget, blocks=blocks, statistics=None)
         convert_loaded(
             self.teacher(), self.tokenizer, out, name=self.recipe.model, preset=preset, d_qk=dims[0], d_vo=dims[1],
             blocks=blocks, context=self.context, statistics=None, dtype=stored_dtype(self.config, "auto"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -41,9 +42,13 @@ Dims = tuple[int | Sequence[int], int | Sequence[int]]
 BLOCK_SIZE = 2048
 """Tokens per calibration block: a student is good up to about the length of the blocks that it was fitted to."""
 PLAN_TOKENS = 4096
-"""A budget is planned on this much of the calibration text."""
-PROBE_TOKENS = 256
-"""How much layers matter is measured on this much text."""
+"""A budget is planned on this much of the calibration text, taken evenly from all of it,"""
+PLAN_BLOCK = 512
+"""in pieces of this many tokens, read as if they began a context."""
+PROBE_TOKENS = 512
+"""How much layers matter is measured on this much text,"""
+PROBE_BLOCKS = 4
+"""taken from the beginnings of so many blocks: of a single one, another document would give another plan."""
 
 
 def calibrate_file(
@@ -115,15 +120,15 @@ def probed_statistics(
     teacher: PreTrainedModel,
     ids: Int[Tensor, "blocks block_size"],
     *,
-    context: int,
+    context: int | None,
     about: dict[str, Any],
     offloaded: OffloadedLayers | None = None,
 ) -> Statistics:
-    """Statistics of the teacher on token blocks, and how much each layer matters, measured on the first few."""
+    """Statistics of the teacher on token blocks, and how much each layer matters, measured on a few of them."""
     size = batch_size_for(ids.shape[1])
     statistics = calibrate(teacher, ids, batch_size=size, context=context, about=about, offloaded=offloaded)
-    first = ids[: max(1, PROBE_TOKENS // ids.shape[1]), :PROBE_TOKENS]
-    statistics.probes = budgets.probe(teacher, statistics, first, offloaded=offloaded)
+    few = ids[:: math.ceil(len(ids) / PROBE_BLOCKS), : PROBE_TOKENS // PROBE_BLOCKS]
+    statistics.probes = budgets.probe(teacher, statistics, few, offloaded=offloaded)
     return statistics
 
 
@@ -135,8 +140,7 @@ def plan_model(
     stats: Path | None,
     text: Sequence[str],
     tokens: int,
-    block_size: int | None,
-    context: int | None,
+    block_size: int,
     device: str,
     dtype: str,
     seed: int,
@@ -150,8 +154,7 @@ def plan_model(
         stats: A file of `calibrate_file`; without it, statistics are taken on text.
         text: Calibration text.
         tokens: Of the text.
-        block_size: Tokens per block; None is `BLOCK_SIZE`, or as many as the model has positions.
-        context: Positions that the blocks are spread over; None is all that the model has.
+        block_size: Tokens per block.
         device: Where to compute.
         dtype: Of the weights.
         seed: Of the order of the text.
@@ -163,12 +166,11 @@ def plan_model(
     config, tokenizer = load_config(model), load_tokenizer(model)
     check_teacher(config)
     budgets.total_dims(config, budget)
-    block_size, context = _lengths(config, block_size, context)
     statistics = None if stats is None else _load_statistics(stats, config)
     teacher = load_model(model, device=device, dtype=dtype)[0]
     if statistics is None:
         blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=lambda: teacher)
-        statistics = probed_statistics(teacher, blocks.ids, context=context, about={})
+        statistics = probed_statistics(teacher, blocks.ids, context=None, about={})
     allocation = budgets.plan(teacher, statistics, budget)
     kv_heads, size = config.num_key_value_heads, stored_dtype(config, "auto").itemsize
     budgets.draw(allocation, out, title=f"{model}: {budget:.4g} of the cache", head_dim=head_dim_of(config))
@@ -244,7 +246,7 @@ def convert_folder(
         blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=teacher)
     if dims is None:
         assert budget is not None
-        dims = planned_dims(teacher(), budget, blocks=blocks, statistics=statistics, context=context)
+        dims = planned_dims(teacher(), budget, blocks=blocks, statistics=statistics)
         statistics = None if text else statistics
     return convert_loaded(
         teacher(), tokenizer, out, name=model, preset=preset, qk=qk, d_qk=dims[0], d_vo=dims[1],
@@ -284,13 +286,15 @@ def requested_dims(
 
 
 def planned_dims(
-    teacher: PreTrainedModel, budget: float, *, blocks: TokenBlocks | None, statistics: Statistics | None, context: int
+    teacher: PreTrainedModel, budget: float, *, blocks: TokenBlocks | None, statistics: Statistics | None
 ) -> Dims:
     """Dims layer by layer that spend a budget; without statistics they are taken on the first of the blocks."""
     if statistics is None:
         assert blocks is not None
-        ids = blocks.ids[: max(1, PLAN_TOKENS // blocks.ids.shape[1])]
-        statistics = probed_statistics(teacher, ids, context=context, about={})
+        size = min(PLAN_BLOCK, blocks.ids.shape[1])
+        pieces = blocks.ids.unfold(1, size, size).flatten(0, 1)
+        every = math.ceil(len(pieces) * size / PLAN_TOKENS)
+        statistics = probed_statistics(teacher, pieces[::every], context=None, about={})
     allocation = budgets.plan(teacher, statistics, budget)
     return allocation.d_qk, allocation.d_vo
 
