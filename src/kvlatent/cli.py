@@ -23,7 +23,6 @@ from kvlatent.spec import QK, Preset
 Model = Annotated[str, arg(metavar="MODEL")]
 Number = Annotated[int, arg(metavar="N")]
 Numbers = Annotated[tuple[int, ...], arg(metavar="N…")]
-Block = Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 2048, or the model's positions)")]
 Context = Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's positions)")]
 Folder = Annotated[Path, arg(metavar="DIR")]
 Sources = Annotated[tuple[str, ...], arg(metavar="F…", help_behavior_hint="")]
@@ -97,8 +96,8 @@ class Calibrate(Verb):
     """Load one layer at a time from the model's safetensors, for models larger than memory."""
     tokens: Number = 16384
     """Tokens of text."""
-    block_size: Block = None
-    """Tokens per block; long ones keep the student good at long contexts."""
+    block_size: Number = 512
+    """Tokens per block."""
     context: Context = None
     """Positions that blocks are spread over: as far as the student will be used."""
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
@@ -174,8 +173,8 @@ class Convert(Verb):
     """Calibration text, as for calibrate; better than statistics, since layers are refitted. Not for paper."""
     tokens: Number = 16384
     """Tokens of text."""
-    block_size: Block = None
-    """Tokens per block; long ones keep the student good at long contexts."""
+    block_size: Number = 512
+    """Tokens per block."""
     context: Context = None
     """Positions that blocks are spread over: as far as the student will be used."""
     common: OmitArgPrefixes[Common] = field(default_factory=Common)

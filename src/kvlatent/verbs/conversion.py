@@ -39,8 +39,6 @@ from kvlatent.verbs.text import TEACHER_TEXT, read_text
 
 Dims = tuple[int | Sequence[int], int | Sequence[int]]
 """d_qk and d_vo: one number each, or one per layer."""
-BLOCK_SIZE = 2048
-"""Tokens per calibration block: a student is good up to about the length of the blocks that it was fitted to."""
 PLAN_TOKENS = 4096
 """A budget is planned on this much of the calibration text, taken evenly from all of it,"""
 PLAN_BLOCK = 512
@@ -59,7 +57,7 @@ def calibrate_file(
     merge: Sequence[Path] = (),
     offload: bool = False,
     tokens: int,
-    block_size: int | None,
+    block_size: int,
     context: int | None,
     device: str,
     dtype: str,
@@ -74,7 +72,7 @@ def calibrate_file(
         merge: Files of earlier calls on other text.
         offload: Keep the layers in their files and load one at a time.
         tokens: Of the text.
-        block_size: Tokens per block; None is `BLOCK_SIZE`, or as many as the model has positions.
+        block_size: Tokens per block.
         context: Positions that the blocks are spread over; None is all that the model has.
         device: Where to compute.
         dtype: Of the weights.
@@ -88,7 +86,7 @@ def calibrate_file(
         raise UserError("nothing to calibrate on: give text (--text), or statistics to merge (--merge)")
     config, tokenizer = load_config(model), load_tokenizer(model)
     check_teacher(config)
-    block_size, context = _lengths(config, block_size, context)
+    context = context_of(config, context, block_size=block_size)
     shards = [_load_statistics(path, config) for path in merge]
     whole_heads = 3 * config.num_attention_heads + 2 * config.num_key_value_heads
     check_disk(out, config.num_hidden_layers * whole_heads * head_dim_of(config) ** 2 * 8)
@@ -197,7 +195,7 @@ def convert_folder(
     stats: Path | None,
     text: Sequence[str],
     tokens: int,
-    block_size: int | None,
+    block_size: int,
     context: int | None,
     device: str,
     dtype: str,
@@ -216,7 +214,7 @@ def convert_folder(
         stats: A file of `calibrate_file`: instead of text or, with a budget, what it is spent by.
         text: Calibration text; `paper` takes neither.
         tokens: Of the text.
-        block_size: Tokens per block; None is `BLOCK_SIZE`, or as many as the model has positions.
+        block_size: Tokens per block.
         context: Positions that the blocks are spread over; None is all that the model has.
         device: Where to compute; always in float32.
         dtype: Of the weights written; `auto` is that of the teacher's checkpoint.
@@ -228,7 +226,7 @@ def convert_folder(
     refuse_existing(out)
     config, tokenizer = load_config(model), load_tokenizer(model)
     dims = requested_dims(config, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, budget=budget)
-    block_size, context = _lengths(config, block_size, context)
+    context = context_of(config, context, block_size=block_size)
     if preset == "paper" and (stats or text):
         raise UserError("preset paper is not calibrated; leave --text and --stats out")
     if preset != "paper" and not (stats or text):
@@ -297,12 +295,6 @@ def planned_dims(
         statistics = probed_statistics(teacher, pieces[::every], context=None, about={})
     allocation = budgets.plan(teacher, statistics, budget)
     return allocation.d_qk, allocation.d_vo
-
-
-def _lengths(config: PreTrainedConfig, block_size: int | None, context: int | None) -> tuple[int, int]:
-    """Tokens per block and positions to spread blocks over, where they aren't asked for."""
-    size = block_size or min(BLOCK_SIZE, config.max_position_embeddings)
-    return size, context_of(config, context, block_size=size)
 
 
 def _load_statistics(path: Path, config: PreTrainedConfig) -> Statistics:
