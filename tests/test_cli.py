@@ -400,7 +400,6 @@ BAD = {
     ),
     "evaluating on training text": ([*EVAL, "--text", "{folder}/train.txt"], "evaluate on other text"),
     "evaluating on nothing": (EVAL, "nothing to evaluate on"),
-    "blocks longer than the model": ([*CONVERT, *TEXT[:4], *DIMS, "--block-size", "512"], "the model's 256 positions"),
     "context longer than the model": ([*CONVERT, *TEXT, *DIMS, "--context", "257"], "the model's 256 positions"),
     "healing in no context": ([*HEAL, *TEXT[:2], *STAGES, "--context", "0"], "context must be"),
     "context too long": (["bench", "{folder}/student", "--context", "999"], "exceed the 256 positions"),

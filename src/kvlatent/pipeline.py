@@ -129,12 +129,6 @@ class Recipe(_Entry):
     bench: Bench
     generate: Generate
 
-    def positions(self, config: PreTrainedConfig) -> int:
-        """The positions that blocks are spread over."""
-        texts = (self.calibration, self.held_out, *([self.training] if self.training else ()))
-        longest = max(text.block_size or self.block_size for text in texts)
-        return context_of(config, self.context, block_size=longest)
-
     @model_validator(mode="after")
     def _training_where_healed(self) -> Recipe:
         if self.training is None and any(student.heal for student in self.students.values()):
@@ -210,7 +204,7 @@ def run(
     if seed is not None:
         wanted = wanted.model_copy(update={"seed": seed})
     config = load_config(wanted.model)
-    context = wanted.positions(config)
+    context = context_of(config, wanted.context)
     for preset, student in wanted.students.items():
         requested_dims(config, preset=preset, **student.dims())
         if student.heal is not None:
@@ -229,7 +223,7 @@ class _Run:
 
     def __init__(self, recipe: Recipe, out: Path, config: PreTrainedConfig, device: str, dtype: str) -> None:
         self.recipe, self.out, self.config = recipe, out, config
-        self.context = recipe.positions(config)
+        self.context = context_of(config, recipe.context)
         self.device = device
         self.group = processes(pick_device(device))
         self.dtype = str(pick_dtype(dtype, pick_device(device))).removeprefix("torch.")

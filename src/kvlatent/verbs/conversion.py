@@ -86,7 +86,7 @@ def calibrate_file(
         raise UserError("nothing to calibrate on: give text (--text), or statistics to merge (--merge)")
     config, tokenizer = load_config(model), load_tokenizer(model)
     check_teacher(config)
-    context = context_of(config, context, block_size=block_size)
+    context = context_of(config, context)
     shards = [_load_statistics(path, config) for path in merge]
     whole_heads = 3 * config.num_attention_heads + 2 * config.num_key_value_heads
     check_disk(out, config.num_hidden_layers * whole_heads * head_dim_of(config) ** 2 * 8)
@@ -226,7 +226,7 @@ def convert_folder(
     refuse_existing(out)
     config, tokenizer = load_config(model), load_tokenizer(model)
     dims = requested_dims(config, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, budget=budget)
-    context = context_of(config, context, block_size=block_size)
+    context = context_of(config, context)
     if preset == "paper" and (stats or text):
         raise UserError("preset paper is not calibrated; leave --text and --stats out")
     if preset != "paper" and not (stats or text):

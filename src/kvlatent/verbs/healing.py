@@ -103,7 +103,7 @@ def heal_folder(
                 f"{name} is not the teacher of {start}: "
                 f"its {field} is {getattr(original, field)}, not {getattr(config, field)}"
             )
-    context = context_of(config, changes.get("context"), block_size=block_size)
+    context = context_of(config, changes.get("context"))
     settings = heal_config(spec.preset, {**changes, "context": context}, seed)
     tokenizer = load_tokenizer(start)
 

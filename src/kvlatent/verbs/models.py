@@ -24,15 +24,13 @@ from kvlatent.modeling import dims_by_layer, head_dim_of, spec_in
 from kvlatent.spec import bytes_per_token
 
 
-def context_of(config: PreTrainedConfig, context: int | None, *, block_size: int) -> int:
+def context_of(config: PreTrainedConfig, context: int | None) -> int:
     """The positions that blocks of text are spread over: those asked for, or all that the model has.
 
     Raises:
         UserError: The model hasn't that many.
     """
     positions: int = config.max_position_embeddings
-    if block_size > positions:
-        raise UserError(f"block_size must be at most the model's {positions} positions; got {block_size}")
     if context is not None and not 1 <= context <= positions:
         raise UserError(f"context must be between 1 and the model's {positions} positions; got {context}")
     return context or positions
