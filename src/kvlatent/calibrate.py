@@ -215,26 +215,27 @@ def calibrate(
     layers, scaling = model.model.layers, model.model.rotary_emb.scaling
     statistics = [LayerStatistics() for _ in layers]
     starts = block_starts(len(ids), ids.shape[1], context).split(batch_size)
-    arguments = [layer_arguments(model, part, ids.shape[1]) for part in starts]
 
-    def through(index: int, batch: int, hidden: Tensor) -> Tensor:
-        layer, kwargs = layers[index], arguments[batch][index]
+    def through(index: int, arguments: list[dict[str, Any]], hidden: Tensor) -> Tensor:
+        layer, kwargs = layers[index], arguments[index]
         statistics[index].update(layer.self_attn, layer.input_layernorm(hidden), kwargs, rope_scaling=scaling)
         return layer(hidden, **kwargs)
 
     with torch.no_grad(), tqdm(total=ids.numel() * len(layers), unit="tok", unit_scale=True, desc="calibrate") as bar:
         states = (model.model.embed_tokens(batch.to(model.device)) for batch in ids.split(batch_size))
         if offloaded is None:
-            for b, hidden in enumerate(states):
+            for part, hidden in zip(starts, states, strict=True):
+                arguments = layer_arguments(model, part, ids.shape[1])
                 for index in range(len(layers)):
-                    hidden = through(index, b, hidden)
+                    hidden = through(index, arguments, hidden)
                     bar.update(hidden.shape[0] * hidden.shape[1])
         else:
             waiting = [hidden.cpu() for hidden in states]
+            of_batches = [layer_arguments(model, part, ids.shape[1]) for part in starts]
             for index, layer in enumerate(layers):
                 with offloaded.visiting(layer, index):
                     for b, hidden in enumerate(waiting):
-                        waiting[b] = through(index, b, hidden.to(model.device)).cpu()
+                        waiting[b] = through(index, of_batches[b], hidden.to(model.device)).cpu()
                         bar.update(hidden.shape[0] * hidden.shape[1])
     return Statistics(statistics, {**about, "tokens": ids.numel()})
 

@@ -286,7 +286,7 @@ def requested_dims(
 def planned_dims(
     teacher: PreTrainedModel, budget: float, *, blocks: TokenBlocks | None, statistics: Statistics | None
 ) -> Dims:
-    """Dims layer by layer that spend a budget; without statistics they are taken on the first of the blocks."""
+    """Dims layer by layer that spend a budget; without statistics they are taken on pieces of the blocks."""
     if statistics is None:
         assert blocks is not None
         size = min(PLAN_BLOCK, blocks.ids.shape[1])
