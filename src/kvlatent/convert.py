@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -43,8 +43,8 @@ ALLOWED: dict[Preset, tuple[QK, ...]] = {
 SHARED_LIST = ALLOWED["portable"]
 DISTANCES = torch.logspace(0, 9, 64, base=2)
 """Tokens between query and key that rotations are judged at: 1 to 512, as many near as far."""
-RIDGES = (1.0, 0.3, 0.1)
-"""Pulls of refitted weights towards the old ones, in units of the mean input energy, that each matrix chooses from."""
+RIDGE = 3.0
+"""Pull of refitted weights towards the old ones, in units of the inputs' mean squared norm."""
 LOGIT_RIDGE = 0.03
 """Pull of refitted query and key maps towards where they started, in units of mean query × mean key energy."""
 LOGIT_QUERIES = 1536
@@ -64,7 +64,6 @@ def convert(
     ids: Int[Tensor, "blocks block_size"] | None = None,
     batch_size: int = 4,
     context: int | None = None,
-    ridges: Sequence[float] = RIDGES,
 ) -> PreTrainedModel:
     """Return a student with d_qk and d_vo dims per head; weights that conversion doesn't touch are the teacher's.
 
@@ -82,8 +81,6 @@ def convert(
         ids: Calibration text as token blocks.
         batch_size: Blocks per forward.
         context: Positions that the blocks are spread over, if more than a block's.
-        ridges: Pulls of refitted weights towards the old ones, in units of the mean input energy. Each matrix takes the
-            one that serves best on a quarter of the text, held out meanwhile; below four batches, the first.
 
     Raises:
         UserError: Dims the preset or the model doesn't allow, or neither statistics nor text where needed.
@@ -104,7 +101,7 @@ def convert(
             stats = None if statistics is None else statistics.layers[index]
             fill(layer.self_attn, whole[index], *reductions(plan, index, whole[index], stats))
         return student
-    return _convert_in_order(student, teacher, plan, ids, batch_size, context, ridges)
+    return _convert_in_order(student, teacher, plan, ids, batch_size, context)
 
 
 def check_request(
@@ -304,21 +301,6 @@ def turning(position_embeddings: tuple[Tensor, Tensor], freq_index: Tensor | Non
     return cos, sin
 
 
-class _Ridges:
-    """The ridge of one matrix; every fourth batch waits in a second one until it has chosen the strength."""
-
-    def __init__(self, linear: nn.Linear, strengths: Sequence[float]) -> None:
-        self.strengths, self.train, self.held_out = strengths, Ridge(linear), Ridge(linear)
-
-    def __getitem__(self, batch: int) -> Ridge:
-        return self.held_out if batch % 4 == 3 else self.train
-
-    def solve(self) -> None:
-        strength = self.train.choose(self.held_out, self.strengths)
-        self.train.merge(self.held_out)
-        self.train.solve(strength=strength)
-
-
 @torch.no_grad()
 def _convert_in_order(
     student: PreTrainedModel,
@@ -327,7 +309,6 @@ def _convert_in_order(
     ids: Tensor,
     batch_size: int,
     context: int | None,
-    strengths: Sequence[float],
 ) -> PreTrainedModel:
     """Reduce and refit layer after layer; `student` comes in unreduced and is changed in place.
 
@@ -371,7 +352,7 @@ def _convert_in_order(
         fill(layer.self_attn, whole, qk, vo)
 
         # W_O: with the student's head outputs, give the teacher's residual stream after attention.
-        ridges, outputs = _Ridges(layer.self_attn.o_proj, strengths), list[Tensor]()
+        ridge, outputs = Ridge(layer.self_attn.o_proj), list[Tensor]()
         for b, kwargs in enumerate(arguments):
             run = partial(original, teacher_states[b].to(device), **teacher_arguments[b][index])
             after_attention, after_layer = input_and_output(original.post_attention_layernorm, run)
@@ -379,21 +360,21 @@ def _convert_in_order(
             state = student_states[b].to(device)
             attend = partial(layer.self_attn, layer.input_layernorm(state))
             heads = input_of(layer.self_attn.o_proj, partial(attend, **kwargs | {"position_embeddings": rotations[b]}))
-            ridges[b].add(heads, after_attention - state, size=after_attention)
+            ridge.add(heads, after_attention - state, size=after_attention)
             outputs.append(heads.cpu())
-        ridges.solve()
+        ridge.solve(strength=RIDGE)
 
         # The FFN's down projection: give the teacher's residual stream after the layer.
-        ridges, activations = _Ridges(layer.mlp.down_proj, strengths), list[Tensor | None]()
+        ridge, activations = Ridge(layer.mlp.down_proj), list[Tensor | None]()
         keep = ids.numel() * layer.mlp.down_proj.in_features * 4 <= KEEP_BYTES
         for b, heads in enumerate(outputs):
             state = student_states[b].to(device) + layer.self_attn.o_proj(heads.to(device))
             student_states[b] = state.cpu()
             x = input_of(layer.mlp.down_proj, partial(layer.mlp, layer.post_attention_layernorm(state)))
             after_layer = teacher_states[b].to(device)
-            ridges[b].add(x, after_layer - state, size=after_layer)
+            ridge.add(x, after_layer - state, size=after_layer)
             activations.append(x.cpu() if keep else None)
-        ridges.solve()
+        ridge.solve(strength=RIDGE)
         for b, (state, kept) in enumerate(zip(student_states, activations, strict=True)):
             state = state.to(device)
             if kept is None:

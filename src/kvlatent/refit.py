@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,6 +28,7 @@ class Ridge:
         # Only the blocks of xx on and above the diagonal are computed; what is below them stays zero.
         self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self.xy = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
+        self.tokens = 0
 
     def add(
         self,
@@ -50,38 +51,25 @@ class Ridge:
         if size is not None:
             weight = size.flatten(0, -2).float().square().mean(-1, keepdim=True).rsqrt()
             x, y = x * weight, y * weight
+        self.tokens += len(x)
         at = 0
         for rows in x.T.tensor_split(_BLOCKS):
             self.xx[at : at + len(rows), at:] += rows @ x[:, at:]
             at += len(rows)
         self.xy += x.T @ y
 
-    def solution(self, strength: float) -> Float[Tensor, "inputs outputs"]:
-        """argmin over W of ‖Y − XW − b‖² + λ‖W − W_old‖², λ = `strength` × mean diagonal of XᵀX, in float64."""
-        damping = strength * self.xx.diagonal().mean()
-        xx = self.xx + damping * torch.eye(len(self.xx), dtype=self.xx.dtype, device=self.xx.device)
-        wanted = self.xy + damping * self.linear.weight.detach().double().T
-        factor = torch.linalg.cholesky(xx, upper=True)  # looks at the upper triangle only
-        return torch.cholesky_solve(wanted, factor, upper=True)
-
-    def error(self, weights: Float[Tensor, "inputs outputs"]) -> float:
-        """‖Y − XW − b‖² less ‖Y − b‖², which no W changes."""
-        xx = self.xx.triu() + self.xx.triu(1).T
-        return float((weights * (xx @ weights - 2 * self.xy)).sum())
-
     @torch.no_grad()
     def solve(self, *, strength: float) -> None:
-        """Move the layer's weights to the solution."""
-        self.linear.weight.copy_(self.solution(strength).T)
+        """Move the layer's weights to argmin over W of ‖Y − XW − b‖² + λ‖W − W_old‖².
 
-    def choose(self, held_out: Ridge, strengths: Sequence[float]) -> float:
-        """Of `strengths`, the one whose solution errs least on other batches, in `held_out`; the first without any."""
-        return min(strengths, key=lambda strength: held_out.error(self.solution(strength)))
-
-    def merge(self, other: Ridge) -> None:
-        """Add the batches of another ridge for the same layer."""
-        self.xx += other.xx
-        self.xy += other.xy
+        λ = `strength` × the mean of ‖x‖² over tokens: it doesn't grow with the text, as XᵀX does, and for many inputs,
+        among which an output is shared, it is as strong as for few.
+        """
+        damping = strength * self.xx.diagonal().sum() / self.tokens
+        xx = self.xx + damping * torch.eye(len(self.xx), dtype=self.xx.dtype, device=self.xx.device)
+        wanted = self.xy + damping * self.linear.weight.double().T
+        factor = torch.linalg.cholesky(xx, upper=True)  # looks at the upper triangle only
+        self.linear.weight.copy_(torch.cholesky_solve(wanted, factor, upper=True).T)
 
 
 @dataclass(frozen=True, kw_only=True)
