@@ -22,8 +22,10 @@ from kvlatent.errors import UserError
 from kvlatent.modeling import graft, head_dim_of
 from kvlatent.offload import OffloadedLayers
 
-PROBE_SHARES = (0.25, 0.5, 0.75)
-"""A probe keeps one of these shares of one layer's key dims, or of its value dims, and everything else."""
+PROBE_SHARE = 0.5
+"""A probe keeps this share of one layer's key dims, or of its value dims, and everything else."""
+PROBE_STRIDE = 4
+"""Probes compare the next token's distributions at every so many positions: the head costs as much as many layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +127,7 @@ def plan(teacher: PreTrainedModel, statistics: Statistics, budget: float) -> All
 def loss_curves(teacher: PreTrainedModel, statistics: Statistics) -> Float[Tensor, "2 layers dims"]:
     """Expected loss in nats per token by dims kept, for each layer's keys [0] and values [1].
 
-    Probes say how much is lost at some dims, the tail of the layer's singular values how the loss falls between them.
+    Probes say how much is lost at half the dims, the tail of singular values how the loss falls around that.
     """
     tails = []
     for layer, stats in zip(teacher.model.layers, statistics.layers, strict=True):
@@ -134,18 +136,16 @@ def loss_curves(teacher: PreTrainedModel, statistics: Statistics) -> Float[Tenso
         qk = reduce.project_tail(stats.mean("q").cpu(), stats.mean("k").cpu())
         tails.append(torch.stack((qk, reduce.value_output_tail(stats.mean("o").cpu(), o_weight, kv_heads=kv_heads))))
     curves = torch.stack(tails, dim=1)
-    if statistics.probes is None or statistics.probes.shape[-1] != len(PROBE_SHARES):
+    if statistics.probes is None or statistics.probes.ndim != 2:
         raise UserError("these statistics say nothing about how much each layer matters; calibrate again")
-    dims, probed = torch.arange(curves.shape[-1]), torch.tensor(_probe_dims(curves.shape[-1] - 1))
-    scale = statistics.probes / curves[..., probed].clamp_min(torch.finfo(torch.float64).tiny)
-    # Between probes the scale changes linearly, beyond them not at all; dims never add to the loss.
-    after = torch.searchsorted(probed, dims).clamp(1, len(probed) - 1)
-    share = ((dims - probed[after - 1]) / (probed[after] - probed[after - 1])).clamp(0, 1).double()
-    return (curves * torch.lerp(scale[..., after - 1], scale[..., after], share)).cummin(-1).values
+    # A layer of so low a rank that nothing is lost at half its dims has no tail there, only rounding.
+    least = (1e-6 * curves[..., 0]).clamp_min(torch.finfo(torch.float64).tiny)
+    scale = statistics.probes / torch.maximum(curves[..., _probe_dims(curves.shape[-1] - 1)], least)
+    return curves * scale[..., None]
 
 
-def _probe_dims(head_dim: int) -> list[int]:
-    return [max(2, int(share * head_dim) // 2 * 2) for share in PROBE_SHARES]
+def _probe_dims(head_dim: int) -> int:
+    return max(2, int(PROBE_SHARE * head_dim) // 2 * 2)
 
 
 @torch.no_grad()
@@ -155,20 +155,21 @@ def probe(
     ids: Int[Tensor, "blocks block_size"],
     *,
     offloaded: OffloadedLayers | None = None,
-) -> Float[Tensor, "2 layers shares"]:
+) -> Float[Tensor, "2 layers"]:
     """KL from the teacher, in nats per token, when one layer alone has narrow keys [0] or narrow values [1].
 
-    Every probe goes through the layers behind its own: layers² forwards of one layer on `ids` for each of
-    `PROBE_SHARES`. All probes advance together, so each layer's weights are used once.
+    Every probe goes through the layers behind its own: layers² forwards of one layer on `ids`. All probes advance
+    together, so each layer's weights are used once.
 
     Args:
         teacher: A stock model of a supported family.
         statistics: What the probes' reductions are derived from.
-        ids: Token blocks; one or two are enough to rank layers.
+        ids: Token blocks.
         offloaded: From `offload.open_offloaded`, with its teacher.
     """
     student = graft(teacher)
     head_dim, layers = head_dim_of(teacher.config), student.model.layers
+    narrow = _probe_dims(head_dim)
     plans = [
         plan_reduction(
             teacher,
@@ -178,7 +179,6 @@ def probe(
             d_vo=(d_vo,) * len(layers),
             statistics=None,
         )
-        for narrow in _probe_dims(head_dim)
         for d_qk, d_vo in ((narrow, head_dim), (head_dim, narrow))
     ]
     state, probes = student.model.embed_tokens(ids.to(student.device)), list[Tensor]()
@@ -196,11 +196,12 @@ def probe(
             layer.self_attn, state = attention, unchanged
 
     def log_probs(hidden: Tensor) -> Tensor:
+        hidden = hidden[:, (ids.shape[1] - 1) % PROBE_STRIDE :: PROBE_STRIDE]
         return student.lm_head(student.model.norm(hidden)).flatten(0, 1).float().log_softmax(-1)
 
     wanted = log_probs(state)
     losses = [F.kl_div(log_probs(x), wanted, reduction="batchmean", log_target=True).double().cpu() for x in probes]
-    return torch.stack(losses).view(len(layers), -1, 2).permute(2, 0, 1)
+    return torch.stack(losses).view(len(layers), 2).T
 
 
 def allocate(curves: Float[Tensor, "items options"], total: int, *, floor: int) -> list[int]:

@@ -137,7 +137,7 @@ class Statistics:
     layers: list[LayerStatistics]
     about: dict[str, Any]
     """Model, sources, tokens and fingerprints of the text."""
-    probes: Float[Tensor, "2 layers shares"] | None = None
+    probes: Float[Tensor, "2 layers"] | None = None
     """From `budget.probe`: what narrow keys [0] or values [1] of one layer alone cost, in nats per token."""
 
     def save(self, path: Path) -> None:

@@ -41,12 +41,10 @@ Dims = tuple[int | Sequence[int], int | Sequence[int]]
 """d_qk and d_vo: one number each, or one per layer."""
 PLAN_TOKENS = 4096
 """A budget is planned on this much of the calibration text, taken evenly from all of it,"""
-PLAN_BLOCK = 512
-"""in pieces of this many tokens, read as if they began a context."""
-PROBE_TOKENS = 512
-"""How much layers matter is measured on this much text,"""
-PROBE_BLOCKS = 4
-"""taken from the beginnings of so many blocks: of a single one, another document would give another plan."""
+PROBE_TOKENS = 2048
+"""and how much layers matter is measured on this much: with a quarter of it, other text would give another plan;"""
+PLAN_PIECE = 512
+"""both in pieces of this many tokens, read as if they began a context."""
 
 
 def calibrate_file(
@@ -125,9 +123,15 @@ def probed_statistics(
     """Statistics of the teacher on token blocks, and how much each layer matters, measured on a few of them."""
     size = batch_size_for(ids.shape[1])
     statistics = calibrate(teacher, ids, batch_size=size, context=context, about=about, offloaded=offloaded)
-    few = ids[:: math.ceil(len(ids) / PROBE_BLOCKS), : PROBE_TOKENS // PROBE_BLOCKS]
-    statistics.probes = budgets.probe(teacher, statistics, few, offloaded=offloaded)
+    statistics.probes = budgets.probe(teacher, statistics, _pieces(ids, PROBE_TOKENS), offloaded=offloaded)
     return statistics
+
+
+def _pieces(ids: Int[Tensor, "blocks block_size"], tokens: int) -> Int[Tensor, "pieces piece_size"]:
+    """So many tokens, or less, evenly from all of a text."""
+    size = min(PLAN_PIECE, ids.shape[1])
+    pieces = ids.unfold(1, size, size).flatten(0, 1)
+    return pieces[:: math.ceil(len(pieces) * size / tokens)]
 
 
 def plan_model(
@@ -289,10 +293,7 @@ def planned_dims(
     """Dims layer by layer that spend a budget; without statistics they are taken on pieces of the blocks."""
     if statistics is None:
         assert blocks is not None
-        size = min(PLAN_BLOCK, blocks.ids.shape[1])
-        pieces = blocks.ids.unfold(1, size, size).flatten(0, 1)
-        every = math.ceil(len(pieces) * size / PLAN_TOKENS)
-        statistics = probed_statistics(teacher, pieces[::every], context=None, about={})
+        statistics = probed_statistics(teacher, _pieces(blocks.ids, PLAN_TOKENS), context=None, about={})
     allocation = budgets.plan(teacher, statistics, budget)
     return allocation.d_qk, allocation.d_vo
 
