@@ -138,7 +138,7 @@ def main() -> None:
     judge = partial(perplexity, ids=held_out.ids, text_bytes=held_out.bytes, batch_size=2)
     reference, head_dim = judge(teacher), head_dim_of(teacher.config)
     began = time.monotonic()
-    statistics = probed_statistics(teacher, ids, about={})
+    statistics = probed_statistics(teacher, ids, context=None, about={})
     shared_seconds = time.monotonic() - began
     methods = students(teacher, ids, statistics, moments(teacher, ids))
     lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
