@@ -40,11 +40,9 @@ from kvlatent.verbs.text import TEACHER_TEXT, read_text
 Dims = tuple[int | Sequence[int], int | Sequence[int]]
 """d_qk and d_vo: one number each, or one per layer."""
 PLAN_TOKENS = 4096
-"""A budget is planned on this much of the calibration text, taken evenly from all of it,"""
-PROBE_TOKENS = 2048
-"""and how much layers matter is measured on this much: with a quarter of it, other text would give another plan;"""
+"""A budget is planned on this much of the calibration text: on less, other pieces of it would give another plan."""
 PLAN_PIECE = 512
-"""both in pieces of this many tokens, read as if they began a context."""
+"""It is taken evenly from all of the text, in pieces of this many tokens, read as if they began a context."""
 
 
 def calibrate_file(
@@ -120,18 +118,18 @@ def probed_statistics(
     about: dict[str, Any],
     offloaded: OffloadedLayers | None = None,
 ) -> Statistics:
-    """Statistics of the teacher on token blocks, and how much each layer matters, measured on a few of them."""
+    """Statistics of the teacher on token blocks, and how much each layer matters, measured on pieces of them."""
     size = batch_size_for(ids.shape[1])
     statistics = calibrate(teacher, ids, batch_size=size, context=context, about=about, offloaded=offloaded)
-    statistics.probes = budgets.probe(teacher, statistics, _pieces(ids, PROBE_TOKENS), offloaded=offloaded)
+    statistics.probes = budgets.probe(teacher, statistics, _plan_pieces(ids), offloaded=offloaded)
     return statistics
 
 
-def _pieces(ids: Int[Tensor, "blocks block_size"], tokens: int) -> Int[Tensor, "pieces piece_size"]:
-    """So many tokens, or less, evenly from all of a text."""
+def _plan_pieces(ids: Int[Tensor, "blocks block_size"]) -> Int[Tensor, "pieces piece_size"]:
+    """`PLAN_TOKENS` of a text, or less."""
     size = min(PLAN_PIECE, ids.shape[1])
     pieces = ids.unfold(1, size, size).flatten(0, 1)
-    return pieces[:: math.ceil(len(pieces) * size / tokens)]
+    return pieces[:: math.ceil(len(pieces) * size / PLAN_TOKENS)]
 
 
 def plan_model(
@@ -293,7 +291,7 @@ def planned_dims(
     """Dims layer by layer that spend a budget; without statistics they are taken on pieces of the blocks."""
     if statistics is None:
         assert blocks is not None
-        statistics = probed_statistics(teacher, _pieces(blocks.ids, PLAN_TOKENS), context=None, about={})
+        statistics = probed_statistics(teacher, _plan_pieces(blocks.ids), context=None, about={})
     allocation = budgets.plan(teacher, statistics, budget)
     return allocation.d_qk, allocation.d_vo
 
