@@ -24,7 +24,7 @@ from kvlatent.offload import OffloadedLayers
 
 PROBE_SHARE = 0.5
 """A probe keeps this share of one layer's key dims, or of its value dims, and everything else."""
-PROBE_STRIDE = 8
+PROBE_STRIDE = 4
 """Probes compare the next token's distributions at every so many positions: the head costs as much as many layers."""
 
 

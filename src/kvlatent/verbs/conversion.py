@@ -40,9 +40,11 @@ from kvlatent.verbs.text import TEACHER_TEXT, read_text
 Dims = tuple[int | Sequence[int], int | Sequence[int]]
 """d_qk and d_vo: one number each, or one per layer."""
 PLAN_TOKENS = 4096
-"""A budget is planned on this much of the calibration text: on less, other pieces of it would give another plan."""
-PLAN_PIECE = 512
-"""It is taken evenly from all of the text, in pieces of this many tokens, read as if they began a context."""
+"""A budget is planned on statistics of this much of the calibration text."""
+PROBE_TOKENS = (2048, 4096)
+"""How much layers matter is measured on an eighth of the text, within these limits; less is too few documents."""
+PIECE = 512
+"""Both are taken evenly from all of the text, in pieces of this many tokens, read as if they began a context."""
 
 
 def calibrate_file(
@@ -118,18 +120,23 @@ def probed_statistics(
     about: dict[str, Any],
     offloaded: OffloadedLayers | None = None,
 ) -> Statistics:
-    """Statistics of the teacher on token blocks, and how much each layer matters, measured on pieces of them."""
+    """Statistics of the teacher on token blocks, and how much each layer matters."""
     size = batch_size_for(ids.shape[1])
     statistics = calibrate(teacher, ids, batch_size=size, context=context, about=about, offloaded=offloaded)
-    statistics.probes = budgets.probe(teacher, statistics, _plan_pieces(ids), offloaded=offloaded)
+    statistics.probes = budgets.probe(teacher, statistics, _probe_text(ids), offloaded=offloaded)
     return statistics
 
 
-def _plan_pieces(ids: Int[Tensor, "blocks block_size"]) -> Int[Tensor, "pieces piece_size"]:
-    """`PLAN_TOKENS` of a text, or less."""
-    size = min(PLAN_PIECE, ids.shape[1])
+def _probe_text(ids: Int[Tensor, "blocks block_size"]) -> Int[Tensor, "pieces piece_size"]:
+    least, most = PROBE_TOKENS
+    return _pieces(ids, min(max(ids.numel() // 8, least), most))
+
+
+def _pieces(ids: Int[Tensor, "blocks block_size"], tokens: int) -> Int[Tensor, "pieces piece_size"]:
+    """So many tokens of a text, or less."""
+    size = min(PIECE, ids.shape[1])
     pieces = ids.unfold(1, size, size).flatten(0, 1)
-    return pieces[:: math.ceil(len(pieces) * size / PLAN_TOKENS)]
+    return pieces[:: math.ceil(len(pieces) * size / tokens)]
 
 
 def plan_model(
@@ -291,7 +298,9 @@ def planned_dims(
     """Dims layer by layer that spend a budget; without statistics they are taken on pieces of the blocks."""
     if statistics is None:
         assert blocks is not None
-        statistics = probed_statistics(teacher, _plan_pieces(blocks.ids), context=None, about={})
+        size = batch_size_for(PIECE)
+        statistics = calibrate(teacher, _pieces(blocks.ids, PLAN_TOKENS), batch_size=size, context=None, about={})
+        statistics.probes = budgets.probe(teacher, statistics, _probe_text(blocks.ids))
     allocation = budgets.plan(teacher, statistics, budget)
     return allocation.d_qk, allocation.d_vo
 
