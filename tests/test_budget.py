@@ -100,6 +100,17 @@ def test_a_layer_whose_values_do_not_matter_pays_for_the_others(
     assert allocation.d_qk[1] + allocation.d_vo[1] == 28
 
 
+def test_values_of_half_rank_need_no_more_than_half_the_dims(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor
+) -> None:
+    teacher = tiny_teacher("llama")
+    teacher.model.layers[0].self_attn.v_proj.weight.data.unflatten(0, (-1, 16))[:, 8:] = 0
+    statistics = probed(teacher, ids)
+    curves = budget.loss_curves(teacher, statistics)
+    assert bool(curves.isfinite().all()) and float(curves[1, 0, 8:].abs().max()) < 1e-6
+    assert budget.plan(teacher, statistics, 0.75).d_vo[0] <= 8
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "llama-yarn", "mistral-mha"])
 def test_probes_are_the_kl_of_models_with_one_narrow_part(
     tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str
