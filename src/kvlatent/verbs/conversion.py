@@ -128,6 +128,7 @@ def probed_statistics(
 
 
 def _probe_text(ids: Int[Tensor, "blocks block_size"]) -> Int[Tensor, "pieces piece_size"]:
+    """What of a calibration text the layers are probed on."""
     least, most = PROBE_TOKENS
     return _pieces(ids, min(max(ids.numel() // 8, least), most))
 
