@@ -91,6 +91,16 @@ def test_console_script_names_every_verb() -> None:
         assert f"• {verb}" in done.stdout
 
 
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvlatent", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, complaint = process.communicate(timeout=120)
+    assert (process.returncode, complaint) == (1, "")
+
+
 @pytest.mark.parametrize(
     "argv", [[], ["nonsense"], ["info"], ["info", "m", "--wrong"], ["run", "a.yaml", "--seed", "x"]]
 )

@@ -548,6 +548,17 @@ VERBS: dict[str, Callable[..., Verb]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0, 2 for what the user can put right, 130 when interrupted."""
+    try:
+        try:
+            return _main(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing fails at exit
+        return 1
+
+
+def _main(argv: Sequence[str] | None) -> int:
     verb = parse(sys.argv[1:] if argv is None else argv)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # whatever libraries print is not the answer
