@@ -21,7 +21,7 @@ import urllib.request
 DEPTHS, NEW_TOKENS, ROUNDS, CELLS = (512, 4096, 8192), 24, 7, 8192 + 64
 
 
-def serve(path):
+def serve(path: str) -> None:
     """In a process of its own: print the address, then serve until stdin closes; the log goes to stderr."""
     import xllamacpp
 
@@ -39,21 +39,22 @@ def serve(path):
 class Engine:
     """llama.cpp on one model."""
 
-    def __init__(self, path):
+    def __init__(self, path: str) -> None:
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         command = [sys.executable, __file__, "--serve", path]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
         )
+        assert self.process.stdout is not None
         self.address = self.process.stdout.readline().strip()
 
-    def cache_mib(self):
+    def cache_mib(self) -> list[float]:
         """For 8,192 tokens, of every cache in the log."""
         self.log.seek(0)
         sizes = re.findall(r"llama_kv_cache: size = +([\d.]+) MiB \( *(\d+) cells", self.log.read())
         return [round(float(size) * 8192 / int(cells), 2) for size, cells in sizes]
 
-    def tokens_per_s(self, depth):
+    def tokens_per_s(self, depth: int) -> float:
         """Speed of the tokens after a prompt of `depth`; the prompt is kept between calls."""
         prompt = [100 + (token * 7919) % 40000 for token in range(depth - NEW_TOKENS)]
         body = {"prompt": prompt, "n_predict": NEW_TOKENS, "ignore_eos": True, "temperature": 0, "cache_prompt": True}
@@ -62,30 +63,29 @@ class Engine:
             return json.load(answer)["timings"]["predicted_per_second"]
 
 
-def _spread(speeds, firsts):
+def _spread(speeds: list[float], firsts: list[float]) -> list[float]:
     """Median, smallest and largest ratio of two models' speeds in the same round."""
     ratios = [speed / first for speed, first in zip(speeds, firsts, strict=True)]
     return [round(of(ratios), 2) for of in (statistics.median, min, max)]
 
 
-def main(paths):
+def main(paths: list[str]) -> None:
     """Measure the models at `paths` in turns."""
     engines = [Engine(path) for path in paths]
-    speeds = {depth: [[] for _ in engines] for depth in DEPTHS}
+    speeds: dict[int, list[list[float]]] = {depth: [[] for _ in engines] for depth in DEPTHS}
     for depth in DEPTHS:
         for engine in engines:
             engine.tokens_per_s(depth)  # reads the prompt
         for _ in range(ROUNDS):
-            for found, engine in zip(speeds[depth], engines, strict=True):
-                found.append(engine.tokens_per_s(depth))
+            for measured, engine in zip(speeds[depth], engines, strict=True):
+                measured.append(engine.tokens_per_s(depth))
         print(depth, speeds[depth], file=sys.stderr, flush=True)
     for at, (path, engine) in enumerate(zip(paths, engines, strict=True)):
         medians = {depth: round(statistics.median(speeds[depth][at]), 2) for depth in DEPTHS}
         ratios = {depth: _spread(speeds[depth][at], speeds[depth][0]) for depth in DEPTHS}
         found = {"model": path, "cache_mib": engine.cache_mib(), "tokens_per_s": medians, "ratio": ratios}
         print(json.dumps(found), flush=True)
-        engine.process.stdin.close()
-        engine.process.wait()
+        engine.process.communicate()
 
 
 if __name__ == "__main__":

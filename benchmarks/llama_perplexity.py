@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.checkpoints import load_model
 from kvlatent.corpora import read_corpus
@@ -23,7 +24,7 @@ CHUNK, CHUNKS, CHARACTERS = 512, 4, 20_000
 
 
 @torch.no_grad()
-def perplexity(model, tokenizer, text):
+def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> float:
     """As llama-perplexity does it."""
     ids = torch.tensor(tokenizer(text)["input_ids"][: CHUNK * CHUNKS]).view(CHUNKS, CHUNK)
     half, nll = CHUNK // 2, []
@@ -33,25 +34,26 @@ def perplexity(model, tokenizer, text):
     return torch.stack(nll).mean().exp().item()
 
 
-def by_llama_cpp(tools, path, text):
+def by_llama_cpp(tools: Path, path: Path, text: Path) -> float:
     """The last line of the tool's report."""
-    command = [tools / "llama-perplexity", "-m", path, "-f", text, "-c", str(CHUNK), "--chunks", str(CHUNKS), "-t", "2"]
+    command = [str(tools / "llama-perplexity"), "-m", str(path), "-f", str(text), "-c", str(CHUNK)]
+    command += ["--chunks", str(CHUNKS), "-t", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     [found] = re.findall(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
     return float(found)
 
 
-def main(tools, *names):
+def main(tools: Path, *names: str) -> None:
     """Compare every model in every type."""
     text = "\n\n".join(read_corpus("wikipedia"))[:CHARACTERS]
     for name in names:
-        with tempfile.TemporaryDirectory() as folder:
-            folder = Path(folder)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
             (folder / "text").write_text(text)
             model, tokenizer = load_model(name, device="cpu", dtype="float32")
             ours = perplexity(model, tokenizer, text)
 
-            def report(path, kind, ours=ours, name=name, folder=folder):
+            def report(path: Path, kind: str, ours: float = ours, name: str = name, folder: Path = folder) -> None:
                 theirs = by_llama_cpp(tools, path, folder / "text")
                 found = {"model": name, "file": kind, "mb": round(path.stat().st_size / 1e6), "llama.cpp": theirs}
                 print(json.dumps(found | {"ours": round(ours, 4), "ratio": round(theirs / ours, 5)}), flush=True)
@@ -60,8 +62,9 @@ def main(tools, *names):
                 export_gguf(model, tokenizer, folder / kind, file_type=kind)
                 report(folder / kind, kind)
             for kind in ("Q8_0", "Q4_K_M"):
-                command = [tools / "llama-quantize", folder / "f16", folder / kind, kind]
-                subprocess.run(command, check=True, capture_output=True)
+                subprocess.run(
+                    [tools / "llama-quantize", folder / "f16", folder / kind, kind], check=True, capture_output=True
+                )
                 report(folder / kind, f"f16, by llama-quantize to {kind}")
 
 

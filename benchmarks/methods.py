@@ -44,13 +44,14 @@ def principal_axes(cov: Tensor, dims: int) -> Tensor:
 @torch.no_grad()
 def moments(teacher: PreTrainedModel, ids: Tensor, *, batch_size: int = 4) -> list[tuple[Tensor, Tensor]]:
     """Per layer, second moments of keys after RoPE and of values, both (kv_heads, head_dim, head_dim)."""
-    model, sums = graft(teacher), []
+    model, sums = graft(teacher), list[tuple[Tensor, Tensor]]()
     for batch in ids.split(batch_size):
         hidden, found = model.model.embed_tokens(batch), []
         arguments = layer_arguments(model, torch.zeros(len(batch), dtype=torch.long), batch.shape[1])
         for layer, kwargs in zip(model.model.layers, arguments, strict=True):
             _, k, v = layer.self_attn.queries_keys_values(layer.input_layernorm(hidden), *kwargs["position_embeddings"])
-            found.append(tuple(torch.einsum("bhsd,bhse->hde", x, x).double() for x in (k, v)))
+            k, v = (torch.einsum("bhsd,bhse->hde", x, x).double() for x in (k, v))
+            found.append((k, v))
             hidden = layer(hidden, **kwargs)
         sums = found if not sums else [(k + a, v + b) for (k, v), (a, b) in zip(sums, found, strict=True)]
     return sums

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -29,11 +30,11 @@ from kvlatent.checkpoints import locate
 from kvlatent.data import token_blocks
 
 
-def finish(engine, prompts, new_tokens):
+def finish(engine: Any, prompts: list[list[int]], new_tokens: int) -> tuple[float, int, int]:
     """Run prompts at once to the end; seconds, the most that ran together, preemptions."""
     parameters = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True, detokenize=False)
     scheduler = engine.engine_core.engine_core.scheduler
-    began, together, preempted = time.perf_counter(), 0, set()
+    began, together, preempted = time.perf_counter(), 0, set[str]()
     for number, ids in enumerate(prompts):
         engine.add_request(f"{began}-{number}", {"prompt_token_ids": ids}, parameters)
     while engine.has_unfinished_requests():
@@ -43,7 +44,7 @@ def finish(engine, prompts, new_tokens):
     return time.perf_counter() - began, together, len(preempted)
 
 
-def main(what, *models):
+def main(what: str, *models: str) -> None:
     """Measure each model and print a line about it."""
     for model in models:
         folder = locate(model)
