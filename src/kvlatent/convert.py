@@ -28,7 +28,7 @@ from kvlatent.errors import UserError
 from kvlatent.families import family_of
 from kvlatent.modeling import check_teacher, graft, head_dim_of, identity_spec, set_spec
 from kvlatent.positions import block_starts, positions_in_blocks
-from kvlatent.refit import LogitSamples, Ridge, refit_logits
+from kvlatent.refit import LogitSamples, Ridge, larger, refit_logits
 from kvlatent.rope import LatentRotaryEmbedding, frequency_aware_exponents, inverse_frequencies
 from kvlatent.spec import QK, LatentSpec, Preset, check_dims
 
@@ -43,8 +43,8 @@ ALLOWED: dict[Preset, tuple[QK, ...]] = {
 SHARED_LIST = ALLOWED["portable"]
 DISTANCES = torch.logspace(0, 9, 64, base=2)
 """Tokens between query and key that rotations are judged at: 1 to 512, as many near as far."""
-RIDGE = 3.0
-"""Pull of refitted weights towards the old ones, in units of the inputs' mean squared norm."""
+RIDGE = 2e-4
+"""Pull of refitted weights towards the old ones, as a share of the inputs' energy."""
 LOGIT_RIDGE = 0.03
 """Pull of refitted query and key maps towards where they started, in units of mean query × mean key energy."""
 LOGIT_QUERIES = 1536
@@ -329,7 +329,7 @@ def _convert_in_order(
     from_start = rotations[0][0][:1], rotations[0][1][:1]
     generator = torch.Generator().manual_seed(0)
     of_block = min(size, -(-LOGIT_QUERIES // len(ids)))
-    rows = torch.randperm(size, generator=generator)[:of_block].sort().values.to(device)
+    rows_of_batch = [torch.randperm(size, generator=generator)[:of_block].sort().values.to(device) for _ in batches]
     student_states = [student.model.embed_tokens(batch.to(device)).cpu() for batch in batches]
     teacher_states = list(student_states)
     for index, layer in enumerate(tqdm(student.model.layers, unit="layer", desc="convert")):
@@ -337,7 +337,7 @@ def _convert_in_order(
         arguments = [of_batch[index] for of_batch in whole_arguments]
 
         stats, samples = LayerStatistics(), list[LogitSamples]()
-        for state, kwargs in zip(student_states, arguments, strict=True):
+        for state, kwargs, rows in zip(student_states, arguments, rows_of_batch, strict=True):
             x = layer.input_layernorm(state.to(device))
             stats.update(whole, x, kwargs, rope_scaling=spec.rope_scaling)
             if plan.refits_logits:
@@ -360,7 +360,8 @@ def _convert_in_order(
             state = student_states[b].to(device)
             attend = partial(layer.self_attn, layer.input_layernorm(state))
             heads = input_of(layer.self_attn.o_proj, partial(attend, **kwargs | {"position_embeddings": rotations[b]}))
-            ridge.add(heads, after_attention - state, size=after_attention)
+            stream = state + layer.self_attn.o_proj(heads)
+            ridge.add(heads, after_attention - state, size=larger(after_attention, stream))
             outputs.append(heads.cpu())
         ridge.solve(strength=RIDGE)
 
@@ -372,7 +373,8 @@ def _convert_in_order(
             student_states[b] = state.cpu()
             x = input_of(layer.mlp.down_proj, partial(layer.mlp, layer.post_attention_layernorm(state)))
             after_layer = teacher_states[b].to(device)
-            ridge.add(x, after_layer - state, size=after_layer)
+            stream = state + layer.mlp.down_proj(x)
+            ridge.add(x, after_layer - state, size=larger(after_layer, stream))
             activations.append(x.cpu() if keep else None)
         ridge.solve(strength=RIDGE)
         for b, (state, kept) in enumerate(zip(student_states, activations, strict=True)):

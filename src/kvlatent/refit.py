@@ -28,30 +28,27 @@ class Ridge:
         # Only the blocks of xx on and above the diagonal are computed; what is below them stays zero.
         self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self.xy = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
-        self.tokens = 0
 
     def add(
         self,
         x: Float[Tensor, "*batch inputs"],
         y: Float[Tensor, "*batch outputs"],
         *,
-        size: Float[Tensor, "*batch outputs"] | None = None,
+        size: Float[Tensor, "*batch 1"] | None = None,
     ) -> None:
         """Add inputs and wanted outputs of one batch; the products are taken in float32.
 
         Args:
             x: What the layer is given.
             y: What it should give.
-            size: The hidden state that the output becomes part of. Each position counts by the inverse of its mean
-                square, because the RMSNorm that follows divides by it; without it all positions count alike.
+            size: What errors are measured against at each position; None is the same for all.
         """
         x, y = x.flatten(0, -2).float(), y.flatten(0, -2).float()
         if self.linear.bias is not None:
             y = y - self.linear.bias.float()
         if size is not None:
-            weight = size.flatten(0, -2).float().square().mean(-1, keepdim=True).rsqrt()
-            x, y = x * weight, y * weight
-        self.tokens += len(x)
+            size = size.flatten(0, -2)
+            x, y = x / size, y / size
         at = 0
         for rows in x.T.tensor_split(_BLOCKS):
             self.xx[at : at + len(rows), at:] += rows @ x[:, at:]
@@ -62,14 +59,25 @@ class Ridge:
     def solve(self, *, strength: float) -> None:
         """Move the layer's weights to argmin over W of ‖Y − XW − b‖² + λ‖W − W_old‖².
 
-        λ = `strength` × the mean of ‖x‖² over tokens: it doesn't grow with the text, as XᵀX does, and for many inputs,
-        among which an output is shared, it is as strong as for few.
+        λ = `strength` × the sum of ‖x‖² over tokens: directions that hold less than this share of the inputs' energy
+        keep their weights, however much text there is.
         """
-        damping = strength * self.xx.diagonal().sum() / self.tokens
+        damping = strength * self.xx.diagonal().sum()
         xx = self.xx + damping * torch.eye(len(self.xx), dtype=self.xx.dtype, device=self.xx.device)
         wanted = self.xy + damping * self.linear.weight.double().T
         factor = torch.linalg.cholesky(xx, upper=True)  # looks at the upper triangle only
         self.linear.weight.copy_(torch.cholesky_solve(wanted, factor, upper=True).T)
+
+
+def larger(wanted: Float[Tensor, "*batch hidden"], given: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch 1"]:
+    """Root mean square of the teacher's hidden state, `wanted`, or of the student's, whichever is larger.
+
+    Errors are measured against it because the RMSNorm that follows divides by it. The student's counts too since a few
+    positions are attention sinks, hundreds of times larger than the rest, and sometimes the student makes one where the
+    teacher has none: measured against the teacher's alone, that position would outweigh all text, and the refit
+    would take the true sinks away with it.
+    """
+    return torch.stack((wanted, given)).float().square().mean(-1, keepdim=True).amax(0).sqrt()
 
 
 @dataclass(frozen=True, kw_only=True)
