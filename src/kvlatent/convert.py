@@ -43,8 +43,8 @@ ALLOWED: dict[Preset, tuple[QK, ...]] = {
 SHARED_LIST = ALLOWED["portable"]
 DISTANCES = torch.logspace(0, 9, 64, base=2)
 """Tokens between query and key that rotations are judged at: 1 to 512, as many near as far."""
-RIDGE = 2e-4
-"""Pull of refitted weights towards the old ones, as a share of the inputs' energy."""
+RIDGE = 3.0
+"""Pull of refitted weights towards the old ones, in units of the inputs' mean squared norm."""
 LOGIT_RIDGE = 0.03
 """Pull of refitted query and key maps towards where they started, in units of mean query × mean key energy."""
 LOGIT_QUERIES = 1536

@@ -28,6 +28,7 @@ class Ridge:
         # Only the blocks of xx on and above the diagonal are computed; what is below them stays zero.
         self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self.xy = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
+        self.tokens = 0
 
     def add(
         self,
@@ -49,6 +50,7 @@ class Ridge:
         if size is not None:
             size = size.flatten(0, -2)
             x, y = x / size, y / size
+        self.tokens += len(x)
         at = 0
         for rows in x.T.tensor_split(_BLOCKS):
             self.xx[at : at + len(rows), at:] += rows @ x[:, at:]
@@ -59,10 +61,10 @@ class Ridge:
     def solve(self, *, strength: float) -> None:
         """Move the layer's weights to argmin over W of ‖Y − XW − b‖² + λ‖W − W_old‖².
 
-        λ = `strength` × the sum of ‖x‖² over tokens: directions that hold less than this share of the inputs' energy
-        keep their weights, however much text there is.
+        λ = `strength` × the mean of ‖x‖² over tokens: it doesn't grow with the text, as XᵀX does, and for many inputs,
+        among which an output is shared, it is as strong as for few.
         """
-        damping = strength * self.xx.diagonal().sum()
+        damping = strength * self.xx.diagonal().sum() / self.tokens
         xx = self.xx + damping * torch.eye(len(self.xx), dtype=self.xx.dtype, device=self.xx.device)
         wanted = self.xy + damping * self.linear.weight.double().T
         factor = torch.linalg.cholesky(xx, upper=True)  # looks at the upper triangle only
