@@ -88,11 +88,11 @@ def students(
 ) -> dict[str, Callable[[int, int, float], PreTrainedModel]]:
     """Every method as a function of d_qk, d_vo and the budget they come from."""
 
-    def one_shot(qk: Any, d_qk: int, d_vo: int, _share: float) -> PreTrainedModel:
-        return convert(teacher, qk=qk, d_qk=d_qk, d_vo=d_vo, statistics=statistics)
+    def one_shot(qk: Any, together: int, d_qk: int, d_vo: int, _share: float) -> PreTrainedModel:
+        return convert(teacher, qk=qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=together, statistics=statistics)
 
-    def in_order(preset: Any, qk: Any, d_qk: int, d_vo: int, _share: float) -> PreTrainedModel:
-        return convert(teacher, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, ids=ids)
+    def in_order(preset: Any, qk: Any, together: int, d_qk: int, d_vo: int, _share: float) -> PreTrainedModel:
+        return convert(teacher, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=together, ids=ids)
 
     def planned(_d_qk: int, _d_vo: int, share: float) -> PreTrainedModel:
         allocation = budgets.plan(teacher, statistics, share)
@@ -108,10 +108,11 @@ def students(
         ),
         "weight SVD": lambda d_qk, d_vo, _: projected(teacher, d_qk, d_vo, partial(weight_axes, teacher, d_qk, d_vo)),
         "√C·SVD": lambda d_qk, d_vo, _: projected(teacher, d_qk, d_vo, partial(axes, d_qk, d_vo)),
-        **{f"{qk}, one shot": partial(one_shot, qk) for qk in ("pairs", "partial", "fold", "project")},
-        **{f"{qk}, in order": partial(in_order, "best", qk) for qk in ("pairs", "partial")},
-        "portable": partial(in_order, "portable", None),
-        "best": partial(in_order, "best", None),
+        **{f"{qk}, one shot": partial(one_shot, qk, 1) for qk in ("pairs", "partial", "fold", "project")},
+        "project together, one shot": partial(one_shot, "project", statistics.heads_per_latent),
+        **{f"{qk}, in order": partial(in_order, "best", qk, 1) for qk in ("pairs", "partial", "project")},
+        "portable": partial(in_order, "portable", None, 1),
+        "best": partial(in_order, "best", None, statistics.heads_per_latent),
         "best, budget": planned,
     }
 

@@ -85,6 +85,15 @@ def _teacher(name: str) -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def float32_by_default() -> Iterator[None]:
+    """Training in the precision that results are compared in, whatever the machine multiplies."""
+    with pytest.MonkeyPatch.context() as patched:
+        for module in ("checkpoints", "heal", "verbs.healing"):
+            patched.setattr(f"kvlatent.{module}.multiplies_bfloat16", lambda _: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_teacher() -> Callable[[str], PreTrainedModel]:
     """A fresh copy of the teacher called so in `TEACHERS`: 2 layers, 4 query heads of 16 dims."""
@@ -99,12 +108,14 @@ def any_teacher(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def tiny_student(ids: torch.Tensor) -> Callable[..., PreTrainedModel]:
-    """A fresh copy of a teacher's conversion to 8 and 4 dims (or those asked for)."""
+    """A fresh copy of a teacher's conversion to 8 and 4 dims (or those asked for); `apart` is best without latents."""
 
     @cache
     def student(name: str, preset: str, d_qk: int, d_vo: int) -> PreTrainedModel:
-        text = None if preset == "paper" else ids
-        return convert(_teacher(name), preset=preset, d_qk=d_qk, d_vo=d_vo, ids=text).requires_grad_(False)
+        options: dict[str, Any] = {"preset": preset, "ids": None if preset == "paper" else ids}
+        if preset == "apart":
+            options = {"heads_per_latent": 1, "ids": ids}
+        return convert(_teacher(name), d_qk=d_qk, d_vo=d_vo, **options).requires_grad_(False)
 
     return lambda name, preset="best", d_qk=8, d_vo=4: copy.deepcopy(student(name, preset, d_qk, d_vo))
 

@@ -287,5 +287,5 @@ def test_layers_of_different_dims_live_in_one_model(
     with torch.no_grad():
         out = student(ids[:2], use_cache=True)
     shapes = [(layer.keys.shape[-1], layer.values.shape[-1]) for layer in out.past_key_values.layers]
-    assert shapes == [(6, 3), (10, 16)]
+    assert shapes == [(12, 6), (20, 32)]  # of a latent that two heads share
     assert out.logits.isfinite().all()

@@ -14,6 +14,7 @@ from kvlatent.budget import probe
 from kvlatent.calibrate import NAMES, Statistics, calibrate
 from kvlatent.errors import UserError
 from kvlatent.offload import open_offloaded
+from kvlatent.reduce import own_part
 
 
 def close(first: Statistics, second: Statistics, tolerance: float) -> None:
@@ -170,3 +171,33 @@ def test_foreign_missing_and_truncated_files_are_refused(
     for path in (foreign, cut, text, tmp_path / "missing.safetensors", tmp_path):
         with pytest.raises(UserError, match="holds no calibration statistics of kvlatent"):
             Statistics.load(path)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-mha-tied", "mistral"])
+def test_moments_of_heads_side_by_side_hold_those_of_every_head(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str
+) -> None:
+    """Head outputs exactly; keys when they count by the attention of one head's queries alone, so with one head."""
+    teacher = tiny_teacher(name)
+    heads, together = teacher.config.num_key_value_heads, 2
+    apart = calibrate(teacher, ids, heads_per_latent=1, about={})
+    joined = calibrate(teacher, ids, heads_per_latent=together, about={})
+    assert (apart.heads_per_latent, joined.heads_per_latent) == (1, together)
+    close(joined, apart, 1e-6)
+    for layer in joined.layers:
+        outputs = layer.sums["o_together"]
+        assert outputs.shape == (4, 16 * together, 16 * together)
+        for head, part in enumerate(own_part(4, heads, together).tolist()):
+            own = slice(16 * part, 16 * (part + 1))
+            torch.testing.assert_close(outputs[head, own, own], layer.sums["o"][head])
+        keys = layer.sums["k_together"]
+        assert keys.shape == (heads // together, 16 * together, 16 * together)
+        assert (torch.linalg.eigvalsh(keys) > -1e-3).all()
+
+
+def test_statistics_of_unlike_latents_are_not_merged(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor
+) -> None:
+    apart, together = (calibrate(tiny_teacher("llama"), ids, heads_per_latent=m, about={}) for m in (1, 2))
+    with pytest.raises(UserError, match="2 and 1 KV heads per latent"):
+        together.merge(apart)

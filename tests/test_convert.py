@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from kvlatent.calibrate import calibrate
 from kvlatent.convert import Plan, convert
 from kvlatent.errors import UserError
-from kvlatent.modeling import identity_spec, spec_of
+from kvlatent.modeling import heads_per_latent_of, identity_spec, spec_of
 from kvlatent.rope import frequency_aware_exponents, inverse_frequencies
 
 PRESETS = ["best", "portable"]
@@ -252,6 +252,44 @@ def test_only_attention_and_down_projections_change(any_teacher: PreTrainedModel
     )
 
 
+# --- heads that share a latent
+
+
+@pytest.mark.parametrize("name", ["llama-mha-tied", "qwen2-mha-tied", "qwen3-mha-tied", "mistral-mha"])
+def test_the_more_heads_share_a_latent_the_nearer_a_student_starts(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str
+) -> None:
+    teacher = tiny_teacher(name)
+    errors = []
+    for together in (1, 2, 4):
+        statistics = calibrate(teacher, ids, heads_per_latent=together, about={})
+        student = convert(teacher, d_qk=8, d_vo=8, statistics=statistics)
+        assert spec_of(student).heads_per_latent == together
+        errors.append(hidden_error(student, teacher, ids))
+    assert errors[2] < errors[1] < errors[0]
+
+
+def test_heads_can_be_kept_apart(tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor) -> None:
+    """By text as by statistics of heads that share latents, which hold those of each head as well."""
+    teacher = tiny_teacher("llama")
+    plain = convert(teacher, d_qk=8, d_vo=4, statistics=calibrate(teacher, ids, heads_per_latent=1, about={}))
+    statistics = calibrate(teacher, ids, about={})
+    apart = convert(teacher, d_qk=8, d_vo=4, heads_per_latent=1, statistics=statistics)
+    torch.testing.assert_close(logits(apart, ids), logits(plain, ids), rtol=0, atol=1e-4)
+    assert spec_of(convert(teacher, d_qk=8, d_vo=4, heads_per_latent=1, ids=ids)).heads_per_latent == 1
+    with pytest.raises(UserError, match="of 1 KV heads per latent, not of 2"):
+        convert(teacher, d_qk=8, d_vo=4, heads_per_latent=2,
+                statistics=calibrate(teacher, ids, heads_per_latent=1, about={}))  # fmt: skip
+
+
+def test_latents_are_as_wide_as_kernels_take(tiny_teacher: Callable[[str], PreTrainedModel]) -> None:
+    config = tiny_teacher("llama-mha-tied").config
+    widths = {16: 4, 64: 4, 100: 2, 128: 2, 256: 1, 512: 1}
+    for head_dim, together in widths.items():
+        config.head_dim = head_dim
+        assert heads_per_latent_of(config) == together
+
+
 # --- refused
 
 
@@ -269,6 +307,10 @@ def test_only_attention_and_down_projections_change(any_teacher: PreTrainedModel
         ({"preset": "paper", "qk": "pairs"}, "stride, aware, matched can"),
         ({"qk": "fold", "d_qk": (8, 4), "d_vo": (8, 8)}, "fold has one frequency list"),
         ({"qk": "matched", "d_qk": 16}, "unless 2·d_qk divides head_dim 16"),
+        ({"heads_per_latent": 3}, "heads per latent must divide the model's 2 KV heads; got 3"),
+        ({"heads_per_latent": 0}, "heads per latent must divide"),
+        ({"qk": "pairs", "heads_per_latent": 2}, "pairs keeps heads apart"),
+        ({"preset": "portable", "heads_per_latent": 2}, "fold keeps heads apart"),
         ({"d_qk": (8, 8, 8), "d_vo": (8, 8, 8)}, "every one of 2 layers; got 3"),
         ({"preset": "best", "ids": None}, "preset best is calibrated: give text"),
         ({"preset": "portable", "ids": None}, "preset portable is calibrated: give text"),

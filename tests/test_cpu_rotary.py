@@ -78,7 +78,7 @@ def test_what_does_not_fit_stays_with_torch() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "llama-yarn"])
-@pytest.mark.parametrize("preset", ["best", "portable", "paper"])
+@pytest.mark.parametrize("preset", ["best", "apart", "portable", "paper"])
 @torch.no_grad()
 def test_decode_steps_take_it_and_say_what_the_whole_text_says(
     name: str, preset: str, tiny_student: Callable[..., PreTrainedModel], ids: Tensor, monkeypatch: pytest.MonkeyPatch

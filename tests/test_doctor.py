@@ -143,8 +143,8 @@ def test_vllms_cpu_backend_takes_fewer_sizes_than_its_gpu_ones(
 def test_the_share_of_zeros_is_of_all_layers_together(tiny_student: Callable[..., PreTrainedModel]) -> None:
     config = tiny_student("llama", "best", (8, 16), (16, 4)).config
     [route] = [route for route in routes(config, vllm_on_cpu=True) if (route.engine, route.form) == ("vLLM", "folder")]
-    assert (route.d_qk, route.d_vo) == ((32, 32), (32, 32))
-    assert route.note.startswith(f"{1 - 44 / 128:.0%} of its cache is zeros")
+    assert (route.d_qk, route.d_vo, route.heads_per_latent) == ((32, 32), (32, 32), 2)
+    assert route.note.startswith(f"{1 - 2 * 44 / 128:.0%} of its cache is zeros")
 
 
 def test_vllm_refuses_what_it_has_no_kernels_for(

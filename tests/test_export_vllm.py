@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from kvlatent.attention import LatentAttention
+from kvlatent.attention import LatentAttention, side_by_side
 from kvlatent.errors import UserError
 from kvlatent.export.vllm import cache_bytes_per_token, cache_widths, gpu_backend, pad_heads, tokens_per_gib
 from kvlatent.serve import vllm_plugin
@@ -95,16 +95,18 @@ def test_padded_weights_attend_alike(
         first, second, rest = y.split([cos.shape[-1], cos.shape[-1], y.shape[-1] - 2 * cos.shape[-1]], dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
-    q, k, v = (project(f"{part}_proj", heads) for part, heads in (("q", 4), ("k", 2), ("v", 2)))
+    latents = 2 // spec.heads_per_latent
+    q, k, v = (project(f"{part}_proj", heads) for part, heads in (("q", 4), ("k", 2), ("v", latents)))
     if attention.q_norm is not None:
         q, k = (norm(y.transpose(1, 2)).transpose(1, 2) for norm, y in ((attention.q_norm, q), (attention.k_norm, k)))
     if spec.qk_map == "before_rope":
         q, k = q @ padded["q_map"], k @ padded["k_map"]
     q, k = rotate(q), rotate(k)
     if spec.qk_map == "after_rope":
-        q, k = q @ padded["q_map"], k @ padded["k_map"]
+        q, k = q @ padded["q_map"], side_by_side(k, spec.heads_per_latent) @ padded["k_map"]
+    v = v[..., : widths[1][1]]
     assert q.shape[-1] == k.shape[-1] == v.shape[-1] == 32
-    k, v = (y.repeat_interleave(2, dim=1) for y in (k, v))
+    k, v = (y.repeat_interleave(4 // latents, dim=1) for y in (k, v))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale)
     found = torch.nn.functional.linear(
         out.transpose(1, 2).flatten(2), padded["o_proj.weight"], padded.get("o_proj.bias")

@@ -17,7 +17,7 @@ from kvlatent.families import FAMILIES
 from kvlatent.modeling import CONFIGS, MODELS, graft, head_dim_of, identity_spec, set_spec, spec_of
 from kvlatent.spec import LatentSpec
 
-PRESETS = ["best", "portable", "paper"]
+PRESETS = ["best", "apart", "portable", "paper"]
 NEW_TOKENS = 8
 
 
@@ -171,8 +171,10 @@ def test_cache_tensors_are_d_qk_and_d_vo_wide_and_their_bytes_as_predicted(
     window = getattr(config, "sliding_window", None)
     held = 24 if window is None else window - 1  # the window's last place is for the token to come
     for layer in cache.layers:
-        assert layer.keys.shape == (3, 2, held, 8)
-        assert layer.values.shape == (3, 2, held, 4)
+        together = spec.heads_per_latent
+        assert layer.keys.shape == (3, 2 // together, held, 8 * together)
+        assert layer.values.shape == (3, 2 // together, held, 4 * together)
+        assert together in (1, 2)
     per_token = spec.cache_bytes_per_token(config.num_key_value_heads, 4)
     assert per_token == 2 * 2 * (8 + 4) * 4
     assert cache_bytes(cache) == 3 * held * per_token
@@ -200,7 +202,7 @@ def test_static_cache_is_reduced_too(tiny_student: Callable[..., PreTrainedModel
     )
     assert torch.equal(static.sequences, generate(student, ids[:2, :9]))
     layer = static.past_key_values.layers[0]
-    assert (layer.keys.shape[-1], layer.values.shape[-1]) == (8, 4)
+    assert (layer.keys.shape[-1], layer.values.shape[-1]) == (16, 8)  # of a latent that two heads share
 
 
 def test_window_reaches_no_further_than_the_teachers(tiny_student: Callable[..., PreTrainedModel], ids: Tensor) -> None:
@@ -226,7 +228,7 @@ def test_frequencies_stay_float32_in_bfloat16_models(any_student: PreTrainedMode
 
 def test_chosen_frequencies_are_part_of_the_checkpoint(tiny_student: Callable[..., PreTrainedModel]) -> None:
     student = tiny_student("llama")
-    spec = spec_of(student).to_dict() | {"qk_map": "folded", "per_head_frequencies": True}
+    spec = spec_of(student).to_dict() | {"qk_map": "folded", "per_head_frequencies": True, "heads_per_latent": 1}
     set_spec(student, LatentSpec.from_dict(spec))
     assert student.state_dict()["model.layers.1.self_attn.freq_index"].shape == (2, 4)
 

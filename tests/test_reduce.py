@@ -383,3 +383,44 @@ def test_fill_with_identity_maps_copies_the_attention(tiny_teacher: Callable[[st
     fill(reduced, whole, qk, reduce.VOReduction(v_map=every.expand(2, -1, -1), o_map=every.expand(2, -1, -1)))
     for name, parameter in whole.named_parameters():
         assert torch.equal(dict(reduced.named_parameters())[name], parameter), name
+
+
+# --- heads that share a latent
+
+
+def of_one_source(seed: int) -> Tensor:
+    """Keys or values of all heads, side by side, that are mixtures of the same DIM numbers: (1, samples, heads·DIM)."""
+    return normal(1, 50, DIM, seed=seed) @ normal(1, DIM, KV_HEADS * DIM, seed=seed + 1)
+
+
+def test_heads_of_one_source_are_projected_together_without_loss() -> None:
+    """Apart, every head would need all of its DIM dims; together they need as many in all."""
+    q, k = normal(KV_HEADS * GROUP, 50, DIM), of_one_source(1)
+    maps = reduce.project(moment(q), moment(k), DIM)
+    apart = k.view(50, KV_HEADS, DIM).transpose(0, 1).repeat_interleave(GROUP, dim=0)
+    torch.testing.assert_close((q @ maps.q_map) @ (k @ maps.k_map).mT, q @ apart.mT, rtol=0, atol=1e-6)
+    tail = reduce.project_tail(moment(q), moment(k))  # by dims per head, of which a latent has KV_HEADS times as many
+    assert tail.shape == (DIM + 1,) and tail[DIM // 2] < 1e-9 * tail[0] < tail[DIM // 2 - 1]
+
+
+@settings(deadline=None, max_examples=25)
+@given(d_qk=st.sampled_from([2, 4, 6]), seed=st.integers(0, 99))
+def test_projecting_heads_together_loses_no_more_than_apart(d_qk: int, seed: int) -> None:
+    q_cov = moment(normal(KV_HEADS * GROUP, 50, DIM, seed=seed))
+    together = moment(normal(1, 50, KV_HEADS * DIM, seed=seed + 1) @ normal(KV_HEADS * DIM, KV_HEADS * DIM, seed=seed))
+    blocks = together[0].unflatten(0, (KV_HEADS, DIM)).unflatten(2, (KV_HEADS, DIM))
+    apart = torch.stack([blocks[g, :, g] for g in range(KV_HEADS)])
+    tails = reduce.project_tail(q_cov, together), reduce.project_tail(q_cov, apart)
+    assert tails[0][0] == pytest.approx(float(tails[1][0]))
+    assert tails[0][d_qk] <= tails[1][d_qk] * (1 + 1e-9)
+
+
+def test_values_of_one_source_are_reduced_together_without_loss() -> None:
+    o, o_weight = of_one_source(0).expand(KV_HEADS * GROUP, -1, -1), normal(20, KV_HEADS * GROUP * DIM, seed=3)
+    maps = reduce.value_output_svd(moment(o), o_weight, DIM, kv_heads=KV_HEADS)
+    part = reduce.own_part(KV_HEADS * GROUP, KV_HEADS, KV_HEADS)
+    for h, w in enumerate(o_weight.T.split(DIM)):
+        own = slice(int(part[h]) * DIM, (int(part[h]) + 1) * DIM)
+        torch.testing.assert_close((o[h] @ maps.v_map[0] @ maps.o_map[0])[:, own] @ w, o[h, :, own] @ w)
+    tail = reduce.value_output_tail(moment(o), o_weight, kv_heads=KV_HEADS)
+    assert tail.shape == (DIM + 1,) and tail[DIM // 2] < 1e-9 * tail[0] < tail[DIM // 2 - 1]

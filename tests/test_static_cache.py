@@ -116,7 +116,7 @@ def test_every_layer_has_room_of_its_own_widths(tiny_student: Callable[..., PreT
     got = student.generate(ids[:2, :9], cache_implementation="static", **PLAIN)
     assert torch.equal(got.sequences, wanted.sequences)
     shapes = [(layer.keys.shape[-1], layer.values.shape[-1]) for layer in got.past_key_values.layers]
-    assert shapes == [(6, 3), (10, 16)]
+    assert shapes == [(12, 6), (20, 32)]  # of a latent that two heads share
 
 
 def test_a_window_that_the_room_does_not_exceed_needs_no_rolling(

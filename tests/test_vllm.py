@@ -109,8 +109,9 @@ LAYOUTS = [
     ("llama", "best", 8, 4),
     ("llama", "portable", 8, 8),
     ("llama", "paper", 8, 4),
+    ("llama", "apart", 8, 4),
     ("llama", "best", 16, 8),
-    ("llama-mha-tied", "best", 8, 8),
+    ("llama-mha-tied", "best", 8, 4),
     ("llama-yarn", "best", 8, 8),
     ("llama-biases", "portable", 4, 8),
     ("mistral", "best", 8, 8),
@@ -165,16 +166,36 @@ def test_a_cached_prefix_is_used_and_changes_nothing(
     assert list(first.outputs[0].token_ids) == list(again.outputs[0].token_ids) == expected
 
 
-@pytest.mark.parametrize("parallel", ["tensor", "pipeline"])
+def two_latents(_: PreTrainedModel) -> PreTrainedModel:
+    """Random weights of four KV heads in two latents, one for each rank."""
+    config = LlamaConfig(
+        vocab_size=260, hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=16, max_position_embeddings=256, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    student = graft(LlamaForCausalLM(config).eval())
+    shape = {"d_qk": (10, 6), "d_vo": (9, 16), "qk_map": "after_rope", "heads_per_latent": 2}
+    set_spec(student, replace(spec_of(student), **shape))
+    return student.requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize(
+    ("parallel", "layout"),
+    [("tensor", own_frequencies_and_maps), ("tensor", two_latents), ("pipeline", own_frequencies_and_maps)],
+)
 def test_two_processes_share_the_model(
-    parallel: str, tiny_teacher: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parallel: str,
+    layout: Any,
+    tiny_teacher: Callable[..., PreTrainedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each has half of the query and KV heads, with their maps and frequencies; or one of the layers."""
+    """Each has half of the query and KV heads, with their maps, frequencies and latents; or one of the layers."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     options: dict[str, Any] = {"max_model_len": 128, f"{parallel}_parallel_size": 2}
     if parallel == "pipeline":  # vLLM (0.32, CPU) makes the buffers between stages when it compiles, else it fails
         options["enforce_eager"] = False
-    student = own_frequencies_and_maps(tiny_teacher("llama"))
+    student = layout(tiny_teacher("llama"))
     student.save_pretrained(tmp_path / "student")
     prompts = random_prompts(60, 33)
     with engine(tmp_path / "student", **options) as llm:

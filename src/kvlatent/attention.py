@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ class LatentAttention(nn.Module):
     per head when the reduction is folded into them; otherwise head_dim dims, and the per-head maps `q_map`
     (q_heads, head_dim, d_qk) and `k_map` (kv_heads, head_dim, d_qk) reduce them before or after RoPE. Only reduced
     keys and values enter the cache (KV-Latent, arXiv:2507.11273, Section 3.1).
+
+    With `heads_per_latent` m, the keys of m heads, side by side after RoPE, have one `k_map` (latents, m·head_dim,
+    m·d_qk), their values one projection, and the cache holds kv_heads/m heads of m times the dims, for the same bytes.
+    Every query head has a `q_map` (q_heads, head_dim, m·d_qk) to the latent of its group.
     """
 
     q_map: Tensor | None
@@ -37,6 +42,8 @@ class LatentAttention(nn.Module):
         self.q_heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.group_size = self.q_heads // self.kv_heads
         self.d_qk, self.d_vo = spec.d_qk[layer_idx], spec.d_vo[layer_idx]
+        self.heads_per_latent = spec.heads_per_latent
+        self.latents = self.kv_heads // self.heads_per_latent
         self.scale, self.qk_map = spec.scale, spec.qk_map
         projected = self.d_qk if spec.qk_map == "folded" else spec.head_dim
         rotated = spec.head_dim if spec.qk_map == "after_rope" else self.d_qk
@@ -50,15 +57,16 @@ class LatentAttention(nn.Module):
         self.q_proj = linear("q_proj", hidden, self.q_heads * projected)
         self.k_proj = linear("k_proj", hidden, self.kv_heads * projected)
         self.v_proj = linear("v_proj", hidden, self.kv_heads * self.d_vo)
-        self.o_proj = linear("o_proj", self.q_heads * self.d_vo, hidden)
+        self.o_proj = linear("o_proj", self.q_heads * self.heads_per_latent * self.d_vo, hidden)
         self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
         weight = self.q_proj.weight
         if spec.qk_map == "folded":
             self.q_map = self.k_map = None
         else:
             std = spec.head_dim**-0.5
-            self.q_map = nn.Parameter(weight.new_empty(self.q_heads, spec.head_dim, self.d_qk).normal_(std=std))
-            self.k_map = nn.Parameter(weight.new_empty(self.kv_heads, spec.head_dim, self.d_qk).normal_(std=std))
+            cached, keys = self.heads_per_latent * self.d_qk, self.heads_per_latent * spec.head_dim
+            self.q_map = nn.Parameter(weight.new_empty(self.q_heads, spec.head_dim, cached).normal_(std=std))
+            self.k_map = nn.Parameter(weight.new_empty(self.latents, keys, cached).normal_(std=std))
         # Which entries of the ladder each KV head rotates by; without it, all of them in order.
         index = torch.arange(rotated // 2, device=weight.device).repeat(self.kv_heads, 1)
         self.register_buffer("freq_index", index if spec.per_head_frequencies else None)
@@ -66,9 +74,9 @@ class LatentAttention(nn.Module):
     def queries_keys_values(
         self, hidden_states: Float[Tensor, "batch seq hidden"], cos: Tensor, sin: Tensor
     ) -> tuple[
-        Float[Tensor, "batch q_heads seq d_qk"],
-        Float[Tensor, "batch kv_heads seq d_qk"],
-        Float[Tensor, "batch kv_heads seq d_vo"],
+        Float[Tensor, "batch q_heads seq latent_qk"],
+        Float[Tensor, "batch latents seq latent_qk"],
+        Float[Tensor, "batch latents seq latent_vo"],
     ]:
         """Project, normalise, reduce and rotate, in the order the spec says; keys and values come out as cached.
 
@@ -80,14 +88,14 @@ class LatentAttention(nn.Module):
         q, k, v = together(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         q = self._unrotated(q, self.q_norm, self.q_map, self.q_heads)
         k = self._unrotated(k, self.k_norm, self.k_map, self.kv_heads)
-        v = v.unflatten(-1, (self.kv_heads, self.d_vo)).transpose(1, 2)
-        reductions = (self.q_map, self.k_map) if self.qk_map == "after_rope" else (None, None)
-        if all(map(cpu_rotary.fits, (q, k), reductions)):
-            q, k = (
-                cpu_rotary.rotate_one(x, cos, sin, freq_index=self.freq_index, reduction=reduction)
-                for x, reduction in zip((q, k), reductions, strict=True)
-            )
-            return q, k, v
+        v = v.unflatten(-1, (self.latents, -1)).transpose(1, 2)
+        q_map, k_map = (self.q_map, self.k_map) if self.qk_map == "after_rope" else (None, None)
+        if cpu_rotary.fits(q, q_map) and cpu_rotary.fits(k, k_map):
+            turn = partial(cpu_rotary.rotate_one, cos=cos, sin=sin, freq_index=self.freq_index)
+            if self.heads_per_latent == 1:
+                return turn(q, reduction=q_map), turn(k, reduction=k_map), v
+            assert k_map is not None
+            return turn(q, reduction=q_map), _reduced(side_by_side(turn(k), self.heads_per_latent), k_map), v
         if self.freq_index is None:
             cos, sin = cos[:, None], sin[:, None]  # (batch, 1, seq, pairs)
         else:
@@ -96,9 +104,8 @@ class LatentAttention(nn.Module):
         if self.freq_index is not None and self.group_size > 1:
             cos, sin = (x.repeat_interleave(self.group_size, dim=1) for x in (cos, sin))
         q = rotate(q, cos, sin)
-        if self.qk_map == "after_rope":
-            assert self.q_map is not None and self.k_map is not None
-            q, k = _reduced(q, self.q_map), _reduced(k, self.k_map)
+        if q_map is not None and k_map is not None:
+            q, k = _reduced(q, q_map), _reduced(side_by_side(k, self.heads_per_latent), k_map)
         return q, k, v
 
     def _unrotated(self, x: Tensor, norm: nn.Module | None, reduction: Tensor | None, heads: int) -> Tensor:
@@ -123,6 +130,15 @@ class LatentAttention(nn.Module):
             k, v = past_key_values.update(k, v, self.layer_idx)
         out = latent_attention(q, k, v, mask=attention_mask, scale=self.scale)
         return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def side_by_side(
+    x: Float[Tensor, "batch kv_heads seq dim"], heads_per_latent: int
+) -> Float[Tensor, "batch latents seq joined"]:
+    """Keys or values of the heads that share a latent, joined."""
+    if heads_per_latent == 1:
+        return x
+    return x.unflatten(1, (-1, heads_per_latent)).transpose(2, 3).flatten(3)
 
 
 def _reduced(

@@ -174,12 +174,13 @@ def _measure(
 @torch.no_grad()
 def filled_cache(model: PreTrainedModel, *, batch: int, tokens: int) -> Cache:
     """Return the cache a model makes by default, filled with random numbers."""
-    grows = spec_of(model) is not None
-    cache = LatentCache(model.config) if grows else DynamicCache(config=model.config)
-    kv_heads = _kv_heads(model.config)
+    spec = spec_of(model)
+    cache = DynamicCache(config=model.config) if spec is None else LatentCache(model.config)
+    together = 1 if spec is None else spec.heads_per_latent
+    shape = 1, _kv_heads(model.config) // together, 1
     for index, dims in enumerate(zip(*dims_by_layer(model.config), strict=True)):
         keys, values = (
-            torch.randn(1, kv_heads, 1, d, dtype=model.dtype, device=model.device).expand(batch, -1, tokens, -1)
+            torch.randn(*shape, together * d, dtype=model.dtype, device=model.device).expand(batch, -1, tokens, -1)
             for d in dims
         )
         cache.update(keys, values, index)

@@ -133,8 +133,9 @@ def loss_curves(teacher: PreTrainedModel, statistics: Statistics) -> Float[Tenso
     for layer, stats in zip(teacher.model.layers, statistics.layers, strict=True):
         o_weight = layer.self_attn.o_proj.weight.detach().cpu()
         kv_heads = teacher.config.num_key_value_heads
-        qk = reduce.project_tail(stats.mean("q").cpu(), stats.mean("k").cpu())
-        tails.append(torch.stack((qk, reduce.value_output_tail(stats.mean("o").cpu(), o_weight, kv_heads=kv_heads))))
+        k, o = (stats.mean(name, together=statistics.heads_per_latent > 1).cpu() for name in ("k", "o"))
+        qk = reduce.project_tail(stats.mean("q").cpu(), k)
+        tails.append(torch.stack((qk, reduce.value_output_tail(o, o_weight, kv_heads=kv_heads))))
     curves = torch.stack(tails, dim=1)
     if statistics.probes is None or statistics.probes.ndim != 2:
         raise UserError("these statistics say nothing about how much each layer matters; calibrate again")
@@ -177,6 +178,7 @@ def probe(
             qk="project",
             d_qk=(d_qk,) * len(layers),
             d_vo=(d_vo,) * len(layers),
+            heads_per_latent=statistics.heads_per_latent,
             statistics=None,
         )
         for d_qk, d_vo in ((narrow, head_dim), (head_dim, narrow))

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from kvlatent.attention import LatentAttention
+from kvlatent.attention import LatentAttention, side_by_side
 from kvlatent.errors import UserError
 from kvlatent.files import replaced
-from kvlatent.modeling import graft
+from kvlatent.modeling import graft, heads_per_latent_of
 from kvlatent.offload import OffloadedLayers
 from kvlatent.positions import block_starts, positions_in_blocks
 from kvlatent.refit import LogitSamples
@@ -28,21 +28,31 @@ from kvlatent.rope import rotate
 
 NAMES = ("q", "k", "q_unrotated", "k_unrotated", "o")
 """The moments kept of each layer: queries, keys (per KV head), both again before RoPE, and head outputs."""
+TOGETHER = ("k_together", "o_together")
+"""Keys and head outputs once more, with the dims of all KV heads that are to share a latent side by side."""
 
 
 @dataclass
 class LayerStatistics:
-    """Sums over tokens of x xᵀ, each (heads, head_dim, head_dim) float64, and the number of tokens."""
+    """Sums over tokens of x xᵀ, each (heads, dim, dim) float64, and the number of tokens."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
 
-    def mean(self, name: str) -> Tensor:
-        """The second moment E[x xᵀ] of one of `NAMES`."""
-        return self.sums[name] / self.tokens
+    def mean(self, name: str, *, together: bool = False) -> Tensor:
+        """The second moment E[x xᵀ] of one of `NAMES`, or of its counterpart in `TOGETHER`."""
+        return self.sums[f"{name}_together" if together else name] / self.tokens
 
     @torch.no_grad()
-    def update(self, attention: LatentAttention, x: Tensor, kwargs: dict[str, Any], *, rope_scaling: float) -> None:
+    def update(
+        self,
+        attention: LatentAttention,
+        x: Tensor,
+        kwargs: dict[str, Any],
+        *,
+        rope_scaling: float,
+        heads_per_latent: int = 1,
+    ) -> None:
         """Add one batch, seen by an unreduced attention.
 
         Rotated keys count with the attention they get and are centred on each query's mean key: to second order, the
@@ -53,16 +63,24 @@ class LayerStatistics:
             x: Normalised inputs, (batch, seq, hidden).
             kwargs: The layer's other arguments: position embeddings and mask.
             rope_scaling: Multiplier inside cos and sin.
+            heads_per_latent: KV heads that are reduced together.
         """
         cos, sin = kwargs["position_embeddings"]
         q, k, v = (t.float() for t in attention.queries_keys_values(x, cos, sin))
-        mean_key, out, received = _attend(q, k, v, mask=kwargs.get("attention_mask"), scale=attention.scale)
-        # Every query contributes once, so the group's heads are averaged.
-        k_centred = (_moment(k, k * received[..., None]) - _moment(mean_key)) / attention.group_size
+        keys, values = (side_by_side(t, heads_per_latent) for t in (k, v))
+        mask = kwargs.get("attention_mask")
+        mean_key, out, received = _attend(q, k, torch.cat((keys, values), dim=-1), mask=mask, scale=attention.scale)
+        k_centred = _centred(k, _own(mean_key, heads_per_latent, attention.group_size), received)
         unscale = 1 / rope_scaling**2
         q_unrotated, k_unrotated = (rotate(t, cos[:, None], -sin[:, None]) * unscale for t in (q, k))
-        moments = (_moment(q), k_centred, _moment(q_unrotated), _moment(k_unrotated), _moment(out))
-        for name, moment in zip(NAMES, moments, strict=True):
+        own_out = _own(out, heads_per_latent, attention.group_size)
+        of_heads = _moment(q), k_centred, _moment(q_unrotated), _moment(k_unrotated), _moment(own_out)
+        moments = dict(zip(NAMES, of_heads, strict=True))
+        if heads_per_latent > 1:
+            received = received.unflatten(1, (-1, heads_per_latent)).sum(2)
+            of_latents = _centred(keys, mean_key, received), _moment(out)
+            moments |= zip(TOGETHER, of_latents, strict=True)
+        for name, moment in moments.items():
             self.sums[name] = self.sums.get(name, 0.0) + moment.double()
         self.tokens += x.shape[0] * x.shape[1]
 
@@ -72,17 +90,44 @@ def _moment(x: Tensor, y: Tensor | None = None) -> Tensor:
     return torch.einsum("bhsd,bhse->hde", x, x if y is None else y)
 
 
+def _centred(k: Tensor, mean_key: Tensor, received: Tensor) -> Tensor:
+    """Second moments of keys around each query's mean key, by the attention that they get; every query counts once.
+
+    Args:
+        k: Keys, (batch, heads, seq, dim).
+        mean_key: Of each query, (batch, q_heads, seq, dim).
+        received: Attention of all queries of a head to each key, (batch, heads, seq).
+    """
+    heads, q_heads = k.shape[1], mean_key.shape[1]
+    of_means = _moment(mean_key.unflatten(1, (heads, -1)).flatten(2, 3))
+    return (_moment(k, k * received[..., None]) - of_means) * heads / q_heads
+
+
+def _own(x: Tensor, heads_per_latent: int, group_size: int) -> Tensor:
+    """Of heads side by side, each query head's own: (batch, q_heads, seq, m·dim) → (batch, q_heads, seq, dim)."""
+    by_head = x.unflatten(1, (-1, heads_per_latent, group_size)).unflatten(-1, (heads_per_latent, -1))
+    return by_head.diagonal(dim1=2, dim2=5).movedim(-1, 2).flatten(1, 3)
+
+
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float, rows: int = 128
+    q: Tensor, k: Tensor, both: Tensor, *, mask: Tensor | None, scale: float, rows: int = 128
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend causally, `rows` queries at a time, so that memory and time go to visible keys only.
 
+    Args:
+        q: Queries, (batch, q_heads, seq, head_dim).
+        k: Keys, (batch, kv_heads, seq, head_dim).
+        both: Keys and values that are averaged, (batch, latents, seq, 2·dim).
+        mask: True where a query may look; None is at itself and all before.
+        scale: Multiplier of the logits.
+        rows: Queries at a time.
+
     Returns:
-        Mean key of each query, (batch, kv_heads, group·seq, dim); mean value, (batch, q_heads, seq, dim); and the
-        attention that each key receives from its group, (batch, kv_heads, seq).
+        Mean key and mean value of each query, (batch, q_heads, seq, dim), and the attention that each key receives
+        from its group, (batch, kv_heads, seq).
     """
-    (batch, kv_heads, seq, dim), parts = k.shape, []
-    grouped, both = q.unflatten(1, (kv_heads, -1)), torch.cat((k, v), dim=-1)
+    (batch, kv_heads, seq, _), latents, parts = k.shape, both.shape[1], []
+    grouped = q.unflatten(1, (kv_heads, -1))
     received = k.new_zeros(batch, kv_heads, seq)
     for start in range(0, seq, rows):
         end = min(start + rows, seq)
@@ -94,14 +139,21 @@ def _attend(
         logits = logits.unflatten(2, (-1, end - start)).masked_fill_(~visible[:, :, None], -torch.inf)
         probs = logits.softmax(-1).flatten(2, 3)
         received[..., :end] += probs.sum(2)
-        parts.append((probs @ both[:, :, :end]).unflatten(2, (-1, end - start)))
-    mean_key, out = torch.cat(parts, dim=3).split((dim, v.shape[-1]), dim=-1)
-    return mean_key.flatten(2, 3), out.flatten(1, 2), received
+        parts.append((probs.reshape(batch, latents, -1, end) @ both[:, :, :end]).unflatten(2, (-1, end - start)))
+    mean_key, out = torch.cat(parts, dim=3).flatten(1, 2).chunk(2, dim=-1)
+    return mean_key, out, received
 
 
 @torch.no_grad()
 def sample_logits(
-    attention: LatentAttention, x: Tensor, kwargs: dict[str, Any], *, rows: Tensor, rotated: bool, rope_scaling: float
+    attention: LatentAttention,
+    x: Tensor,
+    kwargs: dict[str, Any],
+    *,
+    rows: Tensor,
+    rotated: bool,
+    rope_scaling: float,
+    heads_per_latent: int = 1,
 ) -> LogitSamples:
     """Logits of an unreduced attention between the queries at `rows` and all keys, for `refit.refit_logits`.
 
@@ -112,6 +164,7 @@ def sample_logits(
         rows: Positions of the queries.
         rotated: Return queries and keys after RoPE, for maps that come after it; otherwise before.
         rope_scaling: Multiplier inside cos and sin.
+        heads_per_latent: KV heads whose keys are returned side by side.
     """
     cos, sin = kwargs["position_embeddings"]
     q, k, _ = (t.float() for t in attention.queries_keys_values(x, cos, sin))
@@ -127,7 +180,7 @@ def sample_logits(
         unscale = 1 / rope_scaling**2
         q = rotate(q, cos[:, None, rows], -sin[:, None, rows]) * unscale
         k = rotate(k, cos[:, None], -sin[:, None]) * unscale
-    return LogitSamples(q=q, k=k, rows=rows, logits=logits, probs=probs)
+    return LogitSamples(q=q, k=side_by_side(k, heads_per_latent), rows=rows, logits=logits, probs=probs)
 
 
 @dataclass
@@ -139,6 +192,12 @@ class Statistics:
     """Model, sources, tokens and fingerprints of the text."""
     probes: Float[Tensor, "2 layers"] | None = None
     """From `budget.probe`: what narrow keys [0] or values [1] of one layer alone cost, in nats per token."""
+
+    @property
+    def heads_per_latent(self) -> int:
+        """KV heads that `TOGETHER` are of; 1 without them."""
+        sums = self.layers[0].sums
+        return sums.get("k_together", sums["k"]).shape[-1] // sums["k"].shape[-1]
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; `about` goes into its metadata."""
@@ -160,8 +219,9 @@ class Statistics:
             with safe_open(path, framework="pt") as file:
                 meta = file.metadata() or {}
                 tokens, about = json.loads(meta["tokens"]), json.loads(meta["about"])
+                names = NAMES + TOGETHER if "layers.0.k_together" in file.keys() else NAMES  # noqa: SIM118
                 layers = [
-                    LayerStatistics({name: file.get_tensor(f"layers.{i}.{name}") for name in NAMES}, count)
+                    LayerStatistics({name: file.get_tensor(f"layers.{i}.{name}") for name in names}, count)
                     for i, count in enumerate(tokens)
                 ]
                 probes = file.get_tensor("probes") if "probes" in file.keys() else None  # noqa: SIM118
@@ -173,8 +233,12 @@ class Statistics:
         """Statistics of both texts together, as if calibrated in one pass."""
         if len(self.layers) != len(other.layers):
             raise UserError(f"can't merge statistics of {len(self.layers)} and {len(other.layers)} layers")
+        if self.heads_per_latent != other.heads_per_latent:
+            raise UserError(
+                f"can't merge statistics of {self.heads_per_latent} and {other.heads_per_latent} KV heads per latent"
+            )
         layers = [
-            LayerStatistics({n: a.sums[n] + b.sums[n] for n in NAMES}, a.tokens + b.tokens)
+            LayerStatistics({n: a.sums[n] + b.sums[n] for n in a.sums}, a.tokens + b.tokens)
             for a, b in zip(self.layers, other.layers, strict=True)
         ]
         probes = None
@@ -195,6 +259,7 @@ def calibrate(
     *,
     batch_size: int = 4,
     context: int | None = None,
+    heads_per_latent: int | None = None,
     about: dict[str, Any],
     offloaded: OffloadedLayers | None = None,
 ) -> Statistics:
@@ -208,17 +273,19 @@ def calibrate(
         ids: Token blocks.
         batch_size: Blocks per forward.
         context: Positions that the blocks are spread over, if more than a block's.
+        heads_per_latent: KV heads that may be reduced together; None is what `heads_per_latent_of` says.
         about: Stored with the statistics.
         offloaded: From `offload.open_offloaded`, with its teacher.
     """
-    model = graft(teacher)
+    model, together = graft(teacher), heads_per_latent_of(teacher.config, heads_per_latent)
     layers, scaling = model.model.layers, model.model.rotary_emb.scaling
     statistics = [LayerStatistics() for _ in layers]
     starts = block_starts(len(ids), ids.shape[1], context).split(batch_size)
 
     def through(index: int, arguments: list[dict[str, Any]], hidden: Tensor) -> Tensor:
         layer, kwargs = layers[index], arguments[index]
-        statistics[index].update(layer.self_attn, layer.input_layernorm(hidden), kwargs, rope_scaling=scaling)
+        x, moments = layer.input_layernorm(hidden), statistics[index]
+        moments.update(layer.self_attn, x, kwargs, rope_scaling=scaling, heads_per_latent=together)
         return layer(hidden, **kwargs)
 
     with torch.no_grad(), tqdm(total=ids.numel() * len(layers), unit="tok", unit_scale=True, desc="calibrate") as bar:

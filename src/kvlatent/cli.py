@@ -24,6 +24,9 @@ Model = Annotated[str, arg(metavar="MODEL")]
 Number = Annotated[int, arg(metavar="N")]
 Numbers = Annotated[tuple[int, ...], arg(metavar="N…")]
 Context = Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's positions)")]
+HeadsPerLatent = Annotated[
+    int | None, arg(metavar="N", help_behavior_hint="(default: as many as have 256 dims together)")
+]
 Folder = Annotated[Path, arg(metavar="DIR")]
 Sources = Annotated[tuple[str, ...], arg(metavar="F…", help_behavior_hint="")]
 
@@ -100,6 +103,8 @@ class Calibrate(Verb):
     """Tokens per block."""
     context: Context = None
     """Positions that blocks are spread over: as far as the student will be used."""
+    heads_per_latent: HeadsPerLatent = None
+    """KV heads that convert may reduce together."""
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
@@ -107,7 +112,8 @@ class Calibrate(Verb):
 
         return calibrate_file(
             self.model, self.out, text=self.text, merge=self.merge, offload=self.offload, tokens=self.tokens,
-            block_size=self.block_size, context=self.context, **self.common.place(),
+            block_size=self.block_size, context=self.context, heads_per_latent=self.heads_per_latent,
+            **self.common.place(),
         )  # fmt: skip
 
 
@@ -123,6 +129,8 @@ class Plan(Verb):
     """The plot to write: .png, .svg or .pdf."""
     stats: Annotated[Path | None, arg(metavar="STATS", help_behavior_hint="")] = None
     """Statistics from calibrate; without them, they are taken on text."""
+    heads_per_latent: HeadsPerLatent = None
+    """KV heads that are reduced together, as for convert."""
     text: Sources = ("teacher",)
     """Calibration text, as for calibrate."""
     tokens: Number = 4096
@@ -135,8 +143,8 @@ class Plan(Verb):
         from kvlatent.verbs.conversion import plan_model
 
         return plan_model(
-            self.model, self.budget, self.out, stats=self.stats, text=self.text, tokens=self.tokens,
-            block_size=self.block_size, **self.common.place(),
+            self.model, self.budget, self.out, heads_per_latent=self.heads_per_latent, stats=self.stats,
+            text=self.text, tokens=self.tokens, block_size=self.block_size, **self.common.place(),
         )  # fmt: skip
 
     def table(self, result: dict[str, Any]) -> str:
@@ -167,6 +175,9 @@ class Convert(Verb):
     qk: Annotated[QK | None, arg(metavar="METHOD", help_behavior_hint="(default: the preset's)")] = None
     """How queries and keys are reduced: stride, aware, matched, pairs-model, pairs-layer, pairs, partial, fold or
     project (docs/methods.md). The presets take project, fold and aware."""
+    heads_per_latent: HeadsPerLatent = None
+    """KV heads whose keys and values are reduced together and cached as one latent, for the same bytes; 1 keeps heads
+    apart. With project only."""
     stats: Annotated[Path | None, arg(metavar="STATS", help_behavior_hint="")] = None
     """Statistics from calibrate, instead of text; with text, only the budget is spent by them."""
     text: Sources = ()
@@ -185,8 +196,8 @@ class Convert(Verb):
         budget = 0.5 if self.d_qk is None and self.d_vo is None and self.budget is None else self.budget
         return convert_folder(
             self.model, self.out, preset=self.preset, qk=self.qk, d_qk=self.d_qk, d_vo=self.d_vo, budget=budget,
-            stats=self.stats, text=self.text, tokens=self.tokens, block_size=self.block_size, context=self.context,
-            **self.common.place(),
+            heads_per_latent=self.heads_per_latent, stats=self.stats, text=self.text, tokens=self.tokens,
+            block_size=self.block_size, context=self.context, **self.common.place(),
         )  # fmt: skip
 
     def table(self, result: dict[str, Any]) -> str:

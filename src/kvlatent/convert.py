@@ -26,7 +26,14 @@ from kvlatent.calibrate import (
 )
 from kvlatent.errors import UserError
 from kvlatent.families import family_of
-from kvlatent.modeling import check_teacher, graft, head_dim_of, identity_spec, set_spec
+from kvlatent.modeling import (
+    check_teacher,
+    graft,
+    head_dim_of,
+    heads_per_latent_of,
+    identity_spec,
+    set_spec,
+)
 from kvlatent.positions import block_starts, positions_in_blocks
 from kvlatent.refit import LogitSamples, Ridge, larger, refit_logits
 from kvlatent.rope import LatentRotaryEmbedding, frequency_aware_exponents, inverse_frequencies
@@ -60,6 +67,7 @@ def convert(
     qk: QK | None = None,
     d_qk: int | Sequence[int],
     d_vo: int | Sequence[int],
+    heads_per_latent: int | None = None,
     statistics: Statistics | None = None,
     ids: Int[Tensor, "blocks block_size"] | None = None,
     batch_size: int = 4,
@@ -77,6 +85,8 @@ def convert(
         qk: How queries and keys are reduced; None is what the preset does (`QK_OF`).
         d_qk: Query/key dims per head: one number, or one per layer (`best` only), as `budget.plan` gives them.
         d_vo: Value/output dims per head, likewise.
+        heads_per_latent: KV heads that are reduced together and cached as one latent, for the same bytes; None is what
+            the statistics are of or `heads_per_latent_of` says, with `project`, and 1 otherwise.
         statistics: From `calibrate`.
         ids: Calibration text as token blocks.
         batch_size: Blocks per forward.
@@ -85,14 +95,27 @@ def convert(
     Raises:
         UserError: Dims the preset or the model doesn't allow, or neither statistics nor text where needed.
     """
-    d_qk, d_vo = check_request(teacher.config, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo)
+    if heads_per_latent is None:
+        joins = (qk or QK_OF[preset]) == "project"
+        together = heads_per_latent_of(teacher.config) if statistics is None else statistics.heads_per_latent
+        heads_per_latent = together if joins else 1
+    d_qk, d_vo = check_request(
+        teacher.config, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=heads_per_latent
+    )
     if preset != "paper" and statistics is None and ids is None:
         raise UserError(f"preset {preset} is calibrated: give text (--text) or statistics (--stats)")
     qk = qk or QK_OF[preset]
     if qk in ("fold", "pairs-model") and statistics is None:  # their list is chosen for the whole model
         assert ids is not None
-        statistics = calibrate(teacher, ids, batch_size=batch_size, context=context, about={})
-    plan = plan_reduction(teacher, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, statistics=statistics)
+        statistics = calibrate(teacher, ids, batch_size=batch_size, context=context, heads_per_latent=1, about={})
+    if statistics is not None and heads_per_latent not in (1, statistics.heads_per_latent):
+        raise UserError(
+            f"the statistics are of {statistics.heads_per_latent} KV heads per latent, not of {heads_per_latent}; "
+            "calibrate with --heads-per-latent"
+        )
+    plan = plan_reduction(
+        teacher, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=heads_per_latent, statistics=statistics
+    )
     student = graft(teacher)
     if preset == "paper" or ids is None:
         whole = [layer.self_attn for layer in student.model.layers]
@@ -111,6 +134,7 @@ def check_request(
     qk: QK | None = None,
     d_qk: int | Sequence[int],
     d_vo: int | Sequence[int],
+    heads_per_latent: int = 1,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the dims layer by layer; needs no weights, so it can come before loading them.
 
@@ -128,6 +152,8 @@ def check_request(
     method = qk or QK_OF[preset]
     if method not in ALLOWED[preset]:
         raise UserError(f"preset {preset} can't reduce queries and keys by {method}; {', '.join(ALLOWED[preset])} can")
+    if heads_per_latent_of(config, heads_per_latent) > 1 and method != "project":
+        raise UserError(f"heads share latents only where keys are projected after RoPE; {method} keeps heads apart")
     if method in SHARED_LIST and len(set(keys)) > 1:
         raise UserError(f"{method} has one frequency list, so every layer the same d_qk; got {sorted(set(keys))}")
     if method in ("stride", "aware"):
@@ -165,6 +191,7 @@ def plan_reduction(
     qk: QK,
     d_qk: tuple[int, ...],
     d_vo: tuple[int, ...],
+    heads_per_latent: int = 1,
     statistics: Statistics | None,
 ) -> Plan:
     """The spec of a request, and what all layers share: pairs or groups of pairs behind one frequency list."""
@@ -182,7 +209,8 @@ def plan_reduction(
         assert isinstance(scores, Tensor)
         pairs = scores.topk(d_qk[0] // 2).indices.sort().values
     if qk == "project" or (preset == "best" and min(d_qk) == whole.head_dim):
-        fields["qk_map"] = "after_rope" if min(d_qk) < whole.head_dim else "folded"
+        after = min(d_qk) < whole.head_dim or heads_per_latent > 1
+        fields |= {"qk_map": "after_rope" if after else "folded", "heads_per_latent": heads_per_latent}
     elif qk == "fold":
         assert statistics is not None
         groups, fields["inv_freq"] = reduce.choose_groups(
@@ -227,13 +255,14 @@ def reductions(
 ) -> tuple[reduce.QKReduction, reduce.VOReduction]:
     """The head reductions of layer `index` under a plan."""
     spec, kv_heads = plan.spec, whole.kv_heads
-    d_qk, d_vo, head_dim = spec.d_qk[index], spec.d_vo[index], spec.head_dim
+    d_qk, d_vo, head_dim = spec.d_qk[index], spec.d_vo[index] * spec.heads_per_latent, spec.head_dim
     if spec.preset == "paper":
         values = reduce.select(reduce.stride_channels(head_dim, d_vo, "d_vo").expand(kv_heads, -1), head_dim)
         vo = reduce.VOReduction(v_map=values, o_map=values.mT)
     else:
         assert stats is not None
-        vo = reduce.value_output_svd(stats.mean("o"), whole.o_proj.weight, d_vo, kv_heads=kv_heads)
+        o = stats.mean("o", together=spec.heads_per_latent > 1)
+        vo = reduce.value_output_svd(o, whole.o_proj.weight, d_vo, kv_heads=kv_heads)
     qk = _qk_reduction(plan, whole, stats, d_qk)
     if spec.preset != "paper":  # the teacher's logit scale, folded into the queries
         qk = replace(qk, q_map=qk.q_map * (head_dim**-0.5 / spec.scale))
@@ -249,9 +278,9 @@ def _qk_reduction(plan: Plan, whole: LatentAttention, stats: LayerStatistics | N
         channels = reduce.pair_channels(pairs.expand(whole.kv_heads, -1), head_dim)
         return reduce.keep_channels(channels, head_dim, group_size=whole.group_size)
     assert stats is not None
-    q, k = stats.mean("q"), stats.mean("k")
+    q, k = stats.mean("q"), stats.mean("k", together=spec.heads_per_latent > 1)
     if plan.qk == "project":
-        return reduce.project(q, k, d_qk)
+        return reduce.project(q, k, d_qk * spec.heads_per_latent)
     if plan.qk == "fold":
         return reduce.fold(stats.mean("q_unrotated"), stats.mean("k_unrotated"), list(plan.groups))
     if plan.qk == "partial":
@@ -279,8 +308,10 @@ def fill(
                 by_head = value.unflatten(0, (len(head_map), -1))
                 value = torch.einsum("hdc,hd...->hc...", head_map.to(value.device), by_head).flatten(0, 1)
             parameter.copy_(value)
-    o_map = vo.o_map.repeat_interleave(whole.group_size, dim=0)
     by_head = whole.o_proj.weight.double().unflatten(1, (whole.q_heads, -1))  # (hidden, q_heads, head_dim)
+    heads, together = torch.arange(whole.q_heads), reduced.heads_per_latent
+    o_map = vo.o_map.repeat_interleave(whole.q_heads // len(vo.o_map), dim=0).unflatten(2, (together, -1))
+    o_map = o_map[heads, :, reduce.own_part(whole.q_heads, whole.kv_heads, together)]  # (q_heads, d_vo, head_dim)
     reduced.o_proj.weight.copy_(torch.einsum("hcd,xhd->xhc", o_map.to(by_head.device), by_head).flatten(1))
     if reduced.o_proj.bias is not None:
         reduced.o_proj.bias.copy_(whole.o_proj.bias)
@@ -339,11 +370,11 @@ def _convert_in_order(
         stats, samples = LayerStatistics(), list[LogitSamples]()
         for state, kwargs, rows in zip(student_states, arguments, rows_of_batch, strict=True):
             x = layer.input_layernorm(state.to(device))
-            stats.update(whole, x, kwargs, rope_scaling=spec.rope_scaling)
+            settings: dict[str, Any] = {"rope_scaling": spec.rope_scaling, "heads_per_latent": spec.heads_per_latent}
+            stats.update(whole, x, kwargs, **settings)
             if plan.refits_logits:
                 rotated = spec.qk_map == "after_rope"
-                scaling = spec.rope_scaling
-                samples.append(sample_logits(whole, x, kwargs, rows=rows, rotated=rotated, rope_scaling=scaling))
+                samples.append(sample_logits(whole, x, kwargs, rows=rows, rotated=rotated, **settings))
         qk, vo = reductions(plan, index, whole, stats)
         if samples:
             turn = None if spec.qk_map == "after_rope" else turning(from_start, qk.freq_index)

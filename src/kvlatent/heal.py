@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
 from jaxtyping import Bool, Int
@@ -409,6 +410,7 @@ def _accelerator(config: HealConfig, device: torch.device, track: Sequence[str],
     if precision == "fp16" and device.type == "cpu":
         raise UserError("mixed precision fp16 needs an accelerator; use bf16 or no on the CPU")
     processes(device)
+    AcceleratorState._reset_state()  # of another training in this process, say a Trainer's in other precision
     accelerator = Accelerator(
         mixed_precision=precision, cpu=device.type == "cpu", gradient_accumulation_steps=config.accumulate,
         log_with=list(track) or None, project_dir=work,

@@ -26,6 +26,9 @@ from kvlatent.families import FAMILIES, PREFIX, Family, family_of
 from kvlatent.rope import LatentRotaryEmbedding
 from kvlatent.spec import LatentSpec
 
+LATENT_DIMS = 256
+"""The widest that heads side by side are by default before they are reduced: fused attention takes no wider heads."""
+
 
 class KVLatentForCausalLM:
     """Mixed into a stock `…ForCausalLM`: every decoder layer gets a `LatentAttention`, the body a latent RoPE.
@@ -118,6 +121,20 @@ def dims_by_layer(config: PreTrainedConfig) -> tuple[tuple[int, ...], tuple[int,
 def head_dim_of(config: PreTrainedConfig) -> int:
     """The teacher's dims per head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def heads_per_latent_of(config: PreTrainedConfig, asked: int | None = None) -> int:
+    """How many KV heads share a latent: as many as were asked for, or as have `LATENT_DIMS` together.
+
+    Raises:
+        UserError: Latents would not be alike.
+    """
+    heads, most = config.num_key_value_heads, max(1, LATENT_DIMS // head_dim_of(config))
+    if asked is None:
+        return max(m for m in range(1, heads + 1) if heads % m == 0 and m <= most)
+    if asked < 1 or heads % asked:
+        raise UserError(f"heads per latent must divide the model's {heads} KV heads; got {asked}")
+    return asked
 
 
 def check_teacher(config: PreTrainedConfig) -> None:

@@ -88,11 +88,13 @@ class Student(_Entry):
     d_vo: int | None = None
     budget: float | None = None
     """Share of the cache bytes that is kept."""
+    heads_per_latent: int | None = None
+    """KV heads that are reduced together."""
     heal: Healing | None = None
 
     def dims(self) -> dict[str, Any]:
         """How wide it was asked to be."""
-        return self.model_dump(include={"d_qk", "d_vo", "budget"})
+        return self.model_dump(include={"d_qk", "d_vo", "heads_per_latent", "budget"})
 
 
 class Bench(_Entry):
@@ -359,10 +361,14 @@ class _Run:
         dims = requested_dims(self.config, preset=preset, **student.dims())
         if dims is None:
             assert student.budget is not None
-            dims = planned_dims(self.teacher(), student.budget, blocks=blocks, statistics=None)
+            together = student.heads_per_latent
+            dims = planned_dims(
+                self.teacher(), student.budget, heads_per_latent=together, blocks=blocks, statistics=None
+            )
         convert_loaded(
             self.teacher(), self.tokenizer, out, name=self.recipe.model, preset=preset, d_qk=dims[0], d_vo=dims[1],
-            blocks=blocks, context=self.context, statistics=None, dtype=stored_dtype(self.config, "auto"),
+            heads_per_latent=student.heads_per_latent, blocks=blocks, context=self.context, statistics=None,
+            dtype=stored_dtype(self.config, "auto"),
         )  # fmt: skip
 
     def _heal(self, preset: Preset, out: Path) -> None:

@@ -17,20 +17,26 @@ from kvlatent.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class QKReduction:
-    """Maps for queries and keys of one layer, and the frequencies that their pairs rotate by."""
+    """Maps for queries and keys of one layer, and the frequencies that their pairs rotate by.
 
-    q_map: Float[Tensor, "q_heads head_dim d_qk"]
-    k_map: Float[Tensor, "kv_heads head_dim d_qk"]
+    Where m KV heads share a latent, k_map is (latents, m·head_dim, m·d_qk) and q_map (q_heads, head_dim, m·d_qk).
+    """
+
+    q_map: Float[Tensor, "q_heads head_dim kept"]
+    k_map: Float[Tensor, "latents joined kept"]
     freq_index: Int[Tensor, "kv_heads pairs"] | None = None
     """Entries of the ladder, when every KV head has its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VOReduction:
-    """Maps for values and for the output projection of one layer: v' = v·v_map, W_O' = o_map·W_O."""
+    """Maps for values and for the output projection of one layer: v' = v·v_map, W_O' = o_map·W_O.
 
-    v_map: Float[Tensor, "kv_heads head_dim d_vo"]
-    o_map: Float[Tensor, "kv_heads d_vo head_dim"]
+    Where m KV heads share a latent: (latents, m·head_dim, m·d_vo) and (latents, m·d_vo, m·head_dim).
+    """
+
+    v_map: Float[Tensor, "latents joined kept"]
+    o_map: Float[Tensor, "latents kept joined"]
 
 
 def stride_channels(head_dim: int, d: int, name: str) -> Int[Tensor, "d"]:
@@ -143,18 +149,25 @@ def project(q_cov: Tensor, k_cov: Tensor, d_qk: int) -> QKReduction:
     """The rank-d_qk maps after RoPE with the least expected squared error of the logits.
 
     With C_q^½ C_k^½ = UΣVᵀ, up to a change of basis: k' = Vᵀ C_k^-½ k and q' = Vᵀ C_k^½ q. Keys are
-    centred by the caller: softmax ignores what all keys share.
+    centred by the caller: softmax ignores what all keys share. Heads that share a latent are one head of m·head_dim, of
+    which every query meets its own part only.
 
     Args:
         q_cov: Rotated queries, (q_heads, head_dim, head_dim); a group's heads are pooled.
-        k_cov: Rotated keys, (kv_heads, head_dim, head_dim).
-        d_qk: Dims kept.
+        k_cov: Rotated keys, (kv_heads, head_dim, head_dim), or (latents, m·head_dim, m·head_dim).
+        d_qk: Dims kept, of a latent if heads share them.
     """
-    kv_heads, head_dim = k_cov.shape[:2]
-    group_size = q_cov.shape[0] // kv_heads
-    pooled = q_cov.view(kv_heads, group_size, head_dim, head_dim).sum(1)
-    q_map, k_map = _joint_svd(pooled, k_cov, d_qk)
-    return QKReduction(q_map=q_map.repeat_interleave(group_size, dim=0), k_map=k_map)
+    q_map, k_map = _joint_svd(_pooled_queries(q_cov, k_cov), k_cov, d_qk)
+    q_map = q_map.unflatten(1, (-1, q_cov.shape[1])).flatten(0, 1)  # (kv_heads, head_dim, d_qk)
+    return QKReduction(q_map=q_map.repeat_interleave(len(q_cov) // len(q_map), dim=0), k_map=k_map)
+
+
+def _pooled_queries(q_cov: Tensor, k_cov: Tensor) -> Float[Tensor, "latents joined joined"]:
+    """Second moments of all queries that meet the keys of a latent, each in the part of its own KV head."""
+    latents, width = k_cov.shape[:2]
+    head_dim = q_cov.shape[1]
+    by_head = q_cov.view(latents, width // head_dim, -1, head_dim, head_dim).sum(2)
+    return torch.stack([torch.block_diag(*heads) for heads in by_head])
 
 
 def fold(q_cov: Tensor, k_cov: Tensor, groups: list[tuple[int, int, int]]) -> QKReduction:
@@ -241,8 +254,8 @@ def choose_groups(
 
 
 def value_output_svd(
-    o_cov: Float[Tensor, "q_heads head_dim head_dim"],
-    o_weight: Float[Tensor, "hidden q_heads*head_dim"],
+    o_cov: Float[Tensor, "q_heads joined joined"],
+    o_weight: Float[Tensor, "hidden inputs"],
     d_vo: int,
     *,
     kv_heads: int,
@@ -253,10 +266,10 @@ def value_output_svd(
     attention-weighted values. Exact when C or the stacked W_O has rank ≤ d_vo.
 
     Args:
-        o_cov: Attention-weighted values per query head.
+        o_cov: Attention-weighted values per query head; where m KV heads share a latent, of all m side by side.
         o_weight: The stock output projection.
-        d_vo: Dims kept.
-        kv_heads: Heads that share a value subspace with their group.
+        d_vo: Dims kept, of a latent if heads share them.
+        kv_heads: Heads of the stock model.
     """
     inverse, root, w = _output_factors(o_cov, o_weight, kv_heads)
     u = torch.linalg.svd(root @ w, full_matrices=False).U[..., :d_vo]
@@ -265,12 +278,20 @@ def value_output_svd(
 
 
 def _output_factors(o_cov: Tensor, o_weight: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """C^-½, C^½ and the group's stacked W_O, (kv_heads, head_dim, group·hidden)."""
-    q_heads, head_dim = o_cov.shape[:2]
-    group_size = q_heads // kv_heads
-    w = o_weight.double().T.reshape(kv_heads, group_size, head_dim, -1).transpose(1, 2).flatten(2)
-    root, inverse = _roots(o_cov.view(kv_heads, group_size, head_dim, head_dim).mean(1))
+    """C^-½, C^½ and W_O of all query heads of a latent, stacked, (latents, m·head_dim, heads·hidden)."""
+    q_heads, width = o_cov.shape[:2]
+    w = o_weight.double().T.unflatten(0, (q_heads, -1))  # (q_heads, head_dim, hidden)
+    heads_per_latent = width // w.shape[1]
+    latents = kv_heads // heads_per_latent
+    parts = torch.nn.functional.one_hot(own_part(q_heads, kv_heads, heads_per_latent)).to(w)
+    w = torch.einsum("hm,hdx->hmdx", parts, w).reshape(latents, -1, width, w.shape[-1]).transpose(1, 2).flatten(2)
+    root, inverse = _roots(o_cov.view(latents, -1, width, width).mean(1))
     return inverse, root, w
+
+
+def own_part(q_heads: int, kv_heads: int, heads_per_latent: int) -> Int[Tensor, "q_heads"]:
+    """Which of the heads side by side in a latent is each query head's own."""
+    return torch.arange(kv_heads).repeat_interleave(q_heads // kv_heads) % heads_per_latent
 
 
 def rescaled(maps: QKReduction) -> QKReduction:
@@ -285,16 +306,16 @@ def project_tail(q_cov: Tensor, k_cov: Tensor) -> Float[Tensor, "dims"]:
 
     Args:
         q_cov: Rotated queries, (q_heads, head_dim, head_dim).
-        k_cov: Rotated keys, (kv_heads, head_dim, head_dim).
+        k_cov: Rotated keys, (kv_heads, head_dim, head_dim), or by latent: then a dim kept per head is m of the latent.
     """
-    pooled = q_cov.view(len(k_cov), -1, *k_cov.shape[1:]).sum(1)
-    return _tail(_singular_values(pooled, k_cov))
+    tail = _tail(_singular_values(_pooled_queries(q_cov, k_cov), k_cov))
+    return tail[:: k_cov.shape[1] // q_cov.shape[1]]
 
 
 def value_output_tail(o_cov: Tensor, o_weight: Tensor, *, kv_heads: int) -> Float[Tensor, "dims"]:
     """What `value_output_svd` leaves of the expected squared output, by dims kept, summed over KV heads."""
     root, w = _output_factors(o_cov, o_weight, kv_heads)[1:]
-    return _tail(torch.linalg.svdvals(root @ w))
+    return _tail(torch.linalg.svdvals(root @ w))[:: o_cov.shape[0] * o_cov.shape[1] // o_weight.shape[1]]
 
 
 def _tail(singular_values: Tensor) -> Tensor:

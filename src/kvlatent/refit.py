@@ -87,7 +87,7 @@ class LogitSamples:
     """Queries and keys of some blocks before the maps, and the unreduced attention between them."""
 
     q: Float[Tensor, "batch q_heads rows head_dim"]
-    k: Float[Tensor, "batch kv_heads seq head_dim"]
+    k: Float[Tensor, "batch latents seq joined"]
     rows: Int[Tensor, "rows"]
     """Positions of the queries, the same in all blocks."""
     logits: Float[Tensor, "batch q_heads rows seq"]

@@ -43,6 +43,8 @@ class LatentSpec:
     """Multiplier of the attention logits."""
     rope_scaling: float = 1.0
     """Multiplier of cos and sin (the attention factor of YaRN; 1 elsewhere)."""
+    heads_per_latent: int = 1
+    """KV heads whose keys and values are reduced together and cached as one, that many times d_qk and d_vo wide."""
 
     def __post_init__(self) -> None:
         for name in ("d_qk", "d_vo", "inv_freq"):  # JSON gives lists
@@ -51,6 +53,11 @@ class LatentSpec:
         for name, allowed in (("preset", Preset), ("qk_map", QKMap)):
             if getattr(self, name) not in get_args(allowed):
                 raise UserError(f"{name} must be one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")
+        if self.heads_per_latent < 1 or (self.heads_per_latent > 1 and self.qk_map != "after_rope"):
+            raise UserError(
+                f"heads that share a latent need maps after RoPE; got {self.heads_per_latent} per latent and maps "
+                f"{self.qk_map}"
+            )
         rotated = {self.head_dim} if self.qk_map == "after_rope" else set(self.d_qk)
         if not self.per_head_frequencies and rotated != {2 * len(self.inv_freq)}:
             raise UserError(

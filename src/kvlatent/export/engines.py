@@ -42,6 +42,8 @@ class Route:
     """Dims of the keys it caches per head, by layer."""
     d_vo: tuple[int, ...] = ()
     """Dims of the values, likewise."""
+    heads_per_latent: int = 1
+    """KV heads of the model that are one head there."""
     obstacle: str | None = None
     """Why there is no such way; None if there is."""
     note: str | None = None
@@ -49,7 +51,7 @@ class Route:
 
     def cache_bytes_per_token(self, kv_heads: int, element_size: int) -> int:
         """Bytes one token adds to the engine's cache, all layers together."""
-        return bytes_per_token(self.d_qk, self.d_vo, kv_heads, element_size)
+        return bytes_per_token(self.d_qk, self.d_vo, kv_heads // self.heads_per_latent, element_size)
 
 
 def routes(config: PreTrainedConfig, *, vllm_on_cpu: bool = False) -> list[Route]:
@@ -65,9 +67,10 @@ def routes(config: PreTrainedConfig, *, vllm_on_cpu: bool = False) -> list[Route
     if spec is not None:
         backend: Backend = "CPU_ATTN" if vllm_on_cpu else gpu_backend(spec)
         keys, values = zip(*cache_widths(spec, backend), strict=True)
-        zeros = 1 - sum(d_qk + d_vo) / sum(keys + values)
+        together = spec.heads_per_latent
+        zeros = 1 - together * sum(d_qk + d_vo) / sum(keys + values)
         note = f"{zeros:.0%} of its cache is zeros, which fill up the heads to sizes that vLLM has" if zeros else None
-        found.append(Route(engine="vLLM", form="folder", d_qk=keys, d_vo=values, note=note))
+        found.append(Route(engine="vLLM", form="folder", d_qk=keys, d_vo=values, heads_per_latent=together, note=note))
 
     form: Form = "folder" if spec is None else "stock"
     obstacle = None if spec is None else _obstacle(check_stock, config)

@@ -25,18 +25,32 @@ CPU_BLOCK_SIZE = 128
 def cache_widths(spec: LatentSpec, backend: Backend) -> tuple[tuple[int, int], ...]:
     """Dims of keys and values as vLLM caches them, per layer; at least the spec's d_qk and d_vo.
 
+    Of a head, or of a latent that heads share: vLLM knows that as one KV head.
+
     CPU kernels come in fixed sizes, the same for keys and values; GPU kernels in multiples of 8, those for two sizes
     with one size of values for the whole model, keys of 32 and values of 16 at least.
 
     Raises:
         UserError: Heads are wider than any that the backend has.
     """
+    keys, values = latent_dims(spec)
     if backend == "CPU_ATTN":
-        return tuple((_cpu_size(max(dims)),) * 2 for dims in zip(spec.d_qk, spec.d_vo, strict=True))
+        return tuple((_cpu_size(max(dims)),) * 2 for dims in zip(keys, values, strict=True))
     if backend == "EQUAL":
-        return tuple((_eights(max(dims)),) * 2 for dims in zip(spec.d_qk, spec.d_vo, strict=True))
-    values = max(16, _eights(max(spec.d_vo)))
-    return tuple((max(32, _eights(d_qk)), values) for d_qk in spec.d_qk)
+        return tuple((_eights(max(dims)),) * 2 for dims in zip(keys, values, strict=True))
+    widest = max(16, _eights(max(values)))
+    return tuple((max(32, _eights(d_qk)), widest) for d_qk in keys)
+
+
+def latent_dims(spec: LatentSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Dims of the keys and of the values that are cached as one, by layer: of a head, or of a latent."""
+    m = spec.heads_per_latent
+    return tuple(m * d for d in spec.d_qk), tuple(m * d for d in spec.d_vo)
+
+
+def values_per_head(spec: LatentSpec, width: int) -> int:
+    """Rows of W_V per stock KV head where a latent's values are cached `width` wide; more than fit are cut off."""
+    return -(-width // spec.heads_per_latent)
 
 
 def gpu_backend(spec: LatentSpec) -> Backend:
@@ -59,7 +73,7 @@ def _eights(d: int) -> int:
 def cache_bytes_per_token(spec: LatentSpec, backend: Backend, *, kv_heads: int, element_size: int) -> tuple[int, int]:
     """Bytes that one token adds to vLLM's cache, all layers together, and how many of them are padding."""
     keys, values = zip(*cache_widths(spec, backend), strict=True)
-    whole = bytes_per_token(keys, values, kv_heads, element_size)
+    whole = bytes_per_token(keys, values, kv_heads // spec.heads_per_latent, element_size)
     return whole, whole - spec.cache_bytes_per_token(kv_heads, element_size)
 
 
@@ -81,15 +95,16 @@ def pad_heads(name: str, weight: Tensor, spec: LatentSpec, widths: Sequence[tupl
     if "self_attn" not in path:
         return weight
     layer, part = int(path[path.index("self_attn") - 1]), path[path.index("self_attn") + 1]
-    wider_keys, wider_values = widths[layer][0] - spec.d_qk[layer], widths[layer][1] - spec.d_vo[layer]
+    d_qk, d_vo = (dims[layer] for dims in latent_dims(spec))
+    wider_keys, wider_values = widths[layer][0] - d_qk, widths[layer][1] - d_vo
     if part in ("q_map", "k_map"):  # (heads, head_dim, d_qk)
         return F.pad(weight, (0, wider_keys))
     if part in ("q_proj", "k_proj") and spec.qk_map == "folded":
-        return _pad_rows(weight, spec.d_qk[layer], wider_keys)
+        return _pad_rows(weight, d_qk, wider_keys)
     if part == "v_proj":
-        return _pad_rows(weight, spec.d_vo[layer], wider_values)
+        return _pad_rows(weight, d_vo, values_per_head(spec, widths[layer][1]) * spec.heads_per_latent - d_vo)
     if part == "o_proj" and path[-1] == "weight":
-        return _pad_rows(weight.T, spec.d_vo[layer], wider_values).T.contiguous()
+        return _pad_rows(weight.T, d_vo, wider_values).T.contiguous()
     return weight
 
 

@@ -21,7 +21,14 @@ from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from kvlatent.export.vllm import Backend, cache_bytes_per_token, cache_widths, gpu_backend, pad_heads
+from kvlatent.export.vllm import (
+    Backend,
+    cache_bytes_per_token,
+    cache_widths,
+    gpu_backend,
+    pad_heads,
+    values_per_head,
+)
 from kvlatent.families import FAMILIES, Family
 from kvlatent.rope import rotate
 from kvlatent.spec import LatentSpec
@@ -52,10 +59,18 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.q_heads, self.kv_heads = stock.num_heads, stock.num_kv_heads  # of this rank
         self.group_size = self.q_heads // self.kv_heads
+        self.latents, rest = divmod(self.kv_heads, spec.heads_per_latent)
+        if rest:
+            raise ValueError(
+                f"{spec.heads_per_latent} KV heads share a latent, so {stock.total_num_kv_heads} heads can't be split "
+                f"over {get_tensor_model_parallel_world_size()} ranks; use fewer, or pipeline parallelism"
+            )
         self.qk_map = spec.qk_map
         width_k, width_v = widths
+        rows_v = values_per_head(spec, width_v)
         projected = width_k if spec.qk_map == "folded" else spec.head_dim
-        self.sizes = [self.q_heads * projected, self.kv_heads * projected, self.kv_heads * width_v]
+        self.sizes = [self.q_heads * projected, self.kv_heads * projected, self.kv_heads * rows_v]
+        self.width_v = width_v
         prefix, quant_config = stock.attn.layer_name.removesuffix(".attn"), vllm_config.quant_config
         self.qkv_proj = QKVParallelLinear(
             stock.hidden_size,
@@ -65,7 +80,7 @@ class LatentAttention(nn.Module):
             bias=stock.qkv_proj.bias is not None,
             quant_config=quant_config,
             prefix=f"{prefix}.qkv_proj",
-            v_head_size=width_v,
+            v_head_size=rows_v,
         )
         self.o_proj = RowParallelLinear(
             stock.total_num_heads * width_v,
@@ -79,7 +94,8 @@ class LatentAttention(nn.Module):
         self.q_map = self.k_map = self.freq_index = None
         if spec.qk_map != "folded":
             self.q_map = _by_head(torch.empty(self.q_heads, spec.head_dim, width_k), stock.total_num_heads)
-            self.k_map = _by_head(torch.empty(self.kv_heads, spec.head_dim, width_k), stock.total_num_kv_heads)
+            total, together = stock.total_num_kv_heads // spec.heads_per_latent, spec.heads_per_latent * spec.head_dim
+            self.k_map = _by_head(torch.empty(self.latents, together, width_k), total)
         if spec.per_head_frequencies:
             pairs = (spec.head_dim if spec.qk_map == "after_rope" else spec.d_qk[layer]) // 2
             index = torch.empty(self.kv_heads, pairs, dtype=torch.long)
@@ -89,7 +105,7 @@ class LatentAttention(nn.Module):
             self.q_heads,
             width_k,
             spec.scale,
-            num_kv_heads=self.kv_heads,
+            num_kv_heads=self.latents,
             cache_config=vllm_config.cache_config,
             quant_config=quant_config,
             per_layer_sliding_window=stock.attn.sliding_window,
@@ -110,12 +126,14 @@ class LatentAttention(nn.Module):
         q, k = self._rotate(positions, q, k)
         if self.qk_map == "after_rope":
             q, k = self._reduce(q, k)
+        if v.shape[-1] > self.latents * self.width_v:
+            v = v.unflatten(-1, (self.latents, -1))[..., : self.width_v].flatten(1)
         output, _ = self.o_proj(self.attn(q, k, v))
         return output
 
     def _reduce(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Apply the per-head maps: (tokens, heads·head_dim) to (tokens, heads·width)."""
-        q, k = q.unflatten(-1, (self.q_heads, -1)), k.unflatten(-1, (self.kv_heads, -1))
+        """Apply the maps: (tokens, heads·head_dim) to (tokens, heads·width), heads that share a latent as one."""
+        q, k = q.unflatten(-1, (self.q_heads, -1)), k.unflatten(-1, (self.latents, -1))
         q, k = torch.einsum("thd,hdr->thr", q, self.q_map), torch.einsum("thd,hdr->thr", k, self.k_map)
         return q.flatten(1), k.flatten(1)
 

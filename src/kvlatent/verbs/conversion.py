@@ -22,7 +22,7 @@ from kvlatent.convert import QK_OF, SHARED_LIST, check_request, convert
 from kvlatent.data import TokenBlocks
 from kvlatent.errors import UserError
 from kvlatent.files import check_disk, refuse_existing
-from kvlatent.modeling import check_teacher, dims_by_layer, head_dim_of, spec_of
+from kvlatent.modeling import check_teacher, dims_by_layer, head_dim_of, heads_per_latent_of, spec_of
 from kvlatent.offload import OffloadedLayers, open_offloaded
 from kvlatent.report.text import model_card
 from kvlatent.spec import QK, LatentSpec, Preset, bytes_per_token
@@ -57,6 +57,7 @@ def calibrate_file(
     tokens: int,
     block_size: int,
     context: int | None,
+    heads_per_latent: int | None = None,
     device: str,
     dtype: str,
     seed: int,
@@ -72,6 +73,7 @@ def calibrate_file(
         tokens: Of the text.
         block_size: Tokens per block.
         context: Positions that the blocks are spread over; None is all that the model has.
+        heads_per_latent: KV heads that may be reduced together; None is `modeling.heads_per_latent_of`.
         device: Where to compute.
         dtype: Of the weights.
         seed: Of the order of the text.
@@ -84,10 +86,12 @@ def calibrate_file(
         raise UserError("nothing to calibrate on: give text (--text), or statistics to merge (--merge)")
     config, tokenizer = load_config(model), load_tokenizer(model)
     check_teacher(config)
-    context = context_of(config, context)
+    context, together = context_of(config, context), heads_per_latent_of(config, heads_per_latent)
     shards = [_load_statistics(path, config) for path in merge]
-    whole_heads = 3 * config.num_attention_heads + 2 * config.num_key_value_heads
-    check_disk(out, config.num_hidden_layers * whole_heads * head_dim_of(config) ** 2 * 8)
+    moments = 3 * config.num_attention_heads + 2 * config.num_key_value_heads
+    if together > 1:
+        moments += config.num_attention_heads * together**2 + config.num_key_value_heads * together
+    check_disk(out, config.num_hidden_layers * moments * head_dim_of(config) ** 2 * 8)
     began = time.monotonic()
 
     @lru_cache(maxsize=1)
@@ -105,7 +109,8 @@ def calibrate_file(
             "record": environment(),
         }
         opened = open_offloaded(model, device=device, dtype=dtype) if offload else (teacher(), None)
-        shards.append(probed_statistics(opened[0], blocks.ids, context=context, about=about, offloaded=opened[1]))
+        settings: dict[str, Any] = {"context": context, "heads_per_latent": together}
+        shards.append(probed_statistics(opened[0], blocks.ids, about=about, offloaded=opened[1], **settings))
     statistics = reduce(Statistics.merge, shards)
     statistics.save(out)
     told = {key: statistics.about.get(key) for key in ("tokens", "text")}
@@ -117,12 +122,15 @@ def probed_statistics(
     ids: Int[Tensor, "blocks block_size"],
     *,
     context: int | None,
+    heads_per_latent: int | None = None,
     about: dict[str, Any],
     offloaded: OffloadedLayers | None = None,
 ) -> Statistics:
     """Statistics of the teacher on token blocks, and how much each layer matters."""
-    size = batch_size_for(ids.shape[1])
-    statistics = calibrate(teacher, ids, batch_size=size, context=context, about=about, offloaded=offloaded)
+    statistics = calibrate(
+        teacher, ids, batch_size=batch_size_for(ids.shape[1]), context=context, heads_per_latent=heads_per_latent,
+        about=about, offloaded=offloaded,
+    )  # fmt: skip
     statistics.probes = budgets.probe(teacher, statistics, _probe_text(ids), offloaded=offloaded)
     return statistics
 
@@ -145,6 +153,7 @@ def plan_model(
     budget: float,
     out: Path,
     *,
+    heads_per_latent: int | None = None,
     stats: Path | None,
     text: Sequence[str],
     tokens: int,
@@ -159,6 +168,7 @@ def plan_model(
         model: The teacher.
         budget: Share of the cache bytes kept.
         out: The figure to write; .png, .svg or .pdf.
+        heads_per_latent: KV heads that are reduced together, where there are no statistics to say so.
         stats: A file of `calibrate_file`; without it, statistics are taken on text.
         text: Calibration text.
         tokens: Of the text.
@@ -178,7 +188,7 @@ def plan_model(
     teacher = load_model(model, device=device, dtype=dtype)[0]
     if statistics is None:
         blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=lambda: teacher)
-        statistics = probed_statistics(teacher, blocks.ids, context=None, about={})
+        statistics = probed_statistics(teacher, blocks.ids, context=None, heads_per_latent=heads_per_latent, about={})
     allocation = budgets.plan(teacher, statistics, budget)
     kv_heads, size = config.num_key_value_heads, stored_dtype(config, "auto").itemsize
     budgets.draw(allocation, out, title=f"{model}: {budget:.4g} of the cache", head_dim=head_dim_of(config))
@@ -202,6 +212,7 @@ def convert_folder(
     d_qk: int | None,
     d_vo: int | None,
     budget: float | None = None,
+    heads_per_latent: int | None = None,
     stats: Path | None,
     text: Sequence[str],
     tokens: int,
@@ -221,6 +232,7 @@ def convert_folder(
         d_qk: Query/key dims per head.
         d_vo: Value/output dims per head.
         budget: Instead of dims: the share of the cache bytes to keep. `best` spends it as `plan_model` shows.
+        heads_per_latent: KV heads that are reduced together; None is what the preset does.
         stats: A file of `calibrate_file`: instead of text or, with a budget, what it is spent by.
         text: Calibration text; `paper` takes neither.
         tokens: Of the text.
@@ -235,7 +247,9 @@ def convert_folder(
     """
     refuse_existing(out)
     config, tokenizer = load_config(model), load_tokenizer(model)
-    dims = requested_dims(config, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, budget=budget)
+    dims = requested_dims(
+        config, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=heads_per_latent, budget=budget
+    )
     context = context_of(config, context)
     if preset == "paper" and (stats or text):
         raise UserError("preset paper is not calibrated; leave --text and --stats out")
@@ -252,13 +266,16 @@ def convert_folder(
     blocks = None
     if text:
         blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=teacher)
+    if (qk or QK_OF[preset]) != "project":
+        heads_per_latent = 1
     if dims is None:
         assert budget is not None
-        dims = planned_dims(teacher(), budget, blocks=blocks, statistics=statistics)
+        dims = planned_dims(teacher(), budget, heads_per_latent=heads_per_latent, blocks=blocks, statistics=statistics)
         statistics = None if text else statistics
     return convert_loaded(
         teacher(), tokenizer, out, name=model, preset=preset, qk=qk, d_qk=dims[0], d_vo=dims[1],
-        blocks=blocks, context=context, statistics=statistics, dtype=stored_dtype(config, dtype),
+        heads_per_latent=heads_per_latent, blocks=blocks, context=context, statistics=statistics,
+        dtype=stored_dtype(config, dtype),
     )  # fmt: skip
 
 
@@ -269,6 +286,7 @@ def requested_dims(
     qk: QK | None = None,
     d_qk: int | None,
     d_vo: int | None,
+    heads_per_latent: int | None = None,
     budget: float | None,
 ) -> Dims | None:
     """Dims of a request for a student; None if they differ by layer and `planned_dims` has to find them.
@@ -285,22 +303,30 @@ def requested_dims(
         budgets.total_dims(config, budget)
         if qk in SHARED_LIST:
             raise UserError(f"{qk} has one frequency list, so every layer the same d_qk; give --d-qk and --d-vo")
+        heads_per_latent_of(config, heads_per_latent)
         return None
     if budget is not None:
         d_qk = d_vo = budgets.uniform_dims(config, budget)
     assert d_qk is not None and d_vo is not None
-    check_request(config, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo)
+    check_request(config, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=heads_per_latent or 1)
     return d_qk, d_vo
 
 
 def planned_dims(
-    teacher: PreTrainedModel, budget: float, *, blocks: TokenBlocks | None, statistics: Statistics | None
+    teacher: PreTrainedModel,
+    budget: float,
+    *,
+    heads_per_latent: int | None = None,
+    blocks: TokenBlocks | None,
+    statistics: Statistics | None,
 ) -> Dims:
     """Dims layer by layer that spend a budget; without statistics they are taken on pieces of the blocks."""
     if statistics is None:
         assert blocks is not None
         size = batch_size_for(PIECE)
-        statistics = calibrate(teacher, _pieces(blocks.ids, PLAN_TOKENS), batch_size=size, context=None, about={})
+        statistics = calibrate(
+            teacher, _pieces(blocks.ids, PLAN_TOKENS), batch_size=size, heads_per_latent=heads_per_latent, about={}
+        )
         statistics.probes = budgets.probe(teacher, statistics, _probe_text(blocks.ids))
     allocation = budgets.plan(teacher, statistics, budget)
     return allocation.d_qk, allocation.d_vo
@@ -330,6 +356,7 @@ def convert_loaded(
     qk: QK | None = None,
     d_qk: int | Sequence[int],
     d_vo: int | Sequence[int],
+    heads_per_latent: int | None = None,
     blocks: TokenBlocks | None,
     context: int,
     statistics: Statistics | None,
@@ -341,8 +368,14 @@ def convert_loaded(
     text: dict[str, Any] = {}
     if blocks is not None:
         text = {"ids": blocks.ids, "batch_size": batch_size_for(blocks.ids.shape[1]), "context": context}
-    student = convert(teacher, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, statistics=statistics, **text)
+    student = convert(
+        teacher, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=heads_per_latent, statistics=statistics,
+        **text,
+    )  # fmt: skip
+    spec = spec_of(student)
+    assert spec is not None
     step: dict[str, Any] = {"verb": "convert", "preset": preset, "qk": qk or QK_OF[preset], "d_qk": d_qk, "d_vo": d_vo}
+    step |= {"heads_per_latent": spec.heads_per_latent}
     fingerprints: Sequence[str] = ()
     if blocks is not None:
         step |= {"text": list(blocks.sources), "tokens": blocks.ids.numel(), "block_size": blocks.ids.shape[1]}
@@ -358,8 +391,6 @@ def convert_loaded(
         "fingerprints": list(fingerprints),
         "steps": [step | {"record": environment()}],
     }
-    spec = spec_of(student)
-    assert spec is not None
     save_checkpoint(student.to(dtype), tokenizer, out, record=record, card=unmeasured_card(record, spec))
     kv_heads = teacher.config.num_key_value_heads
     return {

@@ -98,6 +98,7 @@ def describe(model: str) -> dict[str, Any]:
         },
     }
     if spec is not None:
+        about |= {"latents": config.num_key_value_heads // spec.heads_per_latent}
         about |= {"preset": spec.preset, "teacher": record_of(model).get("teacher")}
     return about
 
