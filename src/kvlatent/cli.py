@@ -247,8 +247,8 @@ class Heal(Verb):
     """Training tokens between measurements."""
     track: Annotated[tuple[str, ...], arg(metavar="NAME…", help_behavior_hint="")] = ()
     """Trackers of accelerate to tell of every step, such as tensorboard."""
-    train: Annotated[tuple[Part, ...] | None, arg(help_behavior_hint="(default: the preset's)")] = None
-    """What trains in full."""
+    train: Annotated[tuple[Part, ...] | None, arg(metavar="PART…", help_behavior_hint="(default: the preset's)")] = None
+    """What trains in full: attention, maps, norms."""
     adapters: Literal["merge", "keep", "save"] = "merge"
     """The FFN's LoRA in the end: merged; kept apart in OUT/adapters; or both."""
     lora_rank: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
@@ -456,8 +456,10 @@ class Export(Verb):
     """The form; vllm is refused, because vLLM with kvlatent serves the folder as it is."""
     out: Annotated[Path, arg(metavar="PATH")]
     """The new folder, or the new .gguf file."""
-    type: Annotated[Literal["f32", "f16", "bf16", "q8_0"] | None, arg(help_behavior_hint="(default: f16)")] = None
-    """Of the matrices in a GGUF file."""
+    type: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"] | None, arg(metavar="T", help_behavior_hint="(default: f16)")
+    ] = None
+    """Of the matrices in a GGUF file: f32, f16, bf16 or q8_0."""
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
