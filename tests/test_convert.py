@@ -179,13 +179,14 @@ def test_nothing_is_lost_when_only_a_few_rotary_pairs_are_alive(
 def test_specs_of_our_presets(any_teacher: PreTrainedModel, ids: Tensor, preset: str) -> None:
     spec = spec_of(convert(any_teacher, preset=preset, d_qk=8, d_vo=4, ids=ids[:4]))
     assert (spec.preset, spec.head_dim, spec.d_qk, spec.d_vo) == (preset, 16, (8, 8), (4, 4))
+    assert (together := spec.heads_per_latent) == any_teacher.config.num_key_value_heads
     qwen3 = any_teacher.config.model_type == "qwen3"
     if preset == "best":
         assert spec.qk_map == "after_rope" and spec.scale == 0.25 and len(spec.inv_freq) == 8
     else:
         assert spec.qk_map == ("before_rope" if qwen3 else "folded")
-        assert spec.layout == ("best" if qwen3 else "portable") and len(spec.inv_freq) == 4
-        assert spec.scale == 8**-0.5
+        assert spec.layout == ("best" if qwen3 else "portable") and len(spec.inv_freq) == 4 * together
+        assert spec.scale == (8 * together) ** -0.5
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
@@ -255,15 +256,16 @@ def test_only_attention_and_down_projections_change(any_teacher: PreTrainedModel
 # --- heads that share a latent
 
 
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", ["llama-mha-tied", "qwen2-mha-tied", "qwen3-mha-tied", "mistral-mha"])
 def test_the_more_heads_share_a_latent_the_nearer_a_student_starts(
-    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str, preset: str
 ) -> None:
     teacher = tiny_teacher(name)
     errors = []
     for together in (1, 2, 4):
         statistics = calibrate(teacher, ids, heads_per_latent=together, about={})
-        student = convert(teacher, d_qk=8, d_vo=8, statistics=statistics)
+        student = convert(teacher, preset=preset, d_qk=8, d_vo=8, statistics=statistics)
         assert spec_of(student).heads_per_latent == together
         errors.append(hidden_error(student, teacher, ids))
     assert errors[2] < errors[1] < errors[0]
@@ -310,7 +312,7 @@ def test_latents_are_as_wide_as_kernels_take(tiny_teacher: Callable[[str], PreTr
         ({"heads_per_latent": 3}, "heads per latent must divide the model's 2 KV heads; got 3"),
         ({"heads_per_latent": 0}, "heads per latent must divide"),
         ({"qk": "pairs", "heads_per_latent": 2}, "pairs keeps heads apart"),
-        ({"preset": "portable", "heads_per_latent": 2}, "fold keeps heads apart"),
+        ({"preset": "portable", "qk": "matched", "heads_per_latent": 2}, "matched keeps heads apart"),
         ({"d_qk": (8, 8, 8), "d_vo": (8, 8, 8)}, "every one of 2 layers; got 3"),
         ({"preset": "best", "ids": None}, "preset best is calibrated: give text"),
         ({"preset": "portable", "ids": None}, "preset portable is calibrated: give text"),

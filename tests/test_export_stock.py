@@ -69,7 +69,8 @@ def test_stock_classes_give_the_students_logits(
     torch.testing.assert_close(stock_logits(tmp_path / "out", ids), logits(student, ids), rtol=0, atol=1e-4)
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     assert fields["model_type"] == TEACHERS[name][0]
-    assert fields["head_dim"] == max(d_qk, d_vo)
+    heads = student.config.num_key_value_heads  # which share one latent
+    assert (fields["head_dim"], fields["num_key_value_heads"]) == (heads * max(d_qk, d_vo), 1)
     assert "latent" not in fields
 
 
@@ -119,7 +120,7 @@ def test_loads_with_no_kvlatent(
     student = tiny_student(name, "portable", 8, 8)
     export_stock(student, byte_tokenizer, tmp_path / "out", record={})
     got, said = logits_elsewhere(sys.executable, tmp_path / "out", ids, tmp_path)
-    assert said == [type(student).__name__.removeprefix("KVLatent"), "8"]  # keys are cached 8 wide
+    assert said == [type(student).__name__.removeprefix("KVLatent"), "16"]  # keys of two heads are cached together
     torch.testing.assert_close(got, logits(student, ids), rtol=0, atol=1e-4)
 
 
@@ -150,7 +151,8 @@ def test_transformers_4_gives_the_students_logits(
     tokenizer.add_special_tokens({"extra_special_tokens": ["<tool>"]})
     export_stock(student, tokenizer, tmp_path / "out", record={})
     got, said = logits_elsewhere(os.environ["TRANSFORMERS_4"], tmp_path / "out", ids, tmp_path)
-    assert said == [type(student).__name__.removeprefix("KVLatent"), str(max(d_qk, d_vo))]
+    width = max(d_qk, d_vo) * student.config.latent["heads_per_latent"]
+    assert said == [type(student).__name__.removeprefix("KVLatent"), str(width)]
     torch.testing.assert_close(got, logits(student, ids), rtol=0, atol=1e-4)
 
 
@@ -178,7 +180,7 @@ def test_rope_is_written_in_the_words_of_transformers_5_and_of_4(
     fields = json.loads(path.read_text())
     for both in (fields["rope_parameters"], fields["rope_scaling"]):
         assert both["rope_type"] == "longrope"
-        assert both["short_factor"] == both["long_factor"] and len(both["short_factor"]) == 4
+        assert both["short_factor"] == both["long_factor"] and len(both["short_factor"]) == 8
         assert both["attention_factor"] == both["factor"] == 1.0
         assert both["original_max_position_embeddings"] == fields["max_position_embeddings"]  # or vLLM scales attention
     assert fields["rope_theta"] == 10000.0
@@ -275,6 +277,6 @@ def test_full_dims_lose_nothing(
     tiny_student: Callable[..., PreTrainedModel], byte_tokenizer: PreTrainedTokenizerFast, ids: Tensor, tmp_path: Path
 ) -> None:
     student = tiny_student("llama-llama3-rope", "portable", 16, 16)
-    assert stock_dims(student.config) == 16
+    assert stock_dims(student.config) == 32
     export_stock(student, byte_tokenizer, tmp_path / "out", record={})
     torch.testing.assert_close(stock_logits(tmp_path / "out", ids), logits(student, ids), rtol=0, atol=1e-4)

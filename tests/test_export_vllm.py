@@ -96,11 +96,12 @@ def test_padded_weights_attend_alike(
         return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
     latents = 2 // spec.heads_per_latent
-    q, k, v = (project(f"{part}_proj", heads) for part, heads in (("q", 4), ("k", 2), ("v", latents)))
+    key_heads = latents if spec.qk_map == "folded" else 2
+    q, k, v = (project(f"{part}_proj", heads) for part, heads in (("q", 4), ("k", key_heads), ("v", latents)))
     if attention.q_norm is not None:
         q, k = (norm(y.transpose(1, 2)).transpose(1, 2) for norm, y in ((attention.q_norm, q), (attention.k_norm, k)))
     if spec.qk_map == "before_rope":
-        q, k = q @ padded["q_map"], k @ padded["k_map"]
+        q, k = q @ padded["q_map"], side_by_side(k, spec.heads_per_latent) @ padded["k_map"]
     q, k = rotate(q), rotate(k)
     if spec.qk_map == "after_rope":
         q, k = q @ padded["q_map"], side_by_side(k, spec.heads_per_latent) @ padded["k_map"]

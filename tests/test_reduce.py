@@ -424,3 +424,28 @@ def test_values_of_one_source_are_reduced_together_without_loss() -> None:
         torch.testing.assert_close((o[h] @ maps.v_map[0] @ maps.o_map[0])[:, own] @ w, o[h, :, own] @ w)
     tail = reduce.value_output_tail(moment(o), o_weight, kv_heads=KV_HEADS)
     assert tail.shape == (DIM + 1,) and tail[DIM // 2] < 1e-9 * tail[0] < tail[DIM // 2 - 1]
+
+
+def test_channels_by_frequency_are_those_of_one_head() -> None:
+    assert reduce.by_frequency(4, 2).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]  # of heads (0, 1 | 2, 3) and (4, 5 | 6, 7)
+    assert reduce.by_frequency(8, 1).tolist() == list(range(8))
+
+
+def test_pairs_of_one_frequency_are_folded_across_heads_without_loss_at_any_distance() -> None:
+    """Each head's pair is a complex multiple of the other's, so of every frequency one slot is enough for both."""
+    inv_freq = [1.0, 0.7, 0.2, 0.01]
+    source = torch.complex(normal(20, DIM // 2, seed=1), normal(20, DIM // 2, seed=2))
+    factors = torch.complex(normal(KV_HEADS, 1, DIM // 2, seed=3), normal(KV_HEADS, 1, DIM // 2, seed=4))
+    z = source * factors
+    k, q = torch.cat((z.real, z.imag), dim=-1), normal(KV_HEADS * GROUP, 20, DIM)
+    together = torch.cat(list(k), dim=-1)[None]
+    covariances = moment(q), moment(together)
+    groups, frequencies = reduce.choose_groups(
+        *([x] for x in covariances), torch.tensor(inv_freq), DIM // 2, torch.arange(1, 65)
+    )
+    assert groups == [(KV_HEADS * j, KV_HEADS, 1) for j in range(DIM // 2)]
+    assert frequencies == pytest.approx(inv_freq)
+    maps = reduce.fold(*covariances, groups)
+    for h in range(KV_HEADS * GROUP):
+        found = rotated_logits(q[h] @ maps.q_map[h], together[0] @ maps.k_map[0], inv_freq)
+        torch.testing.assert_close(found, rotated_logits(q[h], k[h // GROUP], inv_freq), rtol=0, atol=1e-6)

@@ -25,9 +25,9 @@ class LatentAttention(nn.Module):
     (q_heads, head_dim, d_qk) and `k_map` (kv_heads, head_dim, d_qk) reduce them before or after RoPE. Only reduced
     keys and values enter the cache (KV-Latent, arXiv:2507.11273, Section 3.1).
 
-    With `heads_per_latent` m, the keys of m heads, side by side after RoPE, have one `k_map` (latents, m·head_dim,
-    m·d_qk), their values one projection, and the cache holds kv_heads/m heads of m times the dims, for the same bytes.
-    Every query head has a `q_map` (q_heads, head_dim, m·d_qk) to the latent of its group.
+    With `heads_per_latent` m, the keys of m heads, side by side, have one `k_map` (latents, m·head_dim, m·d_qk), their
+    values one projection, and the cache holds kv_heads/m heads of m times the dims, for the same bytes. Every query
+    head has a `q_map` (q_heads, head_dim, m·d_qk) to the latent of its group. Folded, both are in W_Q and W_K.
     """
 
     q_map: Tensor | None
@@ -45,8 +45,8 @@ class LatentAttention(nn.Module):
         self.heads_per_latent = spec.heads_per_latent
         self.latents = self.kv_heads // self.heads_per_latent
         self.scale, self.qk_map = spec.scale, spec.qk_map
-        projected = self.d_qk if spec.qk_map == "folded" else spec.head_dim
-        rotated = spec.head_dim if spec.qk_map == "after_rope" else self.d_qk
+        cached_keys, cached_values = (dims[layer_idx] for dims in spec.latent_dims)
+        rotated = spec.head_dim if spec.qk_map == "after_rope" else cached_keys
 
         def linear(name: str, inputs: int, outputs: int) -> nn.Linear:
             old = getattr(stock, name)
@@ -54,19 +54,19 @@ class LatentAttention(nn.Module):
             return DecodeLinear(inputs, outputs, bias=old.bias is not None, **where)
 
         hidden = config.hidden_size
-        self.q_proj = linear("q_proj", hidden, self.q_heads * projected)
-        self.k_proj = linear("k_proj", hidden, self.kv_heads * projected)
+        folded = spec.qk_map == "folded"
+        self.q_proj = linear("q_proj", hidden, self.q_heads * (cached_keys if folded else spec.head_dim))
+        self.k_proj = linear("k_proj", hidden, self.kv_heads * (self.d_qk if folded else spec.head_dim))
         self.v_proj = linear("v_proj", hidden, self.kv_heads * self.d_vo)
-        self.o_proj = linear("o_proj", self.q_heads * self.heads_per_latent * self.d_vo, hidden)
+        self.o_proj = linear("o_proj", self.q_heads * cached_values, hidden)
         self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
         weight = self.q_proj.weight
-        if spec.qk_map == "folded":
+        if folded:
             self.q_map = self.k_map = None
         else:
-            std = spec.head_dim**-0.5
-            cached, keys = self.heads_per_latent * self.d_qk, self.heads_per_latent * spec.head_dim
-            self.q_map = nn.Parameter(weight.new_empty(self.q_heads, spec.head_dim, cached).normal_(std=std))
-            self.k_map = nn.Parameter(weight.new_empty(self.latents, keys, cached).normal_(std=std))
+            std, keys = spec.head_dim**-0.5, self.heads_per_latent * spec.head_dim
+            self.q_map = nn.Parameter(weight.new_empty(self.q_heads, spec.head_dim, cached_keys).normal_(std=std))
+            self.k_map = nn.Parameter(weight.new_empty(self.latents, keys, cached_keys).normal_(std=std))
         # Which entries of the ladder each KV head rotates by; without it, all of them in order.
         index = torch.arange(rotated // 2, device=weight.device).repeat(self.kv_heads, 1)
         self.register_buffer("freq_index", index if spec.per_head_frequencies else None)
@@ -86,15 +86,17 @@ class LatentAttention(nn.Module):
             sin: Sines, likewise.
         """
         q, k, v = together(hidden_states, self.q_proj, self.k_proj, self.v_proj)
-        q = self._unrotated(q, self.q_norm, self.q_map, self.q_heads)
-        k = self._unrotated(k, self.k_norm, self.k_map, self.kv_heads)
+        q = self._of_heads(q, self.q_norm, self.q_heads)
+        k = self._of_heads(k, self.k_norm, self.latents if self.qk_map == "folded" else self.kv_heads)
+        if self.qk_map == "before_rope":
+            assert self.q_map is not None and self.k_map is not None
+            q, k = _reduced(q, self.q_map), _reduced(side_by_side(k, self.heads_per_latent), self.k_map)
         v = v.unflatten(-1, (self.latents, -1)).transpose(1, 2)
         q_map, k_map = (self.q_map, self.k_map) if self.qk_map == "after_rope" else (None, None)
         if cpu_rotary.fits(q, q_map) and cpu_rotary.fits(k, k_map):
             turn = partial(cpu_rotary.rotate_one, cos=cos, sin=sin, freq_index=self.freq_index)
-            if self.heads_per_latent == 1:
+            if k_map is None or self.heads_per_latent == 1:
                 return turn(q, reduction=q_map), turn(k, reduction=k_map), v
-            assert k_map is not None
             return turn(q, reduction=q_map), _reduced(side_by_side(turn(k), self.heads_per_latent), k_map), v
         if self.freq_index is None:
             cos, sin = cos[:, None], sin[:, None]  # (batch, 1, seq, pairs)
@@ -108,13 +110,11 @@ class LatentAttention(nn.Module):
             q, k = _reduced(q, q_map), _reduced(side_by_side(k, self.heads_per_latent), k_map)
         return q, k, v
 
-    def _unrotated(self, x: Tensor, norm: nn.Module | None, reduction: Tensor | None, heads: int) -> Tensor:
-        """Queries or keys before RoPE, (batch, heads, seq, dim)."""
+    @staticmethod
+    def _of_heads(x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
+        """Projected queries or keys, normalised: (batch, seq, heads·dim) → (batch, heads, seq, dim)."""
         x = x.unflatten(-1, (heads, -1))
-        if norm is not None:
-            x = norm(x)
-        x = x.transpose(1, 2)
-        return _reduced(x, reduction) if self.qk_map == "before_rope" and reduction is not None else x
+        return (x if norm is None else norm(x)).transpose(1, 2)
 
     def forward(
         self,

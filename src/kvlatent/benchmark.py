@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from kvlatent.cache import LatentCache, allocated_bytes, cache_bytes, room
 from kvlatent.checkpoints import peak_memory
 from kvlatent.errors import UserError
-from kvlatent.modeling import dims_by_layer, spec_of
+from kvlatent.modeling import cached_dims, cached_heads, dims_by_layer, spec_of
 from kvlatent.spec import bytes_per_token
 
 
@@ -176,12 +176,10 @@ def filled_cache(model: PreTrainedModel, *, batch: int, tokens: int) -> Cache:
     """Return the cache a model makes by default, filled with random numbers."""
     spec = spec_of(model)
     cache = DynamicCache(config=model.config) if spec is None else LatentCache(model.config)
-    together = 1 if spec is None else spec.heads_per_latent
-    shape = 1, _kv_heads(model.config) // together, 1
-    for index, dims in enumerate(zip(*dims_by_layer(model.config), strict=True)):
+    shape = 1, _kv_heads(model.config) if spec is None else cached_heads(model.config), 1
+    for index, dims in enumerate(zip(*cached_dims(model.config), strict=True)):
         keys, values = (
-            torch.randn(*shape, together * d, dtype=model.dtype, device=model.device).expand(batch, -1, tokens, -1)
-            for d in dims
+            torch.randn(*shape, d, dtype=model.dtype, device=model.device).expand(batch, -1, tokens, -1) for d in dims
         )
         cache.update(keys, values, index)
     return cache

@@ -28,7 +28,7 @@ from kvlatent.rope import rotate
 
 NAMES = ("q", "k", "q_unrotated", "k_unrotated", "o")
 """The moments kept of each layer: queries, keys (per KV head), both again before RoPE, and head outputs."""
-TOGETHER = ("k_together", "o_together")
+TOGETHER = ("k_together", "k_unrotated_together", "o_together")
 """Keys and head outputs once more, with the dims of all KV heads that are to share a latent side by side."""
 
 
@@ -78,7 +78,8 @@ class LayerStatistics:
         moments = dict(zip(NAMES, of_heads, strict=True))
         if heads_per_latent > 1:
             received = received.unflatten(1, (-1, heads_per_latent)).sum(2)
-            of_latents = _centred(keys, mean_key, received), _moment(out)
+            unrotated = side_by_side(k_unrotated, heads_per_latent)
+            of_latents = _centred(keys, mean_key, received), _moment(unrotated), _moment(out)
             moments |= zip(TOGETHER, of_latents, strict=True)
         for name, moment in moments.items():
             self.sums[name] = self.sums.get(name, 0.0) + moment.double()

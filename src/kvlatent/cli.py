@@ -177,7 +177,7 @@ class Convert(Verb):
     project (docs/methods.md). The presets take project, fold and aware."""
     heads_per_latent: HeadsPerLatent = None
     """KV heads whose keys and values are reduced together and cached as one latent, for the same bytes; 1 keeps heads
-    apart. With project only."""
+    apart. With project and fold only."""
     stats: Annotated[Path | None, arg(metavar="STATS", help_behavior_hint="")] = None
     """Statistics from calibrate, instead of text; with text, only the budget is spent by them."""
     text: Sources = ()

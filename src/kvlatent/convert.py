@@ -48,6 +48,8 @@ ALLOWED: dict[Preset, tuple[QK, ...]] = {
 }
 """`portable` keeps to one frequency list for the model, `paper` to what needs no calibration."""
 SHARED_LIST = ALLOWED["portable"]
+JOINING: tuple[QK, ...] = ("project", "fold")
+"""Reductions of queries and keys that mix heads."""
 DISTANCES = torch.logspace(0, 9, 64, base=2)
 """Tokens between query and key that rotations are judged at: 1 to 512, as many near as far."""
 RIDGE = 3.0
@@ -86,7 +88,7 @@ def convert(
         d_qk: Query/key dims per head: one number, or one per layer (`best` only), as `budget.plan` gives them.
         d_vo: Value/output dims per head, likewise.
         heads_per_latent: KV heads that are reduced together and cached as one latent, for the same bytes; None is what
-            the statistics are of or `heads_per_latent_of` says, with `project`, and 1 otherwise.
+            the statistics are of or `heads_per_latent_of` says where keys are reduced by one of `JOINING`, else 1.
         statistics: From `calibrate`.
         ids: Calibration text as token blocks.
         batch_size: Blocks per forward.
@@ -96,7 +98,7 @@ def convert(
         UserError: Dims the preset or the model doesn't allow, or neither statistics nor text where needed.
     """
     if heads_per_latent is None:
-        joins = (qk or QK_OF[preset]) == "project"
+        joins = (qk or QK_OF[preset]) in JOINING
         together = heads_per_latent_of(teacher.config) if statistics is None else statistics.heads_per_latent
         heads_per_latent = together if joins else 1
     d_qk, d_vo = check_request(
@@ -107,7 +109,9 @@ def convert(
     qk = qk or QK_OF[preset]
     if qk in ("fold", "pairs-model") and statistics is None:  # their list is chosen for the whole model
         assert ids is not None
-        statistics = calibrate(teacher, ids, batch_size=batch_size, context=context, heads_per_latent=1, about={})
+        statistics = calibrate(
+            teacher, ids, batch_size=batch_size, context=context, heads_per_latent=heads_per_latent, about={}
+        )
     if statistics is not None and heads_per_latent not in (1, statistics.heads_per_latent):
         raise UserError(
             f"the statistics are of {statistics.heads_per_latent} KV heads per latent, not of {heads_per_latent}; "
@@ -152,8 +156,8 @@ def check_request(
     method = qk or QK_OF[preset]
     if method not in ALLOWED[preset]:
         raise UserError(f"preset {preset} can't reduce queries and keys by {method}; {', '.join(ALLOWED[preset])} can")
-    if heads_per_latent_of(config, heads_per_latent) > 1 and method != "project":
-        raise UserError(f"heads share latents only where keys are projected after RoPE; {method} keeps heads apart")
+    if heads_per_latent_of(config, heads_per_latent) > 1 and method not in JOINING:
+        raise UserError(f"heads share latents with {' and '.join(JOINING)} only; {method} keeps heads apart")
     if method in SHARED_LIST and len(set(keys)) > 1:
         raise UserError(f"{method} has one frequency list, so every layer the same d_qk; got {sorted(set(keys))}")
     if method in ("stride", "aware"):
@@ -210,14 +214,14 @@ def plan_reduction(
         pairs = scores.topk(d_qk[0] // 2).indices.sort().values
     if qk == "project" or (preset == "best" and min(d_qk) == whole.head_dim):
         after = min(d_qk) < whole.head_dim or heads_per_latent > 1
-        fields |= {"qk_map": "after_rope" if after else "folded", "heads_per_latent": heads_per_latent}
+        fields["qk_map"] = "after_rope" if after else "folded"
     elif qk == "fold":
         assert statistics is not None
         groups, fields["inv_freq"] = reduce.choose_groups(
             [layer.mean("q_unrotated") for layer in statistics.layers],
-            [layer.mean("k_unrotated") for layer in statistics.layers],
+            [layer.mean("k_unrotated", together=heads_per_latent > 1) for layer in statistics.layers],
             torch.tensor(ladder),
-            d_qk[0] // 2,
+            heads_per_latent * d_qk[0] // 2,
             DISTANCES,
         )
     elif qk == "aware":
@@ -227,8 +231,9 @@ def plan_reduction(
     else:
         fields |= {"per_head_frequencies": True, "inv_freq": [*ladder, *([0.0] if qk == "partial" else [])]}
     if preset != "best":
-        fields["scale"] = d_qk[0] ** -0.5
-    spec = whole.to_dict() | {"preset": preset, "d_qk": d_qk, "d_vo": d_vo} | fields
+        fields["scale"] = (heads_per_latent * d_qk[0]) ** -0.5
+    dims = {"d_qk": d_qk, "d_vo": d_vo, "heads_per_latent": heads_per_latent}
+    spec = whole.to_dict() | {"preset": preset} | dims | fields
     return Plan(spec=LatentSpec.from_dict(spec), qk=qk, pairs=pairs, groups=tuple(groups))
 
 
@@ -282,7 +287,8 @@ def _qk_reduction(plan: Plan, whole: LatentAttention, stats: LayerStatistics | N
     if plan.qk == "project":
         return reduce.project(q, k, d_qk * spec.heads_per_latent)
     if plan.qk == "fold":
-        return reduce.fold(stats.mean("q_unrotated"), stats.mean("k_unrotated"), list(plan.groups))
+        k = stats.mean("k_unrotated", together=spec.heads_per_latent > 1)
+        return reduce.fold(stats.mean("q_unrotated"), k, list(plan.groups))
     if plan.qk == "partial":
         ladder, scores = torch.tensor(spec.inv_freq[:-1]), reduce.pair_scores(q, k)
         return reduce.partial_rope(

@@ -118,6 +118,18 @@ def dims_by_layer(config: PreTrainedConfig) -> tuple[tuple[int, ...], tuple[int,
     return whole, whole
 
 
+def cached_dims(config: PreTrainedConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Dims of what is cached as one head, layer by layer: as `dims_by_layer`, or of the heads of a latent together."""
+    spec = spec_in(config)
+    return dims_by_layer(config) if spec is None else spec.latent_dims
+
+
+def cached_heads(config: PreTrainedConfig) -> int:
+    """Heads of the cache: the model's KV heads, or its latents."""
+    spec = spec_in(config)
+    return int(config.num_key_value_heads) // (1 if spec is None else spec.heads_per_latent)
+
+
 def head_dim_of(config: PreTrainedConfig) -> int:
     """The teacher's dims per head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

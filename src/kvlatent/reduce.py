@@ -175,27 +175,38 @@ def fold(q_cov: Tensor, k_cov: Tensor, groups: list[tuple[int, int, int]]) -> QK
 
     Maps that treat a pair as one complex number commute with a rotation common to the pairs they mix, so within a
     group of near frequencies the reduction is the complex joint SVD of queries and keys before RoPE. It is exact as
-    frequency difference × distance → 0.
+    frequency difference × distance → 0. Heads that share a latent have every frequency m times, so pairs of one
+    frequency are mixed across heads without any loss by rotation.
 
     Args:
         q_cov: Queries before RoPE, (q_heads, head_dim, head_dim).
-        k_cov: Keys before RoPE, (kv_heads, head_dim, head_dim).
-        groups: (first pair, pairs, slots) of each group, in order; the slots add up to d_qk / 2.
+        k_cov: Keys before RoPE, (kv_heads, head_dim, head_dim), or (latents, m·head_dim, m·head_dim).
+        groups: (first pair, pairs, slots) of each group, in order, as `by_frequency` has them; the slots add up to
+            d_qk / 2, of a latent if heads share them.
     """
-    kv_heads, head_dim = k_cov.shape[:2]
-    half, group_size = head_dim // 2, q_cov.shape[0] // kv_heads
-    q_complex = complex_covariance(q_cov).view(kv_heads, group_size, half, half).sum(1)
-    k_complex = complex_covariance(k_cov)
+    latents, width = k_cov.shape[:2]
+    head_dim = q_cov.shape[1]
+    order = by_frequency(head_dim, width // head_dim)
+    q_complex, k_complex = (
+        complex_covariance(x[:, order][:, :, order]) for x in (_pooled_queries(q_cov, k_cov), k_cov)
+    )
     slots = sum(rank for _, _, rank in groups)
-    maps = torch.zeros(2, kv_heads, half, slots, dtype=torch.complex128)
+    maps = torch.zeros(2, latents, width // 2, slots, dtype=torch.complex128)
     at = 0
     for first, size, rank in groups:
         inside = slice(first, first + size)
         q_part, k_part = _joint_svd(q_complex[:, inside, inside], k_complex[:, inside, inside], rank)
         maps[0, :, inside, at : at + rank], maps[1, :, inside, at : at + rank] = q_part, k_part
         at += rank
-    q_map, k_map = (_real_map(x) for x in maps)
-    return QKReduction(q_map=q_map.repeat_interleave(group_size, dim=0), k_map=k_map)
+    q_map, k_map = (_real_map(x)[:, order.argsort()] for x in maps)
+    q_map = q_map.unflatten(1, (-1, head_dim)).flatten(0, 1)  # (kv_heads, head_dim, d_qk)
+    return QKReduction(q_map=q_map.repeat_interleave(len(q_cov) // len(q_map), dim=0), k_map=k_map)
+
+
+def by_frequency(head_dim: int, heads: int) -> Int[Tensor, "channels"]:
+    """Channels of heads side by side as those of one head whose pairs are in order of frequency, head by head."""
+    half = head_dim // 2
+    return torch.arange(heads * head_dim).view(heads, 2, half).permute(1, 2, 0).flatten()
 
 
 def choose_groups(
@@ -208,22 +219,22 @@ def choose_groups(
 
     Args:
         q_covs: Per layer, queries before RoPE.
-        k_covs: Per layer, keys before RoPE.
+        k_covs: Per layer, keys before RoPE, or those of heads side by side: then every pair counts once per head.
         inv_freq: The ladder, (head_dim/2,) in radians per token.
-        slots: d_qk / 2.
+        slots: d_qk / 2, of a latent if heads share them.
         distances: Tokens between query and key, any number of samples.
 
     Returns:
         Groups as `fold` takes them, and the frequency of each slot.
     """
-    half = len(inv_freq)
-    kv_heads, head_dim = k_covs[0].shape[:2]
-    group_size = q_covs[0].shape[0] // kv_heads
-    q = torch.cat([x.view(kv_heads, group_size, head_dim, head_dim).sum(1) for x in q_covs])
-    k = torch.cat(k_covs)
+    head_dim, heads = 2 * len(inv_freq), k_covs[0].shape[1] // (2 * len(inv_freq))
+    order, half = by_frequency(head_dim, heads), heads * len(inv_freq)
+    inv_freq = inv_freq.repeat_interleave(heads)
+    q = torch.cat([_pooled_queries(*covs) for covs in zip(q_covs, k_covs, strict=True)])
+    q, k = (x[:, order][:, :, order] for x in (q, torch.cat(k_covs)))
     energy = (_pair_energy(q) * _pair_energy(k)).sum(0).clamp_min(1e-300)  # (half,) over all heads; dead pairs too
     q, k = complex_covariance(q), complex_covariance(k)
-    widest = max(2, -(-2 * half // slots) + 1)
+    widest = heads * max(2, -(-2 * half // slots) + 1)
     cost: dict[tuple[int, int, int], float] = {}
     centre: dict[tuple[int, int], float] = {}
     for first in range(half):

@@ -53,12 +53,12 @@ class LatentSpec:
         for name, allowed in (("preset", Preset), ("qk_map", QKMap)):
             if getattr(self, name) not in get_args(allowed):
                 raise UserError(f"{name} must be one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")
-        if self.heads_per_latent < 1 or (self.heads_per_latent > 1 and self.qk_map != "after_rope"):
+        if self.heads_per_latent < 1 or (self.heads_per_latent > 1 and self.per_head_frequencies):
             raise UserError(
-                f"heads that share a latent need maps after RoPE; got {self.heads_per_latent} per latent and maps "
-                f"{self.qk_map}"
+                f"heads per latent must be at least 1, and 1 where heads have frequencies of their own; "
+                f"got {self.heads_per_latent}"
             )
-        rotated = {self.head_dim} if self.qk_map == "after_rope" else set(self.d_qk)
+        rotated = {self.head_dim} if self.qk_map == "after_rope" else set(self.latent_dims[0])
         if not self.per_head_frequencies and rotated != {2 * len(self.inv_freq)}:
             raise UserError(
                 f"a shared list of {len(self.inv_freq)} frequencies rotates {2 * len(self.inv_freq)} dims; "
@@ -69,6 +69,12 @@ class LatentSpec:
     def uniform(self) -> bool:
         """Whether every layer has the same dims."""
         return len(set(self.d_qk)) == len(set(self.d_vo)) == 1
+
+    @property
+    def latent_dims(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Dims of the keys and of the values that are cached as one, by layer: of a head, or of heads together."""
+        m = self.heads_per_latent
+        return tuple(m * d for d in self.d_qk), tuple(m * d for d in self.d_vo)
 
     @property
     def layout(self) -> Literal["portable", "best"]:

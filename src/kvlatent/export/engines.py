@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from kvlatent.errors import UserError
 from kvlatent.export.vllm import CPU_HEAD_SIZES, Backend, cache_widths, gpu_backend
 from kvlatent.families import family_of
-from kvlatent.modeling import dims_by_layer, spec_in
+from kvlatent.modeling import cached_dims, spec_in
 from kvlatent.spec import bytes_per_token
 
 Form = Literal["folder", "stock", "gguf"]
@@ -39,11 +39,11 @@ class Route:
     form: Form
     """What it reads."""
     d_qk: tuple[int, ...] = ()
-    """Dims of the keys it caches per head, by layer."""
+    """Dims of the keys it caches per head, by layer; heads that share a latent are one."""
     d_vo: tuple[int, ...] = ()
     """Dims of the values, likewise."""
     heads_per_latent: int = 1
-    """KV heads of the model that are one head there."""
+    """KV heads of the teacher that are one head there."""
     obstacle: str | None = None
     """Why there is no such way; None if there is."""
     note: str | None = None
@@ -61,14 +61,14 @@ def routes(config: PreTrainedConfig, *, vllm_on_cpu: bool = False) -> list[Route
         config: Of a converted or stock model.
         vllm_on_cpu: Whether vLLM is the one for CPUs, whose kernels come in fewer sizes.
     """
-    d_qk, d_vo = dims_by_layer(config)
+    d_qk, d_vo = cached_dims(config)
     layers, spec = len(d_qk), spec_in(config)
-    found = [Route(engine="transformers", form="folder", d_qk=d_qk, d_vo=d_vo)]
+    together = 1 if spec is None else spec.heads_per_latent
+    found = [Route(engine="transformers", form="folder", d_qk=d_qk, d_vo=d_vo, heads_per_latent=together)]
     if spec is not None:
         backend: Backend = "CPU_ATTN" if vllm_on_cpu else gpu_backend(spec)
         keys, values = zip(*cache_widths(spec, backend), strict=True)
-        together = spec.heads_per_latent
-        zeros = 1 - together * sum(d_qk + d_vo) / sum(keys + values)
+        zeros = 1 - sum(d_qk + d_vo) / sum(keys + values)
         note = f"{zeros:.0%} of its cache is zeros, which fill up the heads to sizes that vLLM has" if zeros else None
         found.append(Route(engine="vLLM", form="folder", d_qk=keys, d_vo=values, heads_per_latent=together, note=note))
 
@@ -89,11 +89,13 @@ def routes(config: PreTrainedConfig, *, vllm_on_cpu: bool = False) -> list[Route
             found.append(Route(engine=engine, form=form, obstacle=obstacle))
         else:
             note = "; ".join(filter(None, (padding, notes.get(engine)))) or None
-            found.append(Route(engine=engine, form=form, d_qk=widths, d_vo=widths, note=note))
-    return [*found, _llama_cpp(config)]
+            found.append(
+                Route(engine=engine, form=form, d_qk=widths, d_vo=widths, heads_per_latent=together, note=note)
+            )
+    return [*found, _llama_cpp(config, together)]
 
 
-def _llama_cpp(config: PreTrainedConfig) -> Route:
+def _llama_cpp(config: PreTrainedConfig, together: int) -> Route:
     if obstacle := _obstacle(check_gguf, config):
         return Route(engine="llama.cpp", form="gguf", obstacle=obstacle)
     layers, (d_qk, d_vo) = config.num_hidden_layers, gguf_dims(config)
@@ -103,7 +105,8 @@ def _llama_cpp(config: PreTrainedConfig) -> Route:
     if window_of(config) is not None:
         notes.append(f"context limited to the model's window of {window_of(config)} tokens")
     note = "; ".join(notes) or None
-    return Route(engine="llama.cpp", form="gguf", d_qk=(d_qk,) * layers, d_vo=(d_vo,) * layers, note=note)
+    widths = (d_qk,) * layers, (d_vo,) * layers
+    return Route(engine="llama.cpp", form="gguf", d_qk=widths[0], d_vo=widths[1], heads_per_latent=together, note=note)
 
 
 def engine_names(config: PreTrainedConfig) -> list[str]:
@@ -161,12 +164,12 @@ def diagnose(config: PreTrainedConfig) -> list[dict[str, Any]]:
 
 def stock_dims(config: PreTrainedConfig) -> int:
     """Dims per head of the ordinary checkpoint: of the widest keys or values, zeros filling up the rest."""
-    return max(map(max, dims_by_layer(config)))
+    return max(map(max, cached_dims(config)))
 
 
 def gguf_dims(config: PreTrainedConfig) -> tuple[int, int]:
     """Dims of keys and of values per head in the GGUF file: those of the widest layer."""
-    d_qk, d_vo = dims_by_layer(config)
+    d_qk, d_vo = cached_dims(config)
     return max(d_qk), max(d_vo)
 
 
@@ -189,9 +192,10 @@ def check_stock(config: PreTrainedConfig) -> None:
     if spec is None:
         raise UserError("this is an ordinary checkpoint already; only converted models are exported to stock")
     _check_plain(config)
-    if stock_dims(config) == spec.head_dim and min(spec.d_qk + spec.d_vo) < spec.head_dim:
+    whole = spec.heads_per_latent * spec.head_dim
+    if stock_dims(config) == whole and min(spec.d_qk + spec.d_vo) < spec.head_dim:
         raise UserError(
-            f"ordinary checkpoints have keys and values of one size, and zero-padded to {spec.head_dim} dims the cache "
+            f"ordinary checkpoints have keys and values of one size, and zero-padded to {whole} dims the cache "
             "would be as large as the teacher's; --to gguf keeps both sizes, as do transformers and vLLM with kvlatent"
         )
 

@@ -19,6 +19,7 @@ from kvlatent.errors import UserError
 from kvlatent.export.engines import check_gguf, gguf_dims, window_of
 from kvlatent.export.plain import frequency_factors, plain_weights, rope_theta
 from kvlatent.files import new_file
+from kvlatent.modeling import cached_heads
 
 FileType = Literal["f32", "f16", "bf16", "q8_0"]
 """How matrices are stored; vectors are float32 in every file."""
@@ -87,7 +88,7 @@ def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out:
 
 def _add_shape(writer: gguf.GGUFWriter, model: PreTrainedModel, d_qk: int, d_vo: int) -> None:
     config = model.config
-    layers, q_heads, kv_heads = config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads
+    layers, q_heads, kv_heads = config.num_hidden_layers, config.num_attention_heads, cached_heads(config)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(window_of(config) or config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

@@ -33,6 +33,7 @@ def plain_weights(model: PreTrainedModel, *, d_qk: int, d_vo: int) -> Iterator[t
     spec = latent_spec(model)
     assert spec.qk_map == "folded" and not spec.per_head_frequencies
     to_scale = spec.scale * spec.rope_scaling**2 * d_qk**0.5
+    keys, values = spec.latent_dims
     tied = model.config.tie_word_embeddings
     for name, parameter in model.named_parameters():
         if tied and name == "lm_head.weight":
@@ -43,12 +44,12 @@ def plain_weights(model: PreTrainedModel, *, d_qk: int, d_vo: int) -> Iterator[t
         if module in ("q_proj", "k_proj"):
             if module == "q_proj" and abs(to_scale - 1) > 1e-9:
                 value = (value.float() * to_scale).to(value.dtype)
-            pairs = value.unflatten(0, (-1, 2, spec.d_qk[layer] // 2))  # (heads, halves, pairs, …)
+            pairs = value.unflatten(0, (-1, 2, keys[layer] // 2))  # (heads, halves, pairs, …)
             value = _pad(pairs, 2, d_qk // 2).flatten(0, 2)
         elif module == "v_proj":
-            value = _pad(value.unflatten(0, (-1, spec.d_vo[layer])), 1, d_vo).flatten(0, 1)
+            value = _pad(value.unflatten(0, (-1, values[layer])), 1, d_vo).flatten(0, 1)
         elif module == "o_proj" and value.ndim == 2:
-            value = _pad(value.unflatten(1, (-1, spec.d_vo[layer])), 2, d_vo).flatten(1)
+            value = _pad(value.unflatten(1, (-1, values[layer])), 2, d_vo).flatten(1)
         yield name, value.contiguous()
 
 

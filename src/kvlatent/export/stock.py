@@ -17,7 +17,7 @@ from kvlatent.export.engines import check_stock, stock_dims
 from kvlatent.export.plain import frequency_factors, plain_weights, rope_theta
 from kvlatent.families import PREFIX, family_of
 from kvlatent.files import new_folder
-from kvlatent.modeling import dims_by_layer
+from kvlatent.modeling import cached_dims, cached_heads
 from kvlatent.spec import bytes_per_token
 
 
@@ -60,7 +60,8 @@ def stock_config(model: PreTrainedModel, dims: int) -> PreTrainedConfig:
     for key in ("model_type", "architectures", "transformers_version", "latent", "rope_parameters"):
         fields.pop(key, None)
     factors = frequency_factors(model, d_qk=dims).tolist()
-    fields |= {"head_dim": dims, "rope_parameters": _longrope(factors, old.max_position_embeddings, rope_theta(model))}
+    fields |= {"head_dim": dims, "num_key_value_heads": cached_heads(old)}
+    fields["rope_parameters"] = _longrope(factors, old.max_position_embeddings, rope_theta(model))
     module = import_module(f"transformers.models.{model_type}.configuration_{model_type}")
     config: PreTrainedConfig = getattr(module, f"{family_of(old).name}Config")(**fields)
     return config
@@ -113,8 +114,8 @@ def _stock_shape(config: PreTrainedConfig) -> PreTrainedModel:
 def _card(model: PreTrainedModel, teacher: str | None) -> str:
     """The model card; the numbers in it follow from the config."""
     config = model.config
-    dims, (d_qk, d_vo) = stock_dims(config), dims_by_layer(config)
-    widths, heads, size = (dims,) * len(d_qk), config.num_key_value_heads, model.dtype.itemsize
+    dims, (d_qk, d_vo) = stock_dims(config), cached_dims(config)
+    widths, heads, size = (dims,) * len(d_qk), cached_heads(config), model.dtype.itemsize
     cached = bytes_per_token(widths, widths, heads, size)
     needed = bytes_per_token(d_qk, d_vo, heads, size)
     padding = f"\nThat includes zeros that fill up the narrower heads; without them it would be {needed:,} bytes."

@@ -33,7 +33,7 @@ def cache_widths(spec: LatentSpec, backend: Backend) -> tuple[tuple[int, int], .
     Raises:
         UserError: Heads are wider than any that the backend has.
     """
-    keys, values = latent_dims(spec)
+    keys, values = spec.latent_dims
     if backend == "CPU_ATTN":
         return tuple((_cpu_size(max(dims)),) * 2 for dims in zip(keys, values, strict=True))
     if backend == "EQUAL":
@@ -42,15 +42,14 @@ def cache_widths(spec: LatentSpec, backend: Backend) -> tuple[tuple[int, int], .
     return tuple((max(32, _eights(d_qk)), widest) for d_qk in keys)
 
 
-def latent_dims(spec: LatentSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Dims of the keys and of the values that are cached as one, by layer: of a head, or of a latent."""
-    m = spec.heads_per_latent
-    return tuple(m * d for d in spec.d_qk), tuple(m * d for d in spec.d_vo)
+def heads_of_keys(spec: LatentSpec, kv_heads: int) -> int:
+    """Heads that W_K projects to, and W_V with it in vLLM's one matrix: latents, if the reduction is inside it."""
+    return kv_heads // spec.heads_per_latent if spec.qk_map == "folded" else kv_heads
 
 
 def values_per_head(spec: LatentSpec, width: int) -> int:
-    """Rows of W_V per stock KV head where a latent's values are cached `width` wide; more than fit are cut off."""
-    return -(-width // spec.heads_per_latent)
+    """Rows of W_V for each of `heads_of_keys`, for latents of `width` values; what is over is cut off."""
+    return width if spec.qk_map == "folded" else -(-width // spec.heads_per_latent)
 
 
 def gpu_backend(spec: LatentSpec) -> Backend:
@@ -95,14 +94,15 @@ def pad_heads(name: str, weight: Tensor, spec: LatentSpec, widths: Sequence[tupl
     if "self_attn" not in path:
         return weight
     layer, part = int(path[path.index("self_attn") - 1]), path[path.index("self_attn") + 1]
-    d_qk, d_vo = (dims[layer] for dims in latent_dims(spec))
+    d_qk, d_vo = (dims[layer] for dims in spec.latent_dims)
     wider_keys, wider_values = widths[layer][0] - d_qk, widths[layer][1] - d_vo
     if part in ("q_map", "k_map"):  # (heads, head_dim, d_qk)
         return F.pad(weight, (0, wider_keys))
     if part in ("q_proj", "k_proj") and spec.qk_map == "folded":
         return _pad_rows(weight, d_qk, wider_keys)
     if part == "v_proj":
-        return _pad_rows(weight, d_vo, values_per_head(spec, widths[layer][1]) * spec.heads_per_latent - d_vo)
+        rows = values_per_head(spec, widths[layer][1]) * heads_of_keys(spec, spec.heads_per_latent)
+        return _pad_rows(weight, d_vo, rows - d_vo)
     if part == "o_proj" and path[-1] == "weight":
         return _pad_rows(weight.T, d_vo, wider_values).T.contiguous()
     return weight

@@ -26,6 +26,7 @@ from kvlatent.export.vllm import (
     cache_bytes_per_token,
     cache_widths,
     gpu_backend,
+    heads_of_keys,
     pad_heads,
     values_per_head,
 )
@@ -67,16 +68,16 @@ class LatentAttention(nn.Module):
             )
         self.qk_map = spec.qk_map
         width_k, width_v = widths
-        rows_v = values_per_head(spec, width_v)
+        rows_v, key_heads = values_per_head(spec, width_v), heads_of_keys(spec, self.kv_heads)
         projected = width_k if spec.qk_map == "folded" else spec.head_dim
-        self.sizes = [self.q_heads * projected, self.kv_heads * projected, self.kv_heads * rows_v]
+        self.sizes = [self.q_heads * projected, key_heads * projected, key_heads * rows_v]
         self.width_v = width_v
         prefix, quant_config = stock.attn.layer_name.removesuffix(".attn"), vllm_config.quant_config
         self.qkv_proj = QKVParallelLinear(
             stock.hidden_size,
             projected,
             stock.total_num_heads,
-            stock.total_num_kv_heads,
+            heads_of_keys(spec, stock.total_num_kv_heads),
             bias=stock.qkv_proj.bias is not None,
             quant_config=quant_config,
             prefix=f"{prefix}.qkv_proj",

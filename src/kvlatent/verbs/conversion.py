@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from kvlatent import budget as budgets
 from kvlatent.calibrate import Statistics, calibrate
 from kvlatent.checkpoints import environment, load_model, save_checkpoint
-from kvlatent.convert import QK_OF, SHARED_LIST, check_request, convert
+from kvlatent.convert import JOINING, QK_OF, SHARED_LIST, check_request, convert
 from kvlatent.data import TokenBlocks
 from kvlatent.errors import UserError
 from kvlatent.files import check_disk, refuse_existing
@@ -266,7 +266,7 @@ def convert_folder(
     blocks = None
     if text:
         blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=teacher)
-    if (qk or QK_OF[preset]) != "project":
+    if (qk or QK_OF[preset]) not in JOINING:
         heads_per_latent = 1
     if dims is None:
         assert budget is not None
