@@ -31,7 +31,7 @@ class HealConfig:
     """Divides student's and teacher's logits in the KL."""
     temperature_squared: bool = False
     """Whether the KL is multiplied by the temperature's square, which keeps its gradients' size."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     """Peak; cosine to zero over each stage."""
     stage1_learning_rate: float = 5e-4
     """The same for stage 1."""
