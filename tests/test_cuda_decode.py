@@ -205,6 +205,7 @@ print(json.dumps({
         pytest.param(["float16", 32, 96, False, 1, 80], marks=pytest.mark.slow),
         pytest.param(["bfloat16", 16, 48, True, 1, 89], marks=pytest.mark.slow),
         pytest.param(["bfloat16", 128, 128, True, 64, 90], marks=pytest.mark.slow),
+        pytest.param(["bfloat16", 192, 168, True, 1, 90], marks=pytest.mark.slow),  # a latent
         pytest.param(["float32", 128, 128, True, 1, 90], marks=pytest.mark.slow),
         pytest.param(["float16", 20, 12, True, 1, 80], marks=pytest.mark.slow),
     ],
