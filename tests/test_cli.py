@@ -398,6 +398,14 @@ BAD = {
     "unknown model": (["generate", "nobody/nothing", "--prompt", "x"], "can't load nobody/nothing"),
     "existing output": (["convert", "{folder}/teacher", "--out", "{root}/taken", *TEXT, *DIMS], "exists already"),
     "existing statistics": (["calibrate", "{folder}/teacher", *TEXT, "--out", "{root}/empty.txt"], "exists already"),
+    "heads that latents don't divide": (
+        ["convert", "{folder}/teacher", "--out", "{root}/out", *TEXT, "--heads-per-latent", "3"],
+        "must divide",
+    ),
+    "heads that are kept apart": (
+        ["convert", "{folder}/teacher", "--out", "{root}/out", *TEXT, "--qk", "pairs", "--heads-per-latent", "2"],
+        "keeps heads apart",
+    ),
     "converted twice": (["convert", "{folder}/student", "--out", "{root}/out", *TEXT, *DIMS], "converted already"),
     "unknown device": ([*CONVERT, *TEXT, *DIMS, "--device", "abacus"], "device"),
     "healing a teacher": (["heal", "{folder}/teacher", "--out", "{root}/out", *TEXT[:2], *STAGES], "not a converted"),

@@ -267,7 +267,7 @@ def convert_folder(
     if text:
         blocks = read_text(text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=teacher)
     if (qk or QK_OF[preset]) not in JOINING:
-        heads_per_latent = 1
+        heads_per_latent = 1  # what None stands for there
     if dims is None:
         assert budget is not None
         dims = planned_dims(teacher(), budget, heads_per_latent=heads_per_latent, blocks=blocks, statistics=statistics)
@@ -303,7 +303,8 @@ def requested_dims(
         budgets.total_dims(config, budget)
         if qk in SHARED_LIST:
             raise UserError(f"{qk} has one frequency list, so every layer the same d_qk; give --d-qk and --d-vo")
-        heads_per_latent_of(config, heads_per_latent)
+        whole = head_dim_of(config)
+        check_request(config, preset=preset, qk=qk, d_qk=whole, d_vo=whole, heads_per_latent=heads_per_latent or 1)
         return None
     if budget is not None:
         d_qk = d_vo = budgets.uniform_dims(config, budget)
