@@ -93,16 +93,27 @@ def own_frequencies_and_maps(teacher: PreTrainedModel) -> PreTrainedModel:
     return own_frequencies(teacher, qk_map="after_rope")
 
 
-def unlike_layers(_: PreTrainedModel) -> PreTrainedModel:
-    """Random weights with other dims in each layer, as a budget by layer gives them; cached 32, 48 and 64 wide."""
+def random_student(*, kv_heads: int, head_dim: int, **shape: Any) -> PreTrainedModel:
+    """Random weights of two query heads per KV head, in a layout that no preset makes."""
     config = LlamaConfig(
-        vocab_size=260, hidden_size=64, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=256, initializer_range=0.2,
+        vocab_size=260, hidden_size=64, intermediate_size=80, num_hidden_layers=len(shape["d_qk"]),
+        num_attention_heads=2 * kv_heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=256,
+        initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(0)
     student = graft(LlamaForCausalLM(config).eval())
-    set_spec(student, replace(spec_of(student), d_qk=(32, 40, 64), d_vo=(16, 48, 8), qk_map="after_rope"))
+    set_spec(student, replace(spec_of(student), qk_map="after_rope", **shape))
     return student.requires_grad_(False).eval()
+
+
+def unlike_layers(_: PreTrainedModel) -> PreTrainedModel:
+    """Other dims in each layer, as a budget by layer gives them; cached 32, 48 and 64 wide."""
+    return random_student(kv_heads=2, head_dim=64, d_qk=(32, 40, 64), d_vo=(16, 48, 8))
+
+
+def two_latents(_: PreTrainedModel) -> PreTrainedModel:
+    """Four KV heads in two latents, one for each of two ranks."""
+    return random_student(kv_heads=4, head_dim=16, d_qk=(10, 6), d_vo=(9, 16), heads_per_latent=2)
 
 
 LAYOUTS = [
@@ -164,19 +175,6 @@ def test_a_cached_prefix_is_used_and_changes_nothing(
     plain = {"do_sample": False, "use_cache": False}  # decoding by our CPU kernel loads LLVM, which vLLM chokes on here
     expected = student.generate(torch.tensor([prompt]), max_new_tokens=12, **plain)[0, len(prompt) :].tolist()
     assert list(first.outputs[0].token_ids) == list(again.outputs[0].token_ids) == expected
-
-
-def two_latents(_: PreTrainedModel) -> PreTrainedModel:
-    """Random weights of four KV heads in two latents, one for each rank."""
-    config = LlamaConfig(
-        vocab_size=260, hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=16, max_position_embeddings=256, initializer_range=0.2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    student = graft(LlamaForCausalLM(config).eval())
-    shape = {"d_qk": (10, 6), "d_vo": (9, 16), "qk_map": "after_rope", "heads_per_latent": 2}
-    set_spec(student, replace(spec_of(student), **shape))
-    return student.requires_grad_(False).eval()
 
 
 @pytest.mark.parametrize(

@@ -90,14 +90,14 @@ class LatentAttention(nn.Module):
         k = self._of_heads(k, self.k_norm, self.latents if self.qk_map == "folded" else self.kv_heads)
         if self.qk_map == "before_rope":
             assert self.q_map is not None and self.k_map is not None
-            q, k = _reduced(q, self.q_map), _reduced(side_by_side(k, self.heads_per_latent), self.k_map)
+            q, k = _reduced(q, self.q_map), _reduced(k, self.k_map)
         v = v.unflatten(-1, (self.latents, -1)).transpose(1, 2)
         q_map, k_map = (self.q_map, self.k_map) if self.qk_map == "after_rope" else (None, None)
         if cpu_rotary.fits(q, q_map) and cpu_rotary.fits(k, k_map):
             turn = partial(cpu_rotary.rotate_one, cos=cos, sin=sin, freq_index=self.freq_index)
             if k_map is None or self.heads_per_latent == 1:
                 return turn(q, reduction=q_map), turn(k, reduction=k_map), v
-            return turn(q, reduction=q_map), _reduced(side_by_side(turn(k), self.heads_per_latent), k_map), v
+            return turn(q, reduction=q_map), _reduced(turn(k), k_map), v
         if self.freq_index is None:
             cos, sin = cos[:, None], sin[:, None]  # (batch, 1, seq, pairs)
         else:
@@ -107,7 +107,7 @@ class LatentAttention(nn.Module):
             cos, sin = (x.repeat_interleave(self.group_size, dim=1) for x in (cos, sin))
         q = rotate(q, cos, sin)
         if q_map is not None and k_map is not None:
-            q, k = _reduced(q, q_map), _reduced(side_by_side(k, self.heads_per_latent), k_map)
+            q, k = _reduced(q, q_map), _reduced(k, k_map)
         return q, k, v
 
     @staticmethod
@@ -142,10 +142,10 @@ def side_by_side(
 
 
 def _reduced(
-    x: Float[Tensor, "batch heads seq dim"], reduction: Float[Tensor, "heads dim d_qk"]
-) -> Float[Tensor, "batch heads seq d_qk"]:
-    """Every head's rows times its own map."""
-    reduction = reduction.to(x.dtype)
+    x: Float[Tensor, "batch heads seq dim"], reduction: Float[Tensor, "maps joined d_qk"]
+) -> Float[Tensor, "batch maps seq d_qk"]:
+    """Every head's rows times its own map; heads that share a map are put side by side."""
+    x, reduction = side_by_side(x, x.shape[1] // len(reduction)), reduction.to(x.dtype)
     if x.shape[2] > 1:
         return x @ reduction
     return torch.bmm(x[:, :, 0].transpose(0, 1), reduction).transpose(0, 1)[:, :, None]  # `@` copies a map per sequence

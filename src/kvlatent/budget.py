@@ -133,7 +133,7 @@ def loss_curves(teacher: PreTrainedModel, statistics: Statistics) -> Float[Tenso
     for layer, stats in zip(teacher.model.layers, statistics.layers, strict=True):
         o_weight = layer.self_attn.o_proj.weight.detach().cpu()
         kv_heads = teacher.config.num_key_value_heads
-        k, o = (stats.mean(name, together=statistics.heads_per_latent > 1).cpu() for name in ("k", "o"))
+        k, o = (stats.mean(name, heads_per_latent=statistics.heads_per_latent).cpu() for name in ("k", "o"))
         qk = reduce.project_tail(stats.mean("q").cpu(), k)
         tails.append(torch.stack((qk, reduce.value_output_tail(o, o_weight, kv_heads=kv_heads))))
     curves = torch.stack(tails, dim=1)

@@ -39,9 +39,9 @@ class LayerStatistics:
     sums: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
 
-    def mean(self, name: str, *, together: bool = False) -> Tensor:
-        """The second moment E[x xᵀ] of one of `NAMES`, or of its counterpart in `TOGETHER`."""
-        return self.sums[f"{name}_together" if together else name] / self.tokens
+    def mean(self, name: str, *, heads_per_latent: int = 1) -> Tensor:
+        """The second moment E[x xᵀ] of one of `NAMES`, or of its counterpart in `TOGETHER` for latents."""
+        return self.sums[name if heads_per_latent == 1 else f"{name}_together"] / self.tokens
 
     @torch.no_grad()
     def update(

@@ -219,7 +219,7 @@ def plan_reduction(
         assert statistics is not None
         groups, fields["inv_freq"] = reduce.choose_groups(
             [layer.mean("q_unrotated") for layer in statistics.layers],
-            [layer.mean("k_unrotated", together=heads_per_latent > 1) for layer in statistics.layers],
+            [layer.mean("k_unrotated", heads_per_latent=heads_per_latent) for layer in statistics.layers],
             torch.tensor(ladder),
             heads_per_latent * d_qk[0] // 2,
             DISTANCES,
@@ -266,7 +266,7 @@ def reductions(
         vo = reduce.VOReduction(v_map=values, o_map=values.mT)
     else:
         assert stats is not None
-        o = stats.mean("o", together=spec.heads_per_latent > 1)
+        o = stats.mean("o", heads_per_latent=spec.heads_per_latent)
         vo = reduce.value_output_svd(o, whole.o_proj.weight, d_vo, kv_heads=kv_heads)
     qk = _qk_reduction(plan, whole, stats, d_qk)
     if spec.preset != "paper":  # the teacher's logit scale, folded into the queries
@@ -283,11 +283,11 @@ def _qk_reduction(plan: Plan, whole: LatentAttention, stats: LayerStatistics | N
         channels = reduce.pair_channels(pairs.expand(whole.kv_heads, -1), head_dim)
         return reduce.keep_channels(channels, head_dim, group_size=whole.group_size)
     assert stats is not None
-    q, k = stats.mean("q"), stats.mean("k", together=spec.heads_per_latent > 1)
+    q, k = stats.mean("q"), stats.mean("k", heads_per_latent=spec.heads_per_latent)
     if plan.qk == "project":
         return reduce.project(q, k, d_qk * spec.heads_per_latent)
     if plan.qk == "fold":
-        k = stats.mean("k_unrotated", together=spec.heads_per_latent > 1)
+        k = stats.mean("k_unrotated", heads_per_latent=spec.heads_per_latent)
         return reduce.fold(stats.mean("q_unrotated"), k, list(plan.groups))
     if plan.qk == "partial":
         ladder, scores = torch.tensor(spec.inv_freq[:-1]), reduce.pair_scores(q, k)

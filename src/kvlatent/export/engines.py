@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -63,14 +63,13 @@ def routes(config: PreTrainedConfig, *, vllm_on_cpu: bool = False) -> list[Route
     """
     d_qk, d_vo = cached_dims(config)
     layers, spec = len(d_qk), spec_in(config)
-    together = 1 if spec is None else spec.heads_per_latent
-    found = [Route(engine="transformers", form="folder", d_qk=d_qk, d_vo=d_vo, heads_per_latent=together)]
+    found = [Route(engine="transformers", form="folder", d_qk=d_qk, d_vo=d_vo)]
     if spec is not None:
         backend: Backend = "CPU_ATTN" if vllm_on_cpu else gpu_backend(spec)
         keys, values = zip(*cache_widths(spec, backend), strict=True)
         zeros = 1 - sum(d_qk + d_vo) / sum(keys + values)
         note = f"{zeros:.0%} of its cache is zeros, which fill up the heads to sizes that vLLM has" if zeros else None
-        found.append(Route(engine="vLLM", form="folder", d_qk=keys, d_vo=values, heads_per_latent=together, note=note))
+        found.append(Route(engine="vLLM", form="folder", d_qk=keys, d_vo=values, note=note))
 
     form: Form = "folder" if spec is None else "stock"
     obstacle = None if spec is None else _obstacle(check_stock, config)
@@ -89,13 +88,12 @@ def routes(config: PreTrainedConfig, *, vllm_on_cpu: bool = False) -> list[Route
             found.append(Route(engine=engine, form=form, obstacle=obstacle))
         else:
             note = "; ".join(filter(None, (padding, notes.get(engine)))) or None
-            found.append(
-                Route(engine=engine, form=form, d_qk=widths, d_vo=widths, heads_per_latent=together, note=note)
-            )
-    return [*found, _llama_cpp(config, together)]
+            found.append(Route(engine=engine, form=form, d_qk=widths, d_vo=widths, note=note))
+    together = 1 if spec is None else spec.heads_per_latent
+    return [replace(route, heads_per_latent=together) for route in (*found, _llama_cpp(config))]
 
 
-def _llama_cpp(config: PreTrainedConfig, together: int) -> Route:
+def _llama_cpp(config: PreTrainedConfig) -> Route:
     if obstacle := _obstacle(check_gguf, config):
         return Route(engine="llama.cpp", form="gguf", obstacle=obstacle)
     layers, (d_qk, d_vo) = config.num_hidden_layers, gguf_dims(config)
@@ -105,8 +103,7 @@ def _llama_cpp(config: PreTrainedConfig, together: int) -> Route:
     if window_of(config) is not None:
         notes.append(f"context limited to the model's window of {window_of(config)} tokens")
     note = "; ".join(notes) or None
-    widths = (d_qk,) * layers, (d_vo,) * layers
-    return Route(engine="llama.cpp", form="gguf", d_qk=widths[0], d_vo=widths[1], heads_per_latent=together, note=note)
+    return Route(engine="llama.cpp", form="gguf", d_qk=(d_qk,) * layers, d_vo=(d_vo,) * layers, note=note)
 
 
 def engine_names(config: PreTrainedConfig) -> list[str]:

@@ -20,7 +20,7 @@ from kvlatent.checkpoints import locate, pick_dtype, record_of
 from kvlatent.errors import UserError
 from kvlatent.export.engines import engine_names
 from kvlatent.families import family_of
-from kvlatent.modeling import dims_by_layer, head_dim_of, spec_in
+from kvlatent.modeling import cached_heads, dims_by_layer, head_dim_of, spec_in
 from kvlatent.spec import bytes_per_token
 
 
@@ -98,8 +98,7 @@ def describe(model: str) -> dict[str, Any]:
         },
     }
     if spec is not None:
-        about |= {"latents": config.num_key_value_heads // spec.heads_per_latent}
-        about |= {"preset": spec.preset, "teacher": record_of(model).get("teacher")}
+        about |= {"latents": cached_heads(config), "preset": spec.preset, "teacher": record_of(model).get("teacher")}
     return about
 
 
