@@ -101,6 +101,7 @@ def students(
     def axes(d_qk: int, d_vo: int, index: int) -> tuple[Tensor, Tensor]:
         return principal_axes(second[index][0], d_qk), principal_axes(second[index][1], d_vo)
 
+    together = statistics.heads_per_latent
     return {
         "paper": lambda d_qk, d_vo, _: convert(teacher, preset="paper", d_qk=d_qk, d_vo=d_vo),
         "paper, matched rows": lambda d_qk, d_vo, _: convert(
@@ -109,10 +110,10 @@ def students(
         "weight SVD": lambda d_qk, d_vo, _: projected(teacher, d_qk, d_vo, partial(weight_axes, teacher, d_qk, d_vo)),
         "√C·SVD": lambda d_qk, d_vo, _: projected(teacher, d_qk, d_vo, partial(axes, d_qk, d_vo)),
         **{f"{qk}, one shot": partial(one_shot, qk, 1) for qk in ("pairs", "partial", "fold", "project")},
-        "project together, one shot": partial(one_shot, "project", statistics.heads_per_latent),
+        **{f"{qk} together, one shot": partial(one_shot, qk, together) for qk in ("fold", "project")},
         **{f"{qk}, in order": partial(in_order, "best", qk, 1) for qk in ("pairs", "partial", "project")},
-        "portable": partial(in_order, "portable", None, 1),
-        "best": partial(in_order, "best", None, statistics.heads_per_latent),
+        "portable": partial(in_order, "portable", None, together),
+        "best": partial(in_order, "best", None, together),
         "best, budget": planned,
     }
 

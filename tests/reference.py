@@ -103,16 +103,21 @@ def latent_attention_module(module: torch.nn.Module, x: Tensor, inv_freq: list[f
                     if module.qk_map == "before_rope":
                         token = head_map[h].T @ token
                     token = rotated(token, position, mine)
-                    if module.qk_map == "after_rope":
+                    if module.qk_map == "after_rope" and len(head_map) == count:
                         token = head_map[h].T @ token
                     out.append(token)
         return torch.stack(out).view(len(x), count, x.shape[1], -1)
 
     q, k = finished("q", module.q_heads), finished("k", module.kv_heads)
+    if (m := module.heads_per_latent) > 1:  # after RoPE only
+        joined = [torch.cat([k[:, m * g + i] for i in range(m)], dim=-1) for g in range(module.latents)]
+        k = torch.stack([latent @ module.k_map[g] for g, latent in enumerate(joined)], dim=1)
     v = torch.stack(
-        [torch.stack([torch.stack(tokens) for tokens in by_head]) for by_head in heads("v", module.kv_heads)]
+        [torch.stack([torch.stack(tokens) for tokens in by_head]) for by_head in heads("v", module.latents)]
     )
     out = attention(q, k, v, scale=module.scale, bias=bias.expand(len(x), -1, -1))
+    if module.o_map is not None:
+        out = torch.stack([out[:, h] @ module.o_map[h] for h in range(module.q_heads)], dim=1)
     flat = torch.stack(
         [torch.cat([out[b, h, i] for h in range(out.shape[1])]) for b in range(len(x)) for i in range(x.shape[1])]
     )

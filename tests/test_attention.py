@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from kvlatent import cuda_decode
-from kvlatent.attention import OWN_KERNELS, LatentAttention, choose_path, latent_attention
+from kvlatent.attention import OWN_KERNELS, LatentAttention, choose_path, latent_attention, taking_back_pays
 from kvlatent.modeling import set_spec, spec_of
 from kvlatent.rope import LatentRotaryEmbedding
 from kvlatent.spec import LatentSpec
@@ -207,7 +207,13 @@ def test_low_precision_decode_accumulates_logits_in_float32() -> None:
 
 
 def module_of(
-    teacher: PreTrainedModel, *, qk_map: str, per_head_frequencies: bool, d_qk: int = 6, d_vo: int = 5
+    teacher: PreTrainedModel,
+    *,
+    qk_map: str,
+    per_head_frequencies: bool,
+    d_qk: int = 6,
+    d_vo: int = 5,
+    heads_per_latent: int = 1,
 ) -> tuple[LatentAttention, LatentRotaryEmbedding]:
     """A randomly filled attention of the teacher's family, in float32, and the RoPE it needs."""
     rotated = 16 if qk_map == "after_rope" else d_qk
@@ -221,6 +227,7 @@ def module_of(
         per_head_frequencies=per_head_frequencies,
         scale=0.3,
         rope_scaling=1.0,
+        heads_per_latent=heads_per_latent,
     )
     stock = teacher.model.layers[0].self_attn
     with torch.random.fork_rng():
@@ -228,11 +235,30 @@ def module_of(
         module = LatentAttention(teacher.config, 0, stock, spec)
         for name, parameter in module.named_parameters():
             if "norm" not in name:
-                torch.nn.init.normal_(parameter, std=0.3)
+                torch.nn.init.normal_(parameter, std=0.3 / heads_per_latent)
         if module.freq_index is not None:
             for row in module.freq_index:
                 row.copy_(torch.randperm(8)[: len(row)].sort().values)
     return module.requires_grad_(), LatentRotaryEmbedding(spec.inv_freq, 1.0)
+
+
+def matches_float64_loops(module: LatentAttention, rotary: LatentRotaryEmbedding, *, seq: int) -> None:
+    """Outputs, and the gradients of inputs and of every parameter."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(2, 2, seq, module.q_proj.in_features, generator=generator)
+    oracle = copy.deepcopy(module).double()
+    fast_x, slow_x = x.clone().requires_grad_(), x.double().requires_grad_()
+    got, weights = module(fast_x, rotary(x, torch.arange(seq)[None].expand(2, -1)))
+    wanted = reference.latent_attention_module(oracle, slow_x, rotary.inv_freq.tolist(), reference.causal(seq, seq))
+    assert weights is None
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+    got.backward(grad)
+    wanted.backward(grad.double())
+    torch.testing.assert_close(fast_x.grad.double(), slow_x.grad, rtol=1e-4, atol=1e-4)
+    slow = dict(oracle.named_parameters())
+    for parameter_name, parameter in module.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        torch.testing.assert_close(parameter.grad.double(), slow[parameter_name].grad, rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -252,21 +278,21 @@ def test_module_matches_float64_loops_with_gradients(
     module, rotary = module_of(tiny_teacher(name), qk_map=qk_map, per_head_frequencies=per_head_frequencies)
     if qk_map != "folded":
         assert module.q_map.shape == (4, 16, 6) and module.k_map.shape == (2 if "mha" not in name else 4, 16, 6)
-    generator = torch.Generator().manual_seed(0)
-    x, grad = torch.randn(2, 2, 4, module.q_proj.in_features, generator=generator)
-    oracle = copy.deepcopy(module).double()
-    fast_x, slow_x = x.clone().requires_grad_(), x.double().requires_grad_()
-    got, weights = module(fast_x, rotary(x, torch.arange(4)[None].expand(2, -1)))
-    wanted = reference.latent_attention_module(oracle, slow_x, rotary.inv_freq.tolist(), reference.causal(4, 4))
-    assert weights is None
-    torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
-    got.backward(grad)
-    wanted.backward(grad.double())
-    torch.testing.assert_close(fast_x.grad.double(), slow_x.grad, rtol=1e-4, atol=1e-4)
-    slow = dict(oracle.named_parameters())
-    for parameter_name, parameter in module.named_parameters():
-        assert parameter.grad is not None, parameter_name
-        torch.testing.assert_close(parameter.grad.double(), slow[parameter_name].grad, rtol=1e-4, atol=2e-4)
+    matches_float64_loops(module, rotary, seq=4)
+
+
+@pytest.mark.parametrize("seq", [4, 40])
+@pytest.mark.parametrize(("d_qk", "d_vo"), [(16, 16), (6, 14), (14, 5)])
+def test_latents_wider_than_a_head_match_float64_loops_on_both_ways(
+    tiny_teacher: Callable[[str], PreTrainedModel], seq: int, d_qk: int, d_vo: int
+) -> None:
+    """Few queries go to the latents; for many, keys and values come back to the heads."""
+    dims = {"d_qk": d_qk, "d_vo": d_vo, "heads_per_latent": 2}
+    module, rotary = module_of(tiny_teacher("llama"), qk_map="after_rope", per_head_frequencies=False, **dims)
+    backs = [x for x in (module.q_map.mT, module.o_map) if x is not None and x.shape[1] > 16]
+    assert backs and all(taking_back_pays(x, seq) == (seq == 40) for x in backs)
+    assert module.o_proj.in_features == 4 * min(16, 2 * d_vo)
+    matches_float64_loops(module, rotary, seq=seq)
 
 
 def test_reduced_keys_and_values_are_what_the_cache_gets(tiny_teacher: Callable[[str], PreTrainedModel]) -> None:
@@ -286,6 +312,11 @@ def test_layers_of_different_dims_live_in_one_model(
         set_spec(student, uneven)
     with torch.no_grad():
         out = student(ids[:2], use_cache=True)
+        steps, cache = [], None
+        for part in ids[:2].split([20, 1, 3], dim=1):
+            steps.append(student(part, past_key_values=cache, use_cache=True))
+            cache = steps[-1].past_key_values
+    torch.testing.assert_close(torch.cat([step.logits for step in steps], dim=1), out.logits, rtol=1e-4, atol=1e-4)
     shapes = [(layer.keys.shape[-1], layer.values.shape[-1]) for layer in out.past_key_values.layers]
     assert shapes == [(12, 6), (20, 32)]  # of a latent that two heads share
     assert out.logits.isfinite().all()

@@ -68,13 +68,13 @@ def test_padding_is_counted() -> None:
     assert cache_bytes_per_token(with_dims((48, 16)), "DIFFKV", kv_heads=3, element_size=2) == (3 * 2 * 64, 0)
 
 
-@pytest.mark.parametrize("preset", ["best", "portable"])
+@pytest.mark.parametrize(("preset", "dims"), [("best", (8, 4)), ("best", (12, 12)), ("portable", (8, 4))])
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3"])
 def test_padded_weights_attend_alike(
-    name: str, preset: str, tiny_student: Callable[..., PreTrainedModel], ids: torch.Tensor
+    name: str, preset: str, dims: tuple[int, int], tiny_student: Callable[..., PreTrainedModel], ids: torch.Tensor
 ) -> None:
     """Padded heads, queries and keys rotated by vLLM's rule (leading dims only), give the same attention."""
-    student = tiny_student(name, preset, 8, 4)
+    student = tiny_student(name, preset, *dims)
     attention: LatentAttention = student.model.layers[1].self_attn
     spec = LatentSpec.from_dict(student.config.latent)
     widths = cache_widths(spec, "CPU_ATTN")
@@ -109,6 +109,8 @@ def test_padded_weights_attend_alike(
     assert q.shape[-1] == k.shape[-1] == v.shape[-1] == 32
     k, v = (y.repeat_interleave(4 // latents, dim=1) for y in (k, v))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale)
+    assert ("o_map" in padded) == (dims == (12, 12))
+    out = out @ padded["o_map"] if "o_map" in padded else out
     found = torch.nn.functional.linear(
         out.transpose(1, 2).flatten(2), padded["o_proj.weight"], padded.get("o_proj.bias")
     )

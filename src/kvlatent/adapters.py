@@ -16,7 +16,7 @@ from kvlatent.settings import HealConfig
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Trained in full as `attention`."""
-MAPS = ("q_map", "k_map")
+MAPS = ("q_map", "k_map", "o_map")
 """Trained in full as `maps`."""
 FFN = ("gate_proj", "up_proj", "down_proj")
 """Trained through LoRA."""

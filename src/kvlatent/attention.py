@@ -28,10 +28,16 @@ class LatentAttention(nn.Module):
     With `heads_per_latent` m, the keys of m heads, side by side, have one `k_map` (latents, m·head_dim, m·d_qk), their
     values one projection, and the cache holds kv_heads/m heads of m times the dims, for the same bytes. Every query
     head has a `q_map` (q_heads, head_dim, m·d_qk) to the latent of its group. Folded, both are in W_Q and W_K.
+
+    What heads read from a latent wider than head_dim comes back to head_dim by an `o_map` (q_heads, m·d_vo, head_dim)
+    before W_O, unless folded. Where queries are many, keys and values are taken back to the heads instead of queries to
+    the latent: (q·q_map)·k' = q·(k'·q_mapᵀ), the same attention for less arithmetic, as multi-head latent attention
+    does it (arXiv:2405.04434).
     """
 
     q_map: Tensor | None
     k_map: Tensor | None
+    o_map: Tensor | None
     freq_index: Tensor | None
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int, stock: nn.Module, spec: LatentSpec) -> None:
@@ -58,25 +64,30 @@ class LatentAttention(nn.Module):
         self.q_proj = linear("q_proj", hidden, self.q_heads * (cached_keys if folded else spec.head_dim))
         self.k_proj = linear("k_proj", hidden, self.kv_heads * (self.d_qk if folded else spec.head_dim))
         self.v_proj = linear("v_proj", hidden, self.kv_heads * self.d_vo)
-        self.o_proj = linear("o_proj", self.q_heads * cached_values, hidden)
+        self.o_proj = linear("o_proj", self.q_heads * spec.output_dims[layer_idx], hidden)
         self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
         weight = self.q_proj.weight
+
+        def head_map(heads: int, inputs: int, outputs: int) -> nn.Parameter:
+            return nn.Parameter(weight.new_empty(heads, inputs, outputs).normal_(std=spec.head_dim**-0.5))
+
         if folded:
             self.q_map = self.k_map = None
         else:
-            std, keys = spec.head_dim**-0.5, self.heads_per_latent * spec.head_dim
-            self.q_map = nn.Parameter(weight.new_empty(self.q_heads, spec.head_dim, cached_keys).normal_(std=std))
-            self.k_map = nn.Parameter(weight.new_empty(self.latents, keys, cached_keys).normal_(std=std))
+            self.q_map = head_map(self.q_heads, spec.head_dim, cached_keys)
+            self.k_map = head_map(self.latents, self.heads_per_latent * spec.head_dim, cached_keys)
+        returns = spec.output_dims[layer_idx] < cached_values
+        self.o_map = head_map(self.q_heads, cached_values, spec.head_dim) if returns else None
         # Which entries of the ladder each KV head rotates by; without it, all of them in order.
         index = torch.arange(rotated // 2, device=weight.device).repeat(self.kv_heads, 1)
         self.register_buffer("freq_index", index if spec.per_head_frequencies else None)
 
     def queries_keys_values(
-        self, hidden_states: Float[Tensor, "batch seq hidden"], cos: Tensor, sin: Tensor
+        self, hidden_states: Float[Tensor, "batch seq hidden"], cos: Tensor, sin: Tensor, *, whole_queries: bool = False
     ) -> tuple[
-        Float[Tensor, "batch q_heads seq latent_qk"],
-        Float[Tensor, "batch latents seq latent_qk"],
-        Float[Tensor, "batch latents seq latent_vo"],
+        Float[Tensor, "batch q_heads seq d_query"],
+        Float[Tensor, "batch latents seq d_key"],
+        Float[Tensor, "batch latents seq d_value"],
     ]:
         """Project, normalise, reduce and rotate, in the order the spec says; keys and values come out as cached.
 
@@ -84,6 +95,7 @@ class LatentAttention(nn.Module):
             hidden_states: The layer's normalised input.
             cos: Cosines of `LatentRotaryEmbedding`, (batch, seq, pairs).
             sin: Sines, likewise.
+            whole_queries: Leave out the queries' map after RoPE, so that they stay head_dim wide.
         """
         q, k, v = together(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         q = self._of_heads(q, self.q_norm, self.q_heads)
@@ -93,6 +105,7 @@ class LatentAttention(nn.Module):
             q, k = _reduced(q, self.q_map), _reduced(k, self.k_map)
         v = v.unflatten(-1, (self.latents, -1)).transpose(1, 2)
         q_map, k_map = (self.q_map, self.k_map) if self.qk_map == "after_rope" else (None, None)
+        q_map = None if whole_queries else q_map
         if cpu_rotary.fits(q, q_map) and cpu_rotary.fits(k, k_map):
             turn = partial(cpu_rotary.rotate_one, cos=cos, sin=sin, freq_index=self.freq_index)
             if k_map is None or self.heads_per_latent == 1:
@@ -106,9 +119,7 @@ class LatentAttention(nn.Module):
         if self.freq_index is not None and self.group_size > 1:
             cos, sin = (x.repeat_interleave(self.group_size, dim=1) for x in (cos, sin))
         q = rotate(q, cos, sin)
-        if q_map is not None and k_map is not None:
-            q, k = _reduced(q, q_map), _reduced(k, k_map)
-        return q, k, v
+        return q if q_map is None else _reduced(q, q_map), k if k_map is None else _reduced(k, k_map), v
 
     @staticmethod
     def _of_heads(x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
@@ -125,10 +136,17 @@ class LatentAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Attend; same contract as the stock module, except that attention weights are never returned."""
-        q, k, v = self.queries_keys_values(hidden_states, *position_embeddings)
+        queries = hidden_states.shape[1]
+        k_back = self.q_map.mT if self.q_map is not None and self.qk_map == "after_rope" else None
+        k_back, v_back = (x if taking_back_pays(x, queries) else None for x in (k_back, self.o_map))
+        q, k, v = self.queries_keys_values(hidden_states, *position_embeddings, whole_queries=k_back is not None)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
+        seen = queries if attention_mask is None else None  # of a longer buffer
+        k, v = (x if back is None else _to_heads(x[:, :, :seen], back) for x, back in ((k, k_back), (v, v_back)))
         out = latent_attention(q, k, v, mask=attention_mask, scale=self.scale)
+        if self.o_map is not None and v_back is None:
+            out = _reduced(out, self.o_map)
         return self.o_proj(out.transpose(1, 2).flatten(2)), None
 
 
@@ -151,10 +169,26 @@ def _reduced(
     return torch.bmm(x[:, :, 0].transpose(0, 1), reduction).transpose(0, 1)[:, :, None]  # `@` copies a map per sequence
 
 
+def taking_back_pays(back: Tensor | None, queries: int) -> bool:
+    """Whether taking latents back to heads (q_heads, latent, head_dim) costs less than what so many queries save."""
+    if back is None:
+        return False
+    _, latent, head_dim = back.shape
+    return queries * (latent - head_dim) > latent * head_dim
+
+
+def _to_heads(
+    x: Float[Tensor, "batch latents seq latent"], back: Float[Tensor, "q_heads latent head_dim"]
+) -> Float[Tensor, "batch q_heads seq head_dim"]:
+    """What every query head meets of its latent."""
+    by_latent = back.to(x.dtype).unflatten(0, (x.shape[1], -1)).transpose(1, 2)  # (latents, latent, group, head_dim)
+    return (x @ by_latent.flatten(2)).unflatten(3, by_latent.shape[2:]).permute(0, 1, 3, 2, 4).flatten(1, 2)
+
+
 def latent_attention(
     q: Float[Tensor, "batch q_heads q_len d_qk"],
-    k: Float[Tensor, "batch kv_heads kv_len d_qk"],
-    v: Float[Tensor, "batch kv_heads kv_len d_vo"],
+    k: Float[Tensor, "batch key_heads kv_len d_qk"],
+    v: Float[Tensor, "batch value_heads kv_len d_vo"],
     *,
     scale: float,
     mask: Bool[Tensor, "mask_batch 1 q_len kv_len"] | Float[Tensor, "mask_batch 1 q_len kv_len"] | None = None,
@@ -163,7 +197,7 @@ def latent_attention(
 
     Args:
         q: Rotated queries.
-        k: Rotated keys, as cached.
+        k: Rotated keys, as cached; for several queries, their heads and those of the values need not be as many.
         v: Values, as cached.
         scale: Logit multiplier; the paper uses `d_qk ** -0.5`, our presets keep the teacher's `head_dim ** -0.5`.
         mask: True (or 0.0) where a query may look, False (or -inf) elsewhere. Without one, a single query sees all
@@ -173,10 +207,11 @@ def latent_attention(
         Per-head outputs before `o_proj`, in the dtype and device of `q`.
 
     Raises:
-        ValueError: `q_heads` is not a multiple of `kv_heads`.
+        ValueError: `q_heads` is not a multiple of `key_heads` and `value_heads`.
     """
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads can't share {k.shape[1]} key/value heads evenly")
+    for x in (k, v):
+        if q.shape[1] % x.shape[1]:
+            raise ValueError(f"{q.shape[1]} query heads can't share {x.shape[1]} key/value heads evenly")
     if torch.compiler.is_compiling() and own_kernel(q, k, v, mask) is not None:
         return _opaque(q, k, v, scale, mask)
     return PATHS[choose_path(q, k, v, mask)](q, k, v, scale=scale, mask=mask)
@@ -237,8 +272,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None
     d_qk, d_vo = q.shape[-1], v.shape[-1]
     if mask is None:  # of a longer buffer, no query sees what is behind the last one
         k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
-    if q.shape[1] > k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) if q.shape[1] > x.shape[1] else x for x in (k, v))
     width = max(d_qk, d_vo)
     if q.device.type == "cuda":
         width = -(-width // 8) * 8  # other widths fall to a path that holds all logits

@@ -318,7 +318,11 @@ def fill(
     heads, together = torch.arange(whole.q_heads), reduced.heads_per_latent
     o_map = vo.o_map.repeat_interleave(whole.q_heads // len(vo.o_map), dim=0).unflatten(2, (together, -1))
     o_map = o_map[heads, :, reduce.own_part(whole.q_heads, whole.kv_heads, together)]  # (q_heads, d_vo, head_dim)
-    reduced.o_proj.weight.copy_(torch.einsum("hcd,xhd->xhc", o_map.to(by_head.device), by_head).flatten(1))
+    if reduced.o_map is None:
+        reduced.o_proj.weight.copy_(torch.einsum("hcd,xhd->xhc", o_map.to(by_head.device), by_head).flatten(1))
+    else:
+        reduced.o_map.copy_(o_map)
+        reduced.o_proj.weight.copy_(whole.o_proj.weight)
     if reduced.o_proj.bias is not None:
         reduced.o_proj.bias.copy_(whole.o_proj.bias)
     if reduced.q_map is not None and reduced.k_map is not None:

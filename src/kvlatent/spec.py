@@ -77,6 +77,12 @@ class LatentSpec:
         return tuple(m * d for d in self.d_qk), tuple(m * d for d in self.d_vo)
 
     @property
+    def output_dims(self) -> tuple[int, ...]:
+        """Inputs of W_O per query head, by layer: the values' latent, or head_dim if a map takes a wider one there."""
+        values = self.latent_dims[1]
+        return values if self.qk_map == "folded" else tuple(min(d, self.head_dim) for d in values)
+
+    @property
     def layout(self) -> Literal["portable", "best"]:
         """`portable` exports as a stock checkpoint (same dims and one frequency list everywhere); `best` needs us."""
         return "portable" if self.uniform and self.qk_map == "folded" and not self.per_head_frequencies else "best"

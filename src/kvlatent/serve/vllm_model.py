@@ -83,8 +83,9 @@ class LatentAttention(nn.Module):
             prefix=f"{prefix}.qkv_proj",
             v_head_size=rows_v,
         )
+        back = spec.output_dims[layer] < spec.latent_dims[1][layer]
         self.o_proj = RowParallelLinear(
-            stock.total_num_heads * width_v,
+            stock.total_num_heads * (spec.head_dim if back else width_v),
             stock.hidden_size,
             bias=stock.o_proj.bias is not None,
             quant_config=quant_config,
@@ -92,7 +93,9 @@ class LatentAttention(nn.Module):
         )
         self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
         self.rotary_emb = rotary
-        self.q_map = self.k_map = self.freq_index = None
+        self.q_map = self.k_map = self.o_map = self.freq_index = None
+        if back:
+            self.o_map = _by_head(torch.empty(self.q_heads, width_v, spec.head_dim), stock.total_num_heads)
         if spec.qk_map != "folded":
             self.q_map = _by_head(torch.empty(self.q_heads, spec.head_dim, width_k), stock.total_num_heads)
             total, together = stock.total_num_kv_heads // spec.heads_per_latent, spec.heads_per_latent * spec.head_dim
@@ -129,14 +132,13 @@ class LatentAttention(nn.Module):
             q, k = self._reduce(q, k)
         if v.shape[-1] > self.latents * self.width_v:
             v = v.unflatten(-1, (self.latents, -1))[..., : self.width_v].flatten(1)
-        output, _ = self.o_proj(self.attn(q, k, v))
+        heads = self.attn(q, k, v)
+        output, _ = self.o_proj(heads if self.o_map is None else _mapped(heads, self.o_map))
         return output
 
     def _reduce(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Apply the maps: (tokens, heads·head_dim) to (tokens, heads·width), heads that share a latent as one."""
-        q, k = q.unflatten(-1, (self.q_heads, -1)), k.unflatten(-1, (self.latents, -1))
-        q, k = torch.einsum("thd,hdr->thr", q, self.q_map), torch.einsum("thd,hdr->thr", k, self.k_map)
-        return q.flatten(1), k.flatten(1)
+        assert self.q_map is not None and self.k_map is not None
+        return _mapped(q, self.q_map), _mapped(k, self.k_map)
 
     def _rotate(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.freq_index is None:
@@ -152,6 +154,11 @@ class LatentAttention(nn.Module):
         """Rotate the leading dims that have a frequency; what follows is padding. (tokens, heads·d) comes out."""
         rotated = 2 * cos.shape[-1]
         return torch.cat((rotate(x[..., :rotated], cos, sin), x[..., rotated:]), dim=-1).flatten(1)
+
+
+def _mapped(x: Tensor, maps: Tensor) -> Tensor:
+    """Every head times its map, heads that share a map as one: (tokens, heads·width) to (tokens, maps·new width)."""
+    return torch.einsum("thd,hdr->thr", x.unflatten(-1, (len(maps), -1)), maps).flatten(1)
 
 
 def _by_head(value: Tensor, total_heads: int) -> nn.Parameter:
