@@ -203,7 +203,7 @@ def probe(
 
     wanted = log_probs(state)
     losses = [F.kl_div(log_probs(x), wanted, reduction="batchmean", log_target=True).double().cpu() for x in probes]
-    return torch.stack(losses).view(len(layers), 2).T
+    return torch.stack(losses).clamp_min(0).view(len(layers), 2).T  # below it by rounding, where nothing is lost
 
 
 def allocate(curves: Float[Tensor, "items options"], total: int, *, floor: int) -> list[int]:
