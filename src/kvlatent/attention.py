@@ -64,7 +64,8 @@ class LatentAttention(nn.Module):
         self.q_proj = linear("q_proj", hidden, self.q_heads * (cached_keys if folded else spec.head_dim))
         self.k_proj = linear("k_proj", hidden, self.kv_heads * (self.d_qk if folded else spec.head_dim))
         self.v_proj = linear("v_proj", hidden, self.kv_heads * self.d_vo)
-        self.o_proj = linear("o_proj", self.q_heads * spec.output_dims[layer_idx], hidden)
+        output_map = spec.output_map[layer_idx]
+        self.o_proj = linear("o_proj", self.q_heads * (spec.head_dim if output_map else cached_values), hidden)
         self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
         weight = self.q_proj.weight
 
@@ -76,8 +77,7 @@ class LatentAttention(nn.Module):
         else:
             self.q_map = head_map(self.q_heads, spec.head_dim, cached_keys)
             self.k_map = head_map(self.latents, self.heads_per_latent * spec.head_dim, cached_keys)
-        returns = spec.output_dims[layer_idx] < cached_values
-        self.o_map = head_map(self.q_heads, cached_values, spec.head_dim) if returns else None
+        self.o_map = head_map(self.q_heads, cached_values, spec.head_dim) if output_map else None
         # Which entries of the ladder each KV head rotates by; without it, all of them in order.
         index = torch.arange(rotated // 2, device=weight.device).repeat(self.kv_heads, 1)
         self.register_buffer("freq_index", index if spec.per_head_frequencies else None)

@@ -77,10 +77,9 @@ class LatentSpec:
         return tuple(m * d for d in self.d_qk), tuple(m * d for d in self.d_vo)
 
     @property
-    def output_dims(self) -> tuple[int, ...]:
-        """Inputs of W_O per query head, by layer: the values' latent, or head_dim if a map takes a wider one there."""
-        values = self.latent_dims[1]
-        return values if self.qk_map == "folded" else tuple(min(d, self.head_dim) for d in values)
+    def output_map(self) -> tuple[bool, ...]:
+        """By layer, whether a map takes what heads read from a wider latent to head_dim, where W_O then begins."""
+        return tuple(self.qk_map != "folded" and d > self.head_dim for d in self.latent_dims[1])
 
     @property
     def layout(self) -> Literal["portable", "best"]:

@@ -105,7 +105,7 @@ def pad_heads(name: str, weight: Tensor, spec: LatentSpec, widths: Sequence[tupl
         return _pad_rows(weight, d_vo, rows - d_vo)
     if part == "o_map":  # (heads, d_vo, head_dim)
         return F.pad(weight, (0, 0, 0, wider_values))
-    if part == "o_proj" and path[-1] == "weight" and spec.output_dims[layer] == d_vo:
+    if part == "o_proj" and path[-1] == "weight" and not spec.output_map[layer]:
         return _pad_rows(weight.T, d_vo, wider_values).T.contiguous()
     return weight
 

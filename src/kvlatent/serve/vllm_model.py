@@ -83,9 +83,9 @@ class LatentAttention(nn.Module):
             prefix=f"{prefix}.qkv_proj",
             v_head_size=rows_v,
         )
-        back = spec.output_dims[layer] < spec.latent_dims[1][layer]
+        output_map = spec.output_map[layer]
         self.o_proj = RowParallelLinear(
-            stock.total_num_heads * (spec.head_dim if back else width_v),
+            stock.total_num_heads * (spec.head_dim if output_map else width_v),
             stock.hidden_size,
             bias=stock.o_proj.bias is not None,
             quant_config=quant_config,
@@ -94,7 +94,7 @@ class LatentAttention(nn.Module):
         self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
         self.rotary_emb = rotary
         self.q_map = self.k_map = self.o_map = self.freq_index = None
-        if back:
+        if output_map:
             self.o_map = _by_head(torch.empty(self.q_heads, width_v, spec.head_dim), stock.total_num_heads)
         if spec.qk_map != "folded":
             self.q_map = _by_head(torch.empty(self.q_heads, spec.head_dim, width_k), stock.total_num_heads)
