@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 
 import kvlatent
-from kvlatent.benchmark import filled_cache
-from kvlatent.cache import StaticLatentCache
+from kvlatent.evaluation.bench import filled_cache
+from kvlatent.model.cache import StaticLatentCache
 
 
 def static(model: PreTrainedModel, grown: Cache, tokens: int) -> StaticLatentCache:

@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 
-from kvlatent.checkpoints import load_model
-from kvlatent.data import encode_chat, load_blocks, token_blocks
-from kvlatent.evaluate import compare, perplexity
+from kvlatent.data.blocks import encode_chat, load_blocks, token_blocks
+from kvlatent.evaluation.perplexity import compare, perplexity
 from kvlatent.files import replaced
-from kvlatent.heal import heal
-from kvlatent.losses import kl_loss
-from kvlatent.settings import HealConfig
+from kvlatent.healing.config import HealConfig
+from kvlatent.healing.heal import heal
+from kvlatent.healing.losses import kl_loss
+from kvlatent.model.checkpoints import load_model
 
 BLOCK, NEW_TOKENS = 256, 64
 

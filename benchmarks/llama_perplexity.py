@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlatent.checkpoints import load_model
-from kvlatent.corpora import read_corpus
-from kvlatent.export.gguf import export_gguf
+from kvlatent.data.corpora import read_corpus
+from kvlatent.model.checkpoints import load_model
+from kvlatent.serving.export.gguf import export_gguf
 
 CHUNK, CHUNKS, CHARACTERS = 512, 4, 20_000
 

@@ -22,16 +22,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlatent import budget as budgets
-from kvlatent.calibrate import Statistics, layer_arguments
-from kvlatent.checkpoints import load_model
-from kvlatent.convert import convert, fill, plan_reduction
+from kvlatent.compress import budget as budgets
+from kvlatent.compress.commands import probed_statistics
+from kvlatent.compress.convert import convert, fill, plan_reduction
+from kvlatent.compress.reduce import QKReduction, VOReduction
+from kvlatent.compress.statistics import Statistics
+from kvlatent.data.sources import read_text
 from kvlatent.errors import UserError
-from kvlatent.evaluate import compare, perplexity
-from kvlatent.modeling import graft, head_dim_of, set_spec
-from kvlatent.reduce import QKReduction, VOReduction
-from kvlatent.verbs.conversion import probed_statistics
-from kvlatent.verbs.text import read_text
+from kvlatent.evaluation.perplexity import compare, perplexity
+from kvlatent.model.checkpoints import load_model
+from kvlatent.model.graft import graft, head_dim_of, set_spec
+from kvlatent.model.layers import layer_arguments
 
 BUDGETS = (0.75, 0.625, 0.5, 0.375, 0.25)
 

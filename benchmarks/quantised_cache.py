@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from kvlatent.cache import LatentCache, cache_bytes
-from kvlatent.checkpoints import load_model
-from kvlatent.modeling import head_dim_of
-from kvlatent.quantised import QuantisedCache
-from kvlatent.verbs.models import load_tokenizer
-from kvlatent.verbs.text import read_text
+from kvlatent.data.sources import read_text
+from kvlatent.model.cache import LatentCache, cache_bytes
+from kvlatent.model.checkpoints import load_model
+from kvlatent.model.graft import head_dim_of
+from kvlatent.model.loading import load_tokenizer
+from kvlatent.model.quantized import QuantisedCache
 
 CHUNK = 32
 

@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kvlatent.checkpoints import load_model
-from kvlatent.data import load_blocks
-from kvlatent.evaluate import compare, perplexity
-from kvlatent.heal import heal
-from kvlatent.settings import HealConfig
+from kvlatent.data.blocks import load_blocks
+from kvlatent.evaluation.perplexity import compare, perplexity
+from kvlatent.healing.config import HealConfig
+from kvlatent.healing.heal import heal
+from kvlatent.model.checkpoints import load_model
 
 CELLS = ("0:2048", "512:1536", "1024:1024", "0:6144", "1536:4608", "3072:3072", "6144:0")
 

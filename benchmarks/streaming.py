@@ -53,9 +53,9 @@ def one(layers: int, stream: bool, steps: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from kvlatent.convert import convert
-    from kvlatent.heal import heal
-    from kvlatent.settings import HealConfig
+    from kvlatent.compress.convert import convert
+    from kvlatent.healing.config import HealConfig
+    from kvlatent.healing.heal import heal
 
     torch.manual_seed(0)
     teacher = LlamaForCausalLM(

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from kvlatent.benchmark import benchmark
-from kvlatent.modeling import graft, set_spec, spec_of
-from kvlatent.spec import LatentSpec
+from kvlatent.evaluation.bench import benchmark
+from kvlatent.model.graft import graft, set_spec, spec_of
+from kvlatent.model.spec import LatentSpec
 
 SIZES = {
     "Llama-3-8B": {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},

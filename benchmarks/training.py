@@ -6,7 +6,7 @@ Each case runs in a process of its own, in turns, on the same random tokens (spe
 same parameters trained (attention in full, LoRA of rank 32 on the FFN) by AdamW in the same precision:
 
 - `trainer`: transformers' Trainer with `compute_loss` = forward KL over full logits of both models
-- `heal`: `kvlatent.heal.heal`
+- `heal`: `kvlatent.healing.heal.heal`
 - `heal, plain loss`: the same with the whole batch's logits in one chunk
 - `heal, plain FFN`: the same with peft's own LoRA layers, which the Trainer has too
 - `heal, plain allocator`: the same with glibc's defaults
@@ -41,8 +41,8 @@ def models(folder: str) -> tuple[Any, Any]:
     """Teacher and student, with half the cache."""
     import torch
 
-    from kvlatent.checkpoints import load_model
-    from kvlatent.convert import convert
+    from kvlatent.compress.convert import convert
+    from kvlatent.model.checkpoints import load_model
 
     teacher = load_model(folder, device="cpu", dtype="float32")[0]
     head_dim = teacher.config.hidden_size // teacher.config.num_attention_heads
@@ -57,9 +57,9 @@ def with_trainer(student: Any, teacher: Any, ids: Any, steps: int, batch: int) -
     import torch.nn.functional as F
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from kvlatent.adapters import with_adapters
-    from kvlatent.ffn import keep_all
-    from kvlatent.settings import HealConfig
+    from kvlatent.healing.adapters import with_adapters
+    from kvlatent.healing.config import HealConfig
+    from kvlatent.healing.ffn import keep_all
 
     trained = with_adapters(student, HealConfig())
     for layer in student.model.layers:
@@ -98,10 +98,10 @@ def with_trainer(student: Any, teacher: Any, ids: Any, steps: int, batch: int) -
 
 def with_heal(student: Any, teacher: Any, ids: Any, batch: int, case: str) -> list[float]:
     """Seconds of each step of `heal`."""
-    from kvlatent import adapters, losses
-    from kvlatent.heal import heal
-    from kvlatent.settings import HealConfig
-    from kvlatent.teacher_cache import TeacherCache
+    from kvlatent.healing import adapters, losses
+    from kvlatent.healing.config import HealConfig
+    from kvlatent.healing.heal import heal
+    from kvlatent.healing.teacher_cache import TeacherCache
 
     if case == "heal, plain loss":
         losses.CHUNK = ids.numel()

@@ -26,8 +26,8 @@ os.environ |= {
 from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 
-from kvlatent.checkpoints import locate
-from kvlatent.data import token_blocks
+from kvlatent.data.blocks import token_blocks
+from kvlatent.model.checkpoints import locate
 
 
 def finish(engine: Any, prompts: list[list[int]], new_tokens: int) -> tuple[float, int, int]:

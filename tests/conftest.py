@@ -19,12 +19,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 TENSOR_MODULES = [
-    "attention", "cpu_decode", "cpu_linear", "cpu_rotary", "cuda_decode", "losses", "reduce", "refit", "rope",
+    "model.attention", "model.rope", "kernels.cpu_decode", "kernels.cpu_linear", "kernels.cpu_rotary",
+    "kernels.cuda_decode", "compress.reduce", "compress.refit", "healing.losses",
 ]  # fmt: skip
 jaxtyping.install_import_hook([f"kvlatent.{name}" for name in TENSOR_MODULES], "beartype.beartype")
 
-from kvlatent.convert import convert  # noqa: E402
-from kvlatent.families import FAMILIES  # noqa: E402
+from kvlatent.compress.convert import convert  # noqa: E402
+from kvlatent.model.families import FAMILIES  # noqa: E402
 
 gc.freeze()  # accelerate collects garbage after every stage: spare it the walk through all that was imported
 
@@ -89,7 +90,7 @@ def _teacher(name: str) -> PreTrainedModel:
 def float32_by_default() -> Iterator[None]:
     """Training in the precision that results are compared in, whatever the machine multiplies."""
     with pytest.MonkeyPatch.context() as patched:
-        for module in ("checkpoints", "heal", "verbs.healing"):
+        for module in ("model.checkpoints", "healing.heal", "healing.commands"):
             patched.setattr(f"kvlatent.{module}.multiplies_bfloat16", lambda _: False)
         yield
 

@@ -10,7 +10,7 @@ import pytest
 PROBE = """
 import torch
 from pathlib import Path
-from kvlatent.allocator import freed_memory_kept
+from kvlatent.kernels.allocator import freed_memory_kept
 def resident():
     return next(int(x.split()[1]) for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS"))
 def grown(size):

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from kvlatent import cuda_decode
-from kvlatent.attention import OWN_KERNELS, LatentAttention, choose_path, latent_attention, taking_back_pays
-from kvlatent.modeling import set_spec, spec_of
-from kvlatent.rope import LatentRotaryEmbedding
-from kvlatent.spec import LatentSpec
+from kvlatent.kernels import cuda_decode
+from kvlatent.model.attention import OWN_KERNELS, LatentAttention, choose_path, latent_attention, taking_back_pays
+from kvlatent.model.graft import set_spec, spec_of
+from kvlatent.model.rope import LatentRotaryEmbedding
+from kvlatent.model.spec import LatentSpec
 
 SHAPES = {
     "kv_heads": st.integers(1, 3),

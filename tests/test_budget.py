@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlatent import budget
-from kvlatent.calibrate import Statistics, calibrate
-from kvlatent.convert import convert
+from kvlatent.compress import budget
+from kvlatent.compress.convert import convert
+from kvlatent.compress.statistics import Statistics, calibrate
 from kvlatent.errors import UserError
-from kvlatent.modeling import spec_of
+from kvlatent.model.graft import spec_of
 
 
 def falling(items: int, options: int, seed: int) -> Tensor:

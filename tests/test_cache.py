@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from kvlatent.cache import GrowingLayer, LatentCache, RollingLayer, allocated_bytes, cache_bytes
+from kvlatent.model.cache import GrowingLayer, LatentCache, RollingLayer, allocated_bytes, cache_bytes
 
 
 def rows(batch: int, tokens: int, dim: int, seed: int) -> Tensor:

@@ -16,19 +16,13 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 
-from kvlatent.checkpoints import (
-    load_model,
-    pick_device,
-    pick_dtype,
-    record_of,
-    save_checkpoint,
-)
-from kvlatent.convert import convert
+from kvlatent.compress.convert import convert
 from kvlatent.errors import UserError
-from kvlatent.families import FAMILIES
 from kvlatent.files import new_folder, refuse_existing
-from kvlatent.modeling import graft, set_spec, spec_of
-from kvlatent.spec import LatentSpec
+from kvlatent.model.checkpoints import load_model, pick_device, pick_dtype, record_of, save_checkpoint
+from kvlatent.model.families import FAMILIES
+from kvlatent.model.graft import graft, set_spec, spec_of
+from kvlatent.model.spec import LatentSpec
 
 PRESETS = ["best", "portable", "paper"]
 

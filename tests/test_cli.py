@@ -16,10 +16,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvlatent import cli
-from kvlatent.calibrate import Statistics
-from kvlatent.checkpoints import RECORD
-from kvlatent.evaluate import TaskScore
-from kvlatent.verbs import measuring
+from kvlatent.compress.statistics import Statistics
+from kvlatent.evaluation import commands as measuring
+from kvlatent.evaluation.perplexity import TaskScore
+from kvlatent.model.checkpoints import RECORD
 
 WORDS = ["river", "stone", "bread", "lamp", "morning", "harbour", "seven", "quiet", "under", "between", "carries"]
 
@@ -314,7 +314,7 @@ def test_interrupted_healing_resumes_to_the_same_model(
 
     from safetensors.torch import load_file
 
-    from kvlatent import stages
+    from kvlatent.healing import stages
 
     answer(capsys, healed(folder, "--out", f"{tmp_path}/straight"))
     original, calls = stages.kl_term, []

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlatent.calibrate import calibrate
-from kvlatent.convert import Plan, convert
+from kvlatent.compress.convert import Plan, convert
+from kvlatent.compress.statistics import calibrate
 from kvlatent.errors import UserError
-from kvlatent.modeling import heads_per_latent_of, identity_spec, spec_of
-from kvlatent.rope import frequency_aware_exponents, inverse_frequencies
+from kvlatent.model.graft import heads_per_latent_of, identity_spec, spec_of
+from kvlatent.model.rope import frequency_aware_exponents, inverse_frequencies
 
 PRESETS = ["best", "portable"]
 
@@ -227,7 +227,7 @@ def test_activations_that_do_not_fit_are_computed_again(
     tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = convert(tiny_teacher("llama"), d_qk=8, d_vo=4, ids=ids)
-    monkeypatch.setattr("kvlatent.convert.KEEP_BYTES", 0)
+    monkeypatch.setattr("kvlatent.compress.convert.KEEP_BYTES", 0)
     again = convert(tiny_teacher("llama"), d_qk=8, d_vo=4, ids=ids)
     for name, value in kept.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name

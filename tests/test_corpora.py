@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from kvlatent import corpora
-from kvlatent.corpora import CORPORA, plain_rst, plain_wikitext
-from kvlatent.data import read_documents
+from kvlatent.data import corpora
+from kvlatent.data.blocks import read_documents
+from kvlatent.data.corpora import CORPORA, plain_rst, plain_wikitext
 from kvlatent.errors import UserError
 
 

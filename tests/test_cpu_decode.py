@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvlatent import cpu_decode
-from kvlatent.cpu_decode import decode_attention
+from kvlatent.kernels import cpu_decode
+from kvlatent.kernels.cpu_decode import decode_attention
 
 pytestmark = pytest.mark.skipif(not cpu_decode.available(), reason="no llvmlite, or another OpenMP than GNU's")
 

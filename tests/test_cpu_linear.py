@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvlatent import cpu_decode, cpu_linear
-from kvlatent.cpu_linear import MOST_ROWS, DecodeLinear, few_rows, fits, lean, together
-from kvlatent.modeling import graft
+from kvlatent.kernels import cpu_decode, cpu_linear
+from kvlatent.kernels.cpu_linear import MOST_ROWS, DecodeLinear, few_rows, fits, lean, together
+from kvlatent.model.graft import graft
 
 pytestmark = pytest.mark.skipif(not cpu_decode.available(), reason="no llvmlite, or another OpenMP than GNU's")
 WIDE = (131, 128)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlatent import cpu_decode, cpu_rotary
-from kvlatent.cpu_rotary import fits, rotate_one
-from kvlatent.rope import rotate
+from kvlatent.kernels import cpu_decode, cpu_rotary
+from kvlatent.kernels.cpu_rotary import fits, rotate_one
+from kvlatent.model.rope import rotate
 
 pytestmark = pytest.mark.skipif(not cpu_decode.available(), reason="no llvmlite, or another OpenMP than GNU's")
 

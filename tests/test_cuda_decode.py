@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvlatent import attention, cuda_decode
-from kvlatent.cuda_decode import decode_attention, split
+from kvlatent.kernels import cuda_decode
+from kvlatent.kernels.cuda_decode import decode_attention, split
+from kvlatent.model import attention
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -155,7 +156,7 @@ import json, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kvlatent import cuda_decode, cuda_kernel
+from kvlatent.kernels import cuda_decode, cuda_kernel
 
 def compiled(kernel, grid, arguments, settings, capability):
     options = {name: settings.pop(name) for name in ("num_warps", "num_stages") if name in settings}

@@ -9,8 +9,8 @@ import pytest
 from transformers import PreTrainedModel
 
 from kvlatent.errors import UserError
-from kvlatent.export import engines
-from kvlatent.export.engines import check_vllm, diagnose, engine_names, installed, routes
+from kvlatent.serving import engines
+from kvlatent.serving.engines import check_vllm, diagnose, engine_names, installed, routes
 
 
 def by_engine(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:

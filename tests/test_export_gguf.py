@@ -12,12 +12,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from kvlatent.checkpoints import load_model
-from kvlatent.convert import convert
-from kvlatent.data import token_blocks
+from kvlatent.compress.convert import convert
+from kvlatent.data.blocks import token_blocks
 from kvlatent.errors import UserError
-from kvlatent.export.engines import routes
-from kvlatent.export.gguf import FileType, export_gguf, pre_tokenizer_name
+from kvlatent.model.checkpoints import load_model
+from kvlatent.serving.engines import routes
+from kvlatent.serving.export.gguf import FileType, export_gguf, pre_tokenizer_name
 
 PLAIN = [name for name in TEACHERS if not name.startswith("qwen3")]
 NO_BIASES = [name for name in PLAIN if name != "llama-biases"]

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from kvlatent.checkpoints import RECORD, load_model
-from kvlatent.convert import convert
-from kvlatent.data import token_blocks
+from kvlatent.compress.convert import convert
+from kvlatent.data.blocks import token_blocks
 from kvlatent.errors import UserError
-from kvlatent.export.engines import check_stock, stock_dims
-from kvlatent.export.stock import export_stock
+from kvlatent.model.checkpoints import RECORD, load_model
+from kvlatent.serving.engines import check_stock, stock_dims
+from kvlatent.serving.export.stock import export_stock
 
 PLAIN = [name for name in TEACHERS if not name.startswith("qwen3")]
 
@@ -220,8 +220,8 @@ def test_dtype_record_and_card_go_along(
 def test_layers_of_different_value_dims_are_padded_to_the_widest(
     tiny_student: Callable[..., PreTrainedModel], byte_tokenizer: PreTrainedTokenizerFast, ids: Tensor, tmp_path: Path
 ) -> None:
-    from kvlatent.modeling import set_spec, spec_of
-    from kvlatent.spec import LatentSpec
+    from kvlatent.model.graft import set_spec, spec_of
+    from kvlatent.model.spec import LatentSpec
 
     student = tiny_student("llama", "portable", 8, 4)
     narrow = spec_of(student)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from kvlatent.attention import LatentAttention, side_by_side
 from kvlatent.errors import UserError
-from kvlatent.export.vllm import cache_bytes_per_token, cache_widths, gpu_backend, pad_heads, tokens_per_gib
-from kvlatent.serve import vllm_plugin
-from kvlatent.spec import LatentSpec
+from kvlatent.model.attention import LatentAttention, side_by_side
+from kvlatent.model.spec import LatentSpec
+from kvlatent.serving import vllm_plugin
+from kvlatent.serving.export.vllm import cache_bytes_per_token, cache_widths, gpu_backend, pad_heads, tokens_per_gib
 
 SMOLLM2 = LatentSpec(
     preset="best",
@@ -134,5 +134,5 @@ def test_every_family_is_registered_by_name(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
     vllm_plugin.register()
     vllm_plugin.register()  # vLLM may call it again
-    assert known["KVLatentQwen3ForCausalLM"] == "kvlatent.serve.vllm_model:KVLatentQwen3ForCausalLM"
+    assert known["KVLatentQwen3ForCausalLM"] == "kvlatent.serving.vllm_model:KVLatentQwen3ForCausalLM"
     assert set(known) == {f"KVLatent{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvlatent.adapters import with_adapters
-from kvlatent.ffn import keep_all
-from kvlatent.settings import HealConfig
+from kvlatent.healing.adapters import with_adapters
+from kvlatent.healing.config import HealConfig
+from kvlatent.healing.ffn import keep_all
 
 
 def trained(model: PreTrainedModel) -> nn.Module:

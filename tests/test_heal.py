@@ -14,13 +14,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlatent import heal as heal_module
-from kvlatent.adapters import ATTENTION, FFN, MAPS
 from kvlatent.errors import UserError
-from kvlatent.heal import heal
-from kvlatent.losses import hidden_mse, kl_loss, relative_error
-from kvlatent.settings import HealConfig
-from kvlatent.stages import Stage, in_layer_losses
+from kvlatent.healing import heal as heal_module
+from kvlatent.healing.adapters import ATTENTION, FFN, MAPS
+from kvlatent.healing.config import HealConfig
+from kvlatent.healing.heal import heal
+from kvlatent.healing.losses import hidden_mse, kl_loss, relative_error
+from kvlatent.healing.stages import Stage, in_layer_losses
 
 SEQ = 16
 STEP = 2 * SEQ
@@ -234,7 +234,7 @@ def test_trained_norms_survive_saving(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    from kvlatent.checkpoints import save_checkpoint
+    from kvlatent.model.checkpoints import save_checkpoint
 
     student = tiny_student("qwen3")
     start = weights(student)
@@ -394,7 +394,7 @@ def test_held_out_perplexity_is_measured_on_the_way_and_tensorboard_is_told(
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from kvlatent.evaluate import perplexity
+    from kvlatent.evaluation.perplexity import perplexity
 
     settings = config(eval_tokens=2 * STEP, learning_rate=1e-3)
     models = tiny_student("llama"), tiny_teacher("llama")

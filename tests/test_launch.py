@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from kvlatent.checkpoints import save_checkpoint
+from kvlatent.model.checkpoints import save_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -32,8 +32,8 @@ SCRIPT = """
 import sys, json
 from pathlib import Path
 import torch
-from kvlatent.heal import heal
-from kvlatent.settings import HealConfig
+from kvlatent.healing.heal import heal
+from kvlatent.healing.config import HealConfig
 from transformers import AutoModelForCausalLM
 import kvlatent
 folder, work, options = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
@@ -41,7 +41,7 @@ blocks = torch.load(folder / "blocks.pt")
 answers = torch.load(folder / "answers.pt") if options.pop("answers", False) else None
 stop = options.pop("stop", None)
 if stop:
-    from kvlatent import heal as module
+    from kvlatent.healing import heal as module
     class Interrupted(list):
         steps = 0
         def __bool__(self):

@@ -9,8 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvlatent import losses
-from kvlatent.losses import head_loss, hidden_mse, kl_loss, kl_term, ntp_loss, ntp_term, relative_error, top_k_term
+from kvlatent.healing import losses
+from kvlatent.healing.losses import (
+    head_loss,
+    hidden_mse,
+    kl_loss,
+    kl_term,
+    ntp_loss,
+    ntp_term,
+    relative_error,
+    top_k_term,
+)
 
 
 @pytest.fixture(autouse=True, params=[512, 3], ids=["one chunk", "many chunks"])

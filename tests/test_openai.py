@@ -18,13 +18,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlatent.checkpoints import load_model
-from kvlatent.data import token_blocks
-from kvlatent.export.engines import routes
-from kvlatent.export.stock import export_stock
-from kvlatent.export.vllm import tokens_per_gib
-from kvlatent.verbs.conversion import convert_folder
-from kvlatent.verbs.models import load_config
+from kvlatent.compress.commands import convert_folder
+from kvlatent.data.blocks import token_blocks
+from kvlatent.model.checkpoints import load_model
+from kvlatent.model.loading import load_config
+from kvlatent.serving.engines import routes
+from kvlatent.serving.export.stock import export_stock
+from kvlatent.serving.export.vllm import tokens_per_gib
 
 pytestmark = pytest.mark.engines
 

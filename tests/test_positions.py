@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlatent.calibrate import calibrate, layer_arguments
-from kvlatent.convert import convert
-from kvlatent.positions import block_starts, positions_in_blocks, positions_in_documents
-from kvlatent.stages import Text
+from kvlatent.compress.convert import convert
+from kvlatent.compress.statistics import calibrate
+from kvlatent.data.positions import block_starts, positions_in_blocks, positions_in_documents
+from kvlatent.healing.stages import Text
+from kvlatent.model.layers import layer_arguments
 
 SEPARATOR = 5
 

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlatent import reduce
-from kvlatent.attention import LatentAttention
-from kvlatent.calibrate import calibrate
-from kvlatent.convert import fill
+from kvlatent.compress import reduce
+from kvlatent.compress.convert import fill
+from kvlatent.compress.statistics import calibrate
 from kvlatent.errors import UserError
-from kvlatent.modeling import graft, set_spec, spec_of
-from kvlatent.rope import rotate
-from kvlatent.spec import LatentSpec
+from kvlatent.model.attention import LatentAttention
+from kvlatent.model.graft import graft, set_spec, spec_of
+from kvlatent.model.rope import rotate
+from kvlatent.model.spec import LatentSpec
 
 KV_HEADS, GROUP, DIM = 2, 3, 8
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kvlatent.reduce import QKReduction
-from kvlatent.refit import LogitSamples, Ridge, larger, refit_logits
-from kvlatent.rope import rotate
+from kvlatent.compress.reduce import QKReduction
+from kvlatent.compress.refit import LogitSamples, Ridge, larger, refit_logits
+from kvlatent.model.rope import rotate
 
 
 def problem(seed: int, *, inputs: int = 5, outputs: int = 3, samples: int = 12) -> tuple[nn.Linear, Tensor, Tensor]:

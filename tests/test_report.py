@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from kvlatent.errors import UserError
-from kvlatent.report.page import write_report
-from kvlatent.report.text import model_card, summary_table
+from kvlatent.evaluation.report.page import write_report
+from kvlatent.evaluation.report.text import model_card, summary_table
 
 SECTIONS = ("record", "recipe", "seconds", "evaluate", "bench", "generations", "spec", "layers")
 

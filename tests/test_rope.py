@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kvlatent.errors import UserError
-from kvlatent.rope import (
+from kvlatent.model.rope import (
     LatentRotaryEmbedding,
     frequency_aware_exponents,
     inverse_frequencies,

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kvlatent import cli
 from kvlatent.errors import UserError
-from kvlatent.serve import launch
+from kvlatent.serving import launch
 
 FAKE_ENGINE = """
 import http.server, os, signal, subprocess, sys, time
@@ -213,7 +213,7 @@ def test_commands_pass_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         "--model": "m.gguf", "--alias": "m", "--host": "127.0.0.1", "--port": "8123", "--seed": "3", "--ctx-size": "512"
     }  # fmt: skip
     install(monkeypatch, "xllamacpp")
-    assert launch.llama_cpp_command(Path("m.gguf"), **where)[2] == "kvlatent.serve.xllamacpp_server"
+    assert launch.llama_cpp_command(Path("m.gguf"), **where)[2] == "kvlatent.serving.xllamacpp_server"
 
 
 # --- the verb --------------------------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ def test_llama_cpp_ends_however_early_it_is_told_to(
     pytest.importorskip("xllamacpp")
     with launch.gguf_of(str(folder), dtype="auto") as gguf:
         command = launch.llama_cpp_command(gguf, name="m", host="127.0.0.1", port=port, context=None, seed=0)
-        assert command[2] == "kvlatent.serve.xllamacpp_server"
+        assert command[2] == "kvlatent.serving.xllamacpp_server"
         with started(command, tmp_path / "log", "listening on") as process:
             process.send_signal(number)
             assert process.wait(timeout=20) == -number

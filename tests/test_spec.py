@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlatent.errors import UserError
-from kvlatent.spec import LatentSpec, check_dims
+from kvlatent.model.spec import LatentSpec, check_dims
 
 
 def spec(**changes: Any) -> LatentSpec:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlatent.losses import kl_loss, ntp_loss
-from kvlatent.settings import HealConfig
-from kvlatent.stages import Stage, Text, in_layer_losses
+from kvlatent.healing.config import HealConfig
+from kvlatent.healing.losses import kl_loss, ntp_loss
+from kvlatent.healing.stages import Stage, Text, in_layer_losses
 
 SEPARATOR = 5
 
@@ -81,7 +81,7 @@ def test_stage_1_counts_the_same_positions(
 def test_frozen_parameters_get_no_gradient(
     tiny_teacher: Callable[[str], PreTrainedModel], tiny_student: Callable[..., PreTrainedModel], blocks: Tensor
 ) -> None:
-    from kvlatent.adapters import with_adapters
+    from kvlatent.healing.adapters import with_adapters
 
     student = tiny_student("llama")
     config = HealConfig(lora_rank=4, train=("attention",))

@@ -10,9 +10,9 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
-from kvlatent.cache import FixedLayer, StaticLatentCache, allocated_bytes, cache_bytes
-from kvlatent.modeling import set_spec, spec_of
-from kvlatent.spec import LatentSpec
+from kvlatent.model.cache import FixedLayer, StaticLatentCache, allocated_bytes, cache_bytes
+from kvlatent.model.graft import set_spec, spec_of
+from kvlatent.model.spec import LatentSpec
 
 PLAIN = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
 

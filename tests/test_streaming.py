@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlatent import streaming
-from kvlatent.heal import heal
-from kvlatent.settings import HealConfig
+from kvlatent.healing import streaming
+from kvlatent.healing.config import HealConfig
+from kvlatent.healing.heal import heal
 
 SEQ = 16
 STEP = 2 * SEQ

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlatent import teacher_cache
 from kvlatent.errors import UserError
-from kvlatent.heal import heal
-from kvlatent.settings import HealConfig
-from kvlatent.teacher_cache import TeacherCache
+from kvlatent.healing import teacher_cache
+from kvlatent.healing.config import HealConfig
+from kvlatent.healing.heal import heal
+from kvlatent.healing.teacher_cache import TeacherCache
 
 VOCABULARY, SEQ, STEP = 260, 16, 32
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from kvlatent.export.vllm import CPU_BLOCK_SIZE, cache_bytes_per_token, tokens_per_gib
-from kvlatent.modeling import graft, set_spec, spec_of
-from kvlatent.spec import QKMap
+from kvlatent.model.graft import graft, set_spec, spec_of
+from kvlatent.model.spec import QKMap
+from kvlatent.serving.export.vllm import CPU_BLOCK_SIZE, cache_bytes_per_token, tokens_per_gib
 
 pytestmark = pytest.mark.engines
 
@@ -206,7 +206,7 @@ def test_two_processes_share_the_model(
 def test_each_rank_loads_its_heads(
     heads: int, ranks: int, held: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvlatent.serve import vllm_model
+    from kvlatent.serving import vllm_model
 
     monkeypatch.setattr(vllm_model, "get_tensor_model_parallel_world_size", lambda: ranks)
     whole = torch.arange(heads).float()[:, None, None].expand(heads, 5, 3)
@@ -227,7 +227,7 @@ def test_gpus_get_a_backend_with_two_sizes(
     from vllm.model_executor.layers.attention import Attention
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from kvlatent.serve import vllm_model
+    from kvlatent.serving import vllm_model
 
     config, equal = VllmConfig(), spec_of(tiny_student("llama", "best", 8, 8))
     apart = replace(spec_of(unlike_layers(tiny_student("llama"))), d_qk=(48,) * 3, d_vo=(16,) * 3)

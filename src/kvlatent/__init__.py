@@ -22,7 +22,7 @@ class _RegisteredConfigs(dict[str, Any]):
 
     def __contains__(self, model_type: object) -> bool:
         if str(model_type).startswith("kvlatent_"):
-            import_module("kvlatent.modeling")
+            import_module("kvlatent.model.graft")
         return super().__contains__(model_type)
 
 

@@ -1,0 +1,474 @@
+"""`run`: a recipe file, and every step from teacher to report in one folder, resumable."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kvlatent.compress.commands import convert_loaded, planned_dims, requested_dims
+from kvlatent.data.blocks import TokenBlocks, batch_size_for, check_held_out, load_blocks, save_blocks
+from kvlatent.data.positions import context_of
+from kvlatent.data.sources import read_text
+from kvlatent.errors import UserError
+from kvlatent.evaluation.bench import benchmark
+from kvlatent.evaluation.commands import complete, scores_of
+from kvlatent.evaluation.perplexity import Perplexity, compare, perplexity
+from kvlatent.evaluation.report.page import write_report
+from kvlatent.evaluation.report.text import model_card
+from kvlatent.files import replaced
+from kvlatent.healing.commands import heal_config, heal_student, healing_blocks, teacher_dtype
+from kvlatent.healing.config import HealConfig, Part
+from kvlatent.model.checkpoints import environment, load_model, pick_device, pick_dtype, processes, record_of
+from kvlatent.model.loading import load_config, load_tokenizer, stored_dtype
+from kvlatent.model.spec import Preset
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Sources(_Entry):
+    """Text whose length follows from what it is used for."""
+
+    text: list[str] = Field(min_length=1)
+    block_size: int | None = Field(default=None, ge=2)
+    """Tokens per block, where it is not the recipe's."""
+
+
+class Text(Sources):
+    """Text and how much of it."""
+
+    tokens: PositiveInt
+
+
+class Healing(_Entry):
+    """What a student's healing changes of a preset's `HealConfig`."""
+
+    like: Preset | None = None
+    """The preset whose hyperparameters are changed; the student's own by default."""
+    stage1_tokens: int = Field(ge=0)
+    stage2_tokens: int = Field(ge=0)
+    loss: Literal["kl", "ntp", "mix"] = "kl"
+    kl_weight: float | None = Field(default=None, gt=0, lt=1)
+    temperature: float | None = Field(default=None, gt=0)
+    temperature_squared: bool | None = None
+    stream_layers: bool | None = None
+    learning_rate: float | None = Field(default=None, gt=0)
+    stage1_learning_rate: float | None = Field(default=None, gt=0)
+    lora_rank: int | None = Field(default=None, ge=0)
+    batch_size: PositiveInt | None = None
+    accumulate: PositiveInt | None = None
+    checkpointing: bool | None = None
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = None
+    train: tuple[Part, ...] | None = None
+
+    def settings(self, preset: Preset, context: int, seed: int) -> HealConfig:
+        """The hyperparameters for a student of `preset`."""
+        return heal_config(self.like or preset, self.model_dump(exclude={"like"}) | {"context": context}, seed)
+
+
+class Student(_Entry):
+    """Dims of a student, or its budget; without `heal` it is measured as converted."""
+
+    d_qk: int | None = None
+    d_vo: int | None = None
+    budget: float | None = None
+    """Share of the cache bytes that is kept."""
+    heads_per_latent: int | None = None
+    """KV heads that are reduced together."""
+    heal: Healing | None = None
+
+    def dims(self) -> dict[str, Any]:
+        """How wide it was asked to be."""
+        return self.model_dump(include={"d_qk", "d_vo", "heads_per_latent", "budget"})
+
+
+class Bench(_Entry):
+    """The workload of the benchmark."""
+
+    context: PositiveInt
+    batch: PositiveInt
+    new_tokens: PositiveInt
+
+
+class Generate(_Entry):
+    """Prompts that teacher and student continue greedily."""
+
+    prompts: list[str] = Field(min_length=1)
+    max_new_tokens: PositiveInt
+
+
+class Recipe(_Entry):
+    """A recipe file. The first student is the one that is measured in full and kept as `model`."""
+
+    title: str
+    model: str
+    base_model: str | None = None
+    """The teacher's name on the hub, for the model card."""
+    license: str | None = None
+    seed: int = 0
+    block_size: int = Field(default=512, ge=2)
+    context: int | None = None
+    """Positions that blocks are spread over; all that the model has by default."""
+    calibration: Text
+    training: Sources | None = None
+    held_out: Text
+    students: dict[Preset, Student] = Field(min_length=1)
+    bench: Bench
+    generate: Generate
+
+    @model_validator(mode="after")
+    def _training_where_healed(self) -> Recipe:
+        if self.training is None and any(student.heal for student in self.students.values()):
+            raise ValueError("a student is healed, so training: text: is needed")
+        return self
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe.
+
+    Raises:
+        UserError: It is missing, no YAML, or has a wrong, missing or unknown entry.
+    """
+    try:
+        return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"can't read recipe {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "[key]") or "the recipe"
+        wrong = "unknown entry" if first["type"] == "extra_forbidden" else first["msg"]
+        raise UserError(f"{path}: {where}: {wrong}") from None
+
+
+# --- what a run folder holds -----------------------------------------------------------------------------------------
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replaced(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _write_json(path: Path, data: Any) -> None:
+    _write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One thing to do, done when `output` exists."""
+
+    name: str
+    output: Path
+    act: Callable[[Path], object]
+    together: bool = False
+    """Whether all processes do it, not the first alone."""
+
+
+def run(
+    recipe: Path, out: Path, *, seed: int | None = None, device: str = "auto", dtype: str = "auto"
+) -> dict[str, Any]:
+    """Follow a recipe from teacher to report. Steps whose output is in `out` are reused, so it can be interrupted.
+
+    Args:
+        recipe: The recipe's file.
+        out: The run folder, new or of the same recipe.
+        seed: Instead of the recipe's.
+        device: For everything.
+        dtype: For evaluation, benchmark and generation; conversion and healing compute in float32.
+
+    Returns:
+        The content of `results.json`, and the run folder as `out`.
+
+    Raises:
+        UserError: The recipe, a model or a text can't be used, or `out` belongs to something else.
+        KeyboardInterrupt: Interrupted; running again goes on.
+    """
+    wanted = read_recipe(recipe)
+    if seed is not None:
+        wanted = wanted.model_copy(update={"seed": seed})
+    config = load_config(wanted.model)
+    context = context_of(config, wanted.context)
+    for preset, student in wanted.students.items():
+        requested_dims(config, preset=preset, **student.dims())
+        if student.heal is not None:
+            student.heal.settings(preset, context, wanted.seed)
+    stored = out / "recipe.yaml"
+    if stored.is_file():
+        if read_recipe(stored) != wanted:
+            raise UserError(f"{out} holds a run of another recipe; choose another --out, or remove it")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not a run folder; choose another --out, or remove it")
+    return _Run(wanted, out, config, device, dtype).follow()
+
+
+class _Run:
+    """A run under way: the recipe, its folder, and the teacher once it is needed."""
+
+    def __init__(self, recipe: Recipe, out: Path, config: PreTrainedConfig, device: str, dtype: str) -> None:
+        self.recipe, self.out, self.config = recipe, out, config
+        self.context = context_of(config, recipe.context)
+        self.device = device
+        self.group = processes(pick_device(device))
+        self.dtype = str(pick_dtype(dtype, pick_device(device))).removeprefix("torch.")
+        self.tokenizer = load_tokenizer(recipe.model)
+        self.load = lru_cache(maxsize=1)(self._load)
+
+    def _load(self, model: str, dtype: str) -> PreTrainedModel:
+        return load_model(model, device=self.device, dtype=dtype)[0]
+
+    def teacher(self, dtype: str = "float32") -> PreTrainedModel:
+        """The teacher, kept until it is needed in another dtype."""
+        return self.load(self.recipe.model, dtype)
+
+    def follow(self) -> dict[str, Any]:
+        """Do every step that isn't done yet."""
+        *steps, last = self.steps()
+        new = False
+        for number, step in enumerate((*steps, last), 1):
+            self.group.wait_for_everyone()
+            done = step.output.exists() and not (step is last and new)
+            self.group.wait_for_everyone()  # before anybody makes it
+            if self.group.is_main_process:
+                place = f"[{number}/{len(steps) + 1}] {step.name}"
+                print(f"{place}: reused" if done else place, file=sys.stderr)
+            if not done:
+                self._do(step)
+                new = True
+        self.group.wait_for_everyone()
+        return {"out": str(self.out), **json.loads((self.out / "results.json").read_text(encoding="utf-8"))}
+
+    def _do(self, step: _Step) -> None:
+        clock = self.out / "seconds.json"
+        began = time.monotonic()
+        try:
+            if step.together or self.group.is_main_process:
+                step.act(step.output)
+        finally:  # an interrupted step adds up over its sessions
+            if clock.parent.is_dir() and self.group.is_main_process:
+                seconds = json.loads(clock.read_text()) if clock.is_file() else {}
+                seconds[step.name] = seconds.get(step.name, 0.0) + time.monotonic() - began
+                _write_json(clock, seconds)
+
+    def start(self, preset: Preset) -> Path:
+        """The folder of a student before healing."""
+        if self.recipe.students[preset].heal is None:
+            return self.final(preset)
+        return self.out / preset / "start"
+
+    def final(self, preset: Preset) -> Path:
+        """The folder of a finished student."""
+        return self.out / "model" if preset == next(iter(self.recipe.students)) else self.out / preset / "model"
+
+    def evaluations(self) -> dict[str, Path]:
+        """Where the score of each label is kept."""
+        labels = ["teacher"]
+        for preset, student in self.recipe.students.items():
+            labels += [f"{preset}, no training", *([f"{preset}, healed"] if student.heal else ())]
+        return {label: self.out / "evaluate" / f"{label.replace(', ', '-').replace(' ', '-')}.json" for label in labels}
+
+    def steps(self) -> list[_Step]:
+        """Everything there is to do, in order."""
+        scores, folder = self.evaluations(), self.out / "text"
+
+        def evaluate(label: str, model: str) -> _Step:
+            return _Step(f"evaluate {label}", scores[label], partial(self._evaluate, model))
+
+        steps = [
+            _Step("text", folder / "held_out.safetensors", self._text),
+            evaluate("teacher", self.recipe.model),
+        ]
+        for preset, student in self.recipe.students.items():
+            start, final = self.start(preset), self.final(preset)
+            steps.append(_Step(f"convert {preset}", start, partial(self._convert, preset)))
+            steps.append(evaluate(f"{preset}, no training", str(start)))
+            if student.heal is not None:
+                steps.append(_Step(f"heal {preset}", final, partial(self._heal, preset), together=True))
+                steps.append(evaluate(f"{preset}, healed", str(final)))
+        return [
+            *steps,
+            _Step("bench", self.out / "bench.json", self._bench),
+            _Step("generate", self.out / "generations.json", self._generate),
+            _Step("report", self.out / "report.html", self._report),
+        ]
+
+    def _text(self, held_out_file: Path) -> None:
+        """Make all text before anything else, and the run folder only once it is there and disjoint."""
+        recipe = self.recipe
+
+        def read(sources: Sources, tokens: int, seed: int, *, held_out: bool = False) -> TokenBlocks:
+            return read_text(
+                sources.text, self.tokenizer, tokens=tokens, block_size=sources.block_size or recipe.block_size,
+                seed=seed, teacher=None if held_out else self.teacher,
+            )  # fmt: skip
+
+        held_out = read(recipe.held_out, recipe.held_out.tokens, recipe.seed, held_out=True)
+        made = {"calibration": read(recipe.calibration, recipe.calibration.tokens, recipe.seed)}
+        if recipe.training is not None and (tokens := self._training_tokens(recipe.training)):
+            # Another order than calibration's, so that healing sees other text of the same sources.
+            made["training"] = read(recipe.training, tokens, recipe.seed + 1)
+        for blocks_used in made.values():
+            check_held_out(blocks_used.fingerprints, held_out)
+        _write_text(
+            self.out / "recipe.yaml",
+            yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True),
+        )
+        _write_json(self.out / "record.json", environment() | {"commit": _commit()})
+        for name, blocks_used in made.items():
+            save_blocks(blocks_used, self.out / "text" / f"{name}.safetensors")
+        save_blocks(held_out, held_out_file)
+
+    def _training_tokens(self, training: Sources) -> int:
+        """Tokens of the longest healing; every student reads them from the first."""
+        block_size = training.block_size or self.recipe.block_size
+        counts = [
+            healing_blocks(self._settings(preset), block_size, self.group.num_processes) for preset in self._healed()
+        ]
+        return max(counts, default=0) * block_size
+
+    def _healed(self) -> list[Preset]:
+        return [preset for preset, student in self.recipe.students.items() if student.heal is not None]
+
+    def _settings(self, preset: Preset) -> HealConfig:
+        healing = self.recipe.students[preset].heal
+        assert healing is not None
+        return healing.settings(preset, self.context, self.recipe.seed)
+
+    def _blocks(self, name: str) -> TokenBlocks:
+        return load_blocks(self.out / "text" / f"{name}.safetensors")
+
+    def _convert(self, preset: Preset, out: Path) -> None:
+        student = self.recipe.students[preset]
+        blocks = None if preset == "paper" else self._blocks("calibration")
+        dims = requested_dims(self.config, preset=preset, **student.dims())
+        if dims is None:
+            assert student.budget is not None
+            together = student.heads_per_latent
+            dims = planned_dims(
+                self.teacher(), student.budget, heads_per_latent=together, blocks=blocks, statistics=None
+            )
+        convert_loaded(
+            self.teacher(), self.tokenizer, out, name=self.recipe.model, preset=preset, d_qk=dims[0], d_vo=dims[1],
+            heads_per_latent=student.heads_per_latent, blocks=blocks, context=self.context, statistics=None,
+            dtype=stored_dtype(self.config, "auto"),
+        )  # fmt: skip
+
+    def _heal(self, preset: Preset, out: Path) -> None:
+        teacher = self.teacher(teacher_dtype(self.device))
+        heal_student(
+            str(self.start(preset)), out, teacher=teacher, blocks=self._blocks("training"),
+            settings=self._settings(preset), resume=True, device=self.device, dtype=stored_dtype(self.config, "auto"),
+        )  # fmt: skip
+
+    def _model(self, model: str) -> PreTrainedModel:
+        """A model for measuring; the teacher is shared, a student is read from its folder."""
+        return self.teacher(self.dtype) if model == self.recipe.model else self._load(model, self.dtype)
+
+    def _evaluate(self, model: str, out: Path) -> None:
+        held_out = self._blocks("held_out")
+        check_held_out(record_of(model).get("fingerprints", ()), held_out)
+        size = batch_size_for(held_out.ids.shape[1])
+        score = perplexity(self._model(model), held_out.ids, text_bytes=held_out.bytes, batch_size=size)
+        _write_json(out, {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in vars(score).items()})
+
+    def _pair(self) -> dict[str, PreTrainedModel]:
+        student = self.final(next(iter(self.recipe.students)))
+        return {"teacher": self._model(self.recipe.model), "student": self._model(str(student))}
+
+    def _bench(self, out: Path) -> None:
+        _write_json(out, benchmark(self._pair(), **self.recipe.bench.model_dump(), seed=self.recipe.seed))
+
+    def _generate(self, out: Path) -> None:
+        models, wanted = self._pair(), self.recipe.generate
+        _write_json(
+            out,
+            [
+                {"prompt": prompt}
+                | {name: complete(x, self.tokenizer, prompt, wanted.max_new_tokens)[0] for name, x in models.items()}
+                for prompt in wanted.prompts
+            ],
+        )
+
+    def _report(self, out: Path) -> None:
+        """Write results, metrics, the student's model card and the page."""
+        recipe, first = self.recipe, next(iter(self.recipe.students))
+        results = self._results()
+        _write_json(self.out / "results.json", results)
+        for preset in self._healed():
+            target = "metrics.jsonl" if preset == first else f"metrics-{preset}.jsonl"
+            shutil.copyfile(self.final(preset) / "metrics.jsonl", self.out / target)
+        about = {"base_model": recipe.base_model, "license": recipe.license}
+        _write_text(self.final(first) / "README.md", model_card(results | about, results["spec"]))
+        write_report([self.out], out)
+
+    def _results(self) -> dict[str, Any]:
+        def kept(name: str) -> Any:
+            return json.loads((self.out / name).read_text(encoding="utf-8"))
+
+        scores = {label: _read_score(path) for label, path in self.evaluations().items()}
+        models = {}
+        for label, score in scores.items():
+            ratio = compare(scores["teacher"], score)
+            models[label] = scores_of(score) | {
+                "perplexity_ratio": ratio.perplexity_ratio,
+                "perplexity_ratio_stderr": ratio.stderr,
+            }
+        held_out = self._blocks("held_out")
+        return {
+            "title": self.recipe.title,
+            "model": self.recipe.model,
+            "record": kept("record.json"),
+            "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
+            "seconds": kept("seconds.json"),
+            "evaluate": {
+                "text": list(held_out.sources),
+                "tokens": held_out.ids.numel(),
+                "bytes": held_out.bytes,
+                "models": models,
+            },
+            "bench": {"rows": kept("bench.json")},
+            "generations": kept("generations.json"),
+            "spec": load_config(str(self.final(next(iter(self.recipe.students))))).latent,
+        }
+
+
+def _read_score(path: Path) -> Perplexity:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    tensors = {name: torch.tensor(x, dtype=torch.float64) for name, x in data.items() if isinstance(x, list)}
+    return Perplexity(**data | tensors)
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this code runs from, if it does."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=False
+            )
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    tracked = git("ls-files", "--error-unmatch", here.name)
+    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if tracked else None

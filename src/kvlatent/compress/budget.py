@@ -1,0 +1,267 @@
+"""One byte budget for the whole model, spent over its layers and over keys against values by measured loss."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kvlatent.compress import reduce
+from kvlatent.compress.convert import fill, plan_reduction, reductions
+from kvlatent.compress.statistics import Statistics
+from kvlatent.errors import UserError
+from kvlatent.model.attention import LatentAttention
+from kvlatent.model.graft import graft, head_dim_of
+from kvlatent.model.layers import layer_arguments
+from kvlatent.model.offload import OffloadedLayers
+
+PROBE_SHARE = 0.5
+"""A probe keeps this share of one layer's key dims, or of its value dims, and everything else."""
+PROBE_STRIDE = 4
+"""Probes compare the next token's distributions at every so many positions: the head costs as much as many layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """Dims per layer that spend a budget, and the loss that the curves expect of each."""
+
+    d_qk: tuple[int, ...]
+    d_vo: tuple[int, ...]
+    qk_loss: tuple[float, ...]
+    """Of each layer's keys, in nats per token, on its own."""
+    vo_loss: tuple[float, ...]
+    """Of each layer's values, likewise."""
+    uniform_loss: float
+    """Of the same budget spent alike everywhere; all losses added up, as for `expected_loss`."""
+
+    @property
+    def expected_loss(self) -> float:
+        """Sum over layers, for keys and values: how plans compare, not a forecast (errors don't simply add up)."""
+        return sum(self.qk_loss) + sum(self.vo_loss)
+
+
+def step_of(head_dim: int) -> int:
+    """Dims are spent in steps of a sixteenth of head_dim (8 of 128): even, and wide enough for kernels' loads."""
+    return max(2, head_dim // 16)
+
+
+def total_dims(config: PreTrainedConfig, budget: float) -> int:
+    """d_qk + d_vo of all layers that a share of the cache bytes pays for; every KV head of a layer costs the same.
+
+    Raises:
+        UserError: The budget is not a share, or leaves less than a step per layer for keys and for values.
+    """
+    _check_share(budget)
+    head_dim, layers = head_dim_of(config), config.num_hidden_layers
+    step = step_of(head_dim)
+    total = int(budget * 2 * head_dim * layers + 1e-9) // step * step
+    if total < 2 * step * layers:
+        raise UserError(
+            f"budget {budget} leaves less than {step} of {head_dim} dims; give at least {step / head_dim:g}"
+        )
+    return total
+
+
+def uniform_dims(config: PreTrainedConfig, budget: float) -> int:
+    """The even number of dims per head, d_qk and d_vo alike, nearest below `budget` × head_dim.
+
+    Args:
+        config: The teacher's.
+        budget: Share of the cache bytes kept.
+
+    Raises:
+        UserError: The budget is not a share, or leaves less than one rotary pair.
+    """
+    _check_share(budget)
+    head_dim = head_dim_of(config)
+    dims = int(budget * head_dim + 1e-9) // 2 * 2
+    if dims < 2:
+        raise UserError(f"budget {budget} leaves no rotary pair of head_dim {head_dim}; give at least {2 / head_dim:g}")
+    return dims
+
+
+def _check_share(budget: float) -> None:
+    if not 0 < budget <= 1:
+        raise UserError(f"budget is the share of the cache bytes that is kept, above 0 and at most 1; got {budget}")
+
+
+def plan(teacher: PreTrainedModel, statistics: Statistics, budget: float) -> Allocation:
+    """Spend `budget` where the teacher's statistics expect it to save the most loss.
+
+    Layers and keys against values differ; KV heads of one layer can't, since a cache tensor
+    (batch, kv_heads, seq, d) has one width.
+
+    Args:
+        teacher: A stock model of a supported family.
+        statistics: From `calibrate`, with losses from `probe`.
+        budget: Share of the cache bytes kept.
+
+    Raises:
+        UserError: The budget can't be, or the statistics were never probed.
+    """
+    total, step = total_dims(teacher.config, budget), step_of(head_dim_of(teacher.config))
+    curves = loss_curves(teacher, statistics)  # (2, layers, head_dim + 1)
+    layers = curves.shape[1]
+    steps = curves.flatten(0, 1)[:, ::step]
+    spent = allocate(steps, total // step, floor=1)
+    dims = [step * n for n in spent]
+    losses = [float(curve[n]) for curve, n in zip(steps, spent, strict=True)]
+    each, between = divmod(total / (2 * layers), 1)
+    alike = torch.lerp(curves[..., int(each)], curves[..., min(int(each) + 1, curves.shape[-1] - 1)], between)
+    return Allocation(
+        d_qk=tuple(dims[:layers]),
+        d_vo=tuple(dims[layers:]),
+        qk_loss=tuple(losses[:layers]),
+        vo_loss=tuple(losses[layers:]),
+        uniform_loss=float(alike.sum()),
+    )
+
+
+def loss_curves(teacher: PreTrainedModel, statistics: Statistics) -> Float[Tensor, "2 layers dims"]:
+    """Expected loss in nats per token by dims kept, for each layer's keys [0] and values [1].
+
+    Probes say how much is lost at half the dims, the tail of singular values how the loss falls around that.
+    """
+    tails = []
+    for layer, stats in zip(teacher.model.layers, statistics.layers, strict=True):
+        o_weight = layer.self_attn.o_proj.weight.detach().cpu()
+        kv_heads = teacher.config.num_key_value_heads
+        k, o = (stats.mean(name, heads_per_latent=statistics.heads_per_latent).cpu() for name in ("k", "o"))
+        qk = reduce.project_tail(stats.mean("q").cpu(), k)
+        tails.append(torch.stack((qk, reduce.value_output_tail(o, o_weight, kv_heads=kv_heads))))
+    curves = torch.stack(tails, dim=1)
+    if statistics.probes is None or statistics.probes.ndim != 2:
+        raise UserError("these statistics say nothing about how much each layer matters; calibrate again")
+    # A layer of so low a rank that nothing is lost at half its dims has no tail there, only rounding.
+    least = (1e-6 * curves[..., 0]).clamp_min(torch.finfo(torch.float64).tiny)
+    scale = statistics.probes / torch.maximum(curves[..., _probe_dims(curves.shape[-1] - 1)], least)
+    return curves * scale[..., None]
+
+
+def _probe_dims(head_dim: int) -> int:
+    return max(2, int(PROBE_SHARE * head_dim) // 2 * 2)
+
+
+@torch.no_grad()
+def probe(
+    teacher: PreTrainedModel,
+    statistics: Statistics,
+    ids: Int[Tensor, "blocks block_size"],
+    *,
+    offloaded: OffloadedLayers | None = None,
+) -> Float[Tensor, "2 layers"]:
+    """KL from the teacher, in nats per token, when one layer alone has narrow keys [0] or narrow values [1].
+
+    Every probe goes through the layers behind its own: layers² forwards of one layer on `ids`. All probes advance
+    together, so each layer's weights are used once.
+
+    Args:
+        teacher: A stock model of a supported family.
+        statistics: What the probes' reductions are derived from.
+        ids: Token blocks.
+        offloaded: From `offload.open_offloaded`, with its teacher.
+    """
+    student = graft(teacher)
+    head_dim, layers = head_dim_of(teacher.config), student.model.layers
+    narrow = _probe_dims(head_dim)
+    plans = [
+        plan_reduction(
+            teacher,
+            preset="best",
+            qk="project",
+            d_qk=(d_qk,) * len(layers),
+            d_vo=(d_vo,) * len(layers),
+            heads_per_latent=statistics.heads_per_latent,
+            statistics=None,
+        )
+        for d_qk, d_vo in ((narrow, head_dim), (head_dim, narrow))
+    ]
+    state, probes = student.model.embed_tokens(ids.to(student.device)), list[Tensor]()
+    arguments = layer_arguments(student, torch.zeros(len(ids), dtype=torch.long), ids.shape[1])
+    for index, kwargs in enumerate(tqdm(arguments, unit="layer", desc="probe")):
+        layer, stats = layers[index], statistics.layers[index]
+        attention = layer.self_attn
+        with nullcontext() if offloaded is None else offloaded.visiting(layer, index):
+            probes = [layer(probe, **kwargs) for probe in probes]
+            unchanged = layer(state, **kwargs)
+            for plan in plans:
+                reduced = LatentAttention(student.config, index, attention, plan.spec)
+                layer.self_attn = fill(reduced, attention, *reductions(plan, index, attention, stats))
+                probes.append(layer(state, **kwargs))
+            layer.self_attn, state = attention, unchanged
+
+    def log_probs(hidden: Tensor) -> Tensor:
+        hidden = hidden[:, (ids.shape[1] - 1) % PROBE_STRIDE :: PROBE_STRIDE]
+        return student.lm_head(student.model.norm(hidden)).flatten(0, 1).float().log_softmax(-1)
+
+    wanted = log_probs(state)
+    losses = [F.kl_div(log_probs(x), wanted, reduction="batchmean", log_target=True).double().cpu() for x in probes]
+    return torch.stack(losses).clamp_min(0).view(len(layers), 2).T  # below it by rounding, where nothing is lost
+
+
+def allocate(curves: Float[Tensor, "items options"], total: int, *, floor: int) -> list[int]:
+    """Give every item a number of units, `total` in all, for the least sum of losses.
+
+    Exact, by dynamic programming over items; curves needn't be convex.
+
+    Args:
+        curves: Loss of each item by the number of units it gets, 0 to options - 1.
+        total: Units to spend, all of them.
+        floor: Units that each item gets at least.
+
+    Raises:
+        UserError: `total` can't be spent exactly.
+    """
+    items, most = curves.shape[0], curves.shape[1] - 1
+    if not items * floor <= total <= items * most:
+        raise UserError(f"{total} units can't be shared among {items} items of {floor} to {most} units each")
+    best = torch.full((total + 1,), torch.inf, dtype=torch.float64)
+    best[0] = 0.0
+    choices: list[Tensor] = []
+    for curve in curves.double():
+        options = torch.full((most + 1, total + 1), torch.inf, dtype=torch.float64)
+        for units in range(floor, min(most, total) + 1):
+            options[units, units:] = best[: total + 1 - units] + curve[units]
+        best, choice = options.min(0)
+        choices.append(choice)
+    spent: list[int] = []
+    for choice in reversed(choices):
+        spent.append(int(choice[total - sum(spent)]))
+    return spent[::-1]
+
+
+def draw(allocation: Allocation, out: Path, *, title: str, head_dim: int) -> None:
+    """Draw dims and expected losses layer by layer into an image file.
+
+    Raises:
+        UserError: matplotlib doesn't know files that end like `out`.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    dims, losses = figure.subplots(2, sharex=True)
+    parts = (
+        ("keys (d_qk)", allocation.d_qk, allocation.qk_loss),
+        ("values (d_vo)", allocation.d_vo, allocation.vo_loss),
+    )
+    for offset, (label, width, loss) in zip((-0.2, 0.2), parts, strict=True):
+        at = [layer + offset for layer in range(len(width))]
+        dims.bar(at, width, width=0.4, label=label)
+        losses.bar(at, loss, width=0.4, label=label)
+    dims.axhline(head_dim, color="grey", linewidth=0.8, linestyle="--", label="head_dim (teacher)")
+    dims.set_ylabel("Dims per head")
+    dims.set_title(title)
+    dims.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.02), frameon=False)
+    losses.set_ylabel("Expected loss alone\n(nats per token)")
+    losses.set_xlabel("Layer")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(out, dpi=150)
+    except ValueError as error:
+        raise UserError(f"can't draw {out}: {error}") from None

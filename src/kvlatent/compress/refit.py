@@ -1,0 +1,227 @@
+"""Healing in closed form: least squares for linear layers and for head maps, on what they should give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from kvlatent.compress.reduce import QKReduction
+from kvlatent.model.rope import rotate
+
+_BLOCKS = 8
+"""Rows of blocks that XᵀX is computed in; half of it follows by symmetry."""
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class Ridge:
+    """Normal equations of Y ≈ X·Wᵀ + b, summed over batches in float64, solved for W with a pull towards the old W."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.linear = linear
+        inputs, outputs, device = linear.in_features, linear.out_features, linear.weight.device
+        # Only the blocks of xx on and above the diagonal are computed; what is below them stays zero.
+        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self.xy = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def add(
+        self,
+        x: Float[Tensor, "*batch inputs"],
+        y: Float[Tensor, "*batch outputs"],
+        *,
+        size: Float[Tensor, "*batch 1"] | None = None,
+    ) -> None:
+        """Add inputs and wanted outputs of one batch; the products are taken in float32.
+
+        Args:
+            x: What the layer is given.
+            y: What it should give.
+            size: What errors are measured against at each position; None is the same for all.
+        """
+        x, y = x.flatten(0, -2).float(), y.flatten(0, -2).float()
+        if self.linear.bias is not None:
+            y = y - self.linear.bias.float()
+        if size is not None:
+            size = size.flatten(0, -2)
+            x, y = x / size, y / size
+        self.tokens += len(x)
+        at = 0
+        for rows in x.T.tensor_split(_BLOCKS):
+            self.xx[at : at + len(rows), at:] += rows @ x[:, at:]
+            at += len(rows)
+        self.xy += x.T @ y
+
+    @torch.no_grad()
+    def solve(self, *, strength: float) -> None:
+        """Move the layer's weights to argmin over W of ‖Y − XW − b‖² + λ‖W − W_old‖².
+
+        λ = `strength` × the mean of ‖x‖² over tokens: it doesn't grow with the text, as XᵀX does, and for many inputs,
+        among which an output is shared, it is as strong as for few.
+        """
+        damping = strength * self.xx.diagonal().sum() / self.tokens
+        xx = self.xx + damping * torch.eye(len(self.xx), dtype=self.xx.dtype, device=self.xx.device)
+        wanted = self.xy + damping * self.linear.weight.double().T
+        factor = torch.linalg.cholesky(xx, upper=True)  # looks at the upper triangle only
+        self.linear.weight.copy_(torch.cholesky_solve(wanted, factor, upper=True).T)
+
+
+def larger(wanted: Float[Tensor, "*batch hidden"], given: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch 1"]:
+    """Root mean square of the teacher's hidden state, `wanted`, or of the student's, whichever is larger.
+
+    Errors are measured against it because the RMSNorm that follows divides by it. The student's counts too since a few
+    positions are attention sinks, hundreds of times larger than the rest, and sometimes the student makes one where the
+    teacher has none: measured against the teacher's alone, that position would outweigh all text, and the refit
+    would take the true sinks away with it.
+    """
+    return torch.stack((wanted, given)).float().square().mean(-1, keepdim=True).amax(0).sqrt()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitSamples:
+    """Queries and keys of some blocks before the maps, and the unreduced attention between them."""
+
+    q: Float[Tensor, "batch q_heads rows head_dim"]
+    k: Float[Tensor, "batch latents seq joined"]
+    rows: Int[Tensor, "rows"]
+    """Positions of the queries, the same in all blocks."""
+    logits: Float[Tensor, "batch q_heads rows seq"]
+    """What the maps should give."""
+    probs: Float[Tensor, "batch q_heads rows seq"]
+    """Their softmax over visible keys; zero elsewhere."""
+
+
+def refit_logits(
+    samples: list[LogitSamples],
+    maps: QKReduction,
+    *,
+    turn: tuple[Float[Tensor, "heads seq pairs"], Float[Tensor, "heads seq pairs"]] | None,
+    scale: float,
+    strength: float,
+    rounds: int = 3,
+    iterations: int = 6,
+) -> QKReduction:
+    """Fit the maps of queries, then of keys, and again, to the unreduced logits, for any rotation that follows them.
+
+    With the keys fixed the logits are linear in the queries' maps, and the other way round: alternating least squares.
+    An error counts by the attention it meets, less its mean over a query's keys, which softmax doesn't see: to second
+    order that is the KL between the attentions. Each half is solved by conjugate gradients, with a ridge that pulls
+    towards where it started.
+
+    Args:
+        samples: Queries, keys and logits of calibration text.
+        maps: Where to start.
+        turn: cos and sin of the rotation after the maps, for each KV head or one for all; None where nothing follows.
+        scale: Multiplier of the logits.
+        strength: Ridge, in units of mean query energy × mean key energy.
+        rounds: Times that queries and keys are each fitted.
+        iterations: Conjugate-gradient steps of each fit.
+    """
+    q_map, k_map = maps.q_map.float(), maps.k_map.float()
+    kv_heads, group_size = len(k_map), len(q_map) // len(k_map)
+    queries_per_head = sum(s.q.shape[0] * s.q.shape[2] for s in samples)
+
+    def turned(x: Tensor, at: Tensor | slice, sign: float = 1.0) -> Tensor:
+        if turn is None:
+            return x
+        cos, sin = (part[:, at].to(x) for part in turn)
+        if len(cos) > 1:
+            cos, sin = (part.repeat_interleave(x.shape[1] // len(cos), dim=0) for part in (cos, sin))
+        return rotate(x, cos, sign * sin)
+
+    def grouped(x: Tensor) -> Tensor:  # (batch, q_heads, rows, …) → (batch, kv_heads, group·rows, …)
+        return x.unflatten(1, (kv_heads, group_size)).flatten(2, 3)
+
+    def per_head(x: Tensor) -> Tensor:
+        return x.unflatten(2, (group_size, -1)).flatten(1, 2)
+
+    # Of both fits: logits of a map, the adjoint of that, and the second moments of what the map takes and meets.
+    def logits_of_queries(keys: list[Tensor], i: int, x: Tensor) -> Tensor:
+        s = samples[i]
+        return per_head(grouped(turned(s.q @ x, s.rows)) @ keys[i].mT) * scale
+
+    def back_to_queries(keys: list[Tensor], i: int, error: Tensor) -> Tensor:
+        s = samples[i]
+        return _moment(s.q, turned(per_head(grouped(error) @ keys[i]), s.rows, -1.0) * scale)
+
+    def logits_of_keys(queries: list[Tensor], i: int, x: Tensor) -> Tensor:
+        return per_head(queries[i] @ turned(samples[i].k @ x, slice(None)).mT) * scale
+
+    def back_to_keys(queries: list[Tensor], i: int, error: Tensor) -> Tensor:
+        return _moment(samples[i].k, turned(grouped(error).mT @ queries[i], slice(None), -1.0) * scale)
+
+    received = [grouped(s.probs).sum(2)[..., None] for s in samples]
+    query_moment = _total(_moment(s.q, s.q) for s in samples)
+    key_moment = _total(_moment(s.k, s.k * w) for s, w in zip(samples, received, strict=True))
+    for _ in range(rounds):
+        keys = [turned(s.k @ k_map, slice(None)) for s in samples]
+        met = _total(_moment(k, k * w) for k, w in zip(keys, received, strict=True)) * scale**2
+        met = (met / (group_size * queries_per_head)).repeat_interleave(group_size, dim=0)
+        fit = partial(logits_of_queries, keys), partial(back_to_queries, keys)
+        q_map = _conjugate_gradients(samples, q_map, *fit, query_moment, met, strength, iterations)
+        queries = [grouped(turned(s.q @ q_map, s.rows)) for s in samples]
+        met = _total(_moment(q, q) for q in queries) * scale**2 / (group_size * queries_per_head)
+        fit = partial(logits_of_keys, queries), partial(back_to_keys, queries)
+        k_map = _conjugate_gradients(samples, k_map, *fit, key_moment, met, strength, iterations)
+    return QKReduction(q_map=q_map.double(), k_map=k_map.double(), freq_index=maps.freq_index)
+
+
+def _conjugate_gradients(
+    samples: list[LogitSamples],
+    start: Tensor,
+    forward: Callable[[int, Tensor], Tensor],
+    adjoint: Callable[[int, Tensor], Tensor],
+    left: Tensor,
+    right: Tensor,
+    strength: float,
+    iterations: int,
+) -> Tensor:
+    """Lower the squared error of `forward(map)`, weighted by attention, plus the pull to `start`; all heads at once.
+
+    The normal equations are about left ⊗ right, which is also how they are preconditioned.
+    """
+
+    def gradient(logits: Callable[[int], Tensor]) -> Tensor:
+        total = torch.zeros_like(start)
+        for i, s in enumerate(samples):
+            error = logits(i)
+            total += adjoint(i, (error - (s.probs * error).sum(-1, keepdim=True)).mul_(s.probs))
+        return total
+
+    def applied(x: Tensor) -> Tensor:
+        return gradient(lambda i: forward(i, x)) + damping * x
+
+    def mean_diagonal(x: Tensor) -> Tensor:
+        return x.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(_TINY)
+
+    def inverse(x: Tensor) -> Tensor:
+        return torch.linalg.inv(x + 1e-3 * mean_diagonal(x) * torch.eye(x.shape[-1], device=x.device))
+
+    damping = strength * mean_diagonal(left) * mean_diagonal(right)
+    left, right = inverse(left), inverse(right)
+    result = start
+    residual = gradient(lambda i: samples[i].logits - forward(i, start))
+    direction = step = left @ residual @ right
+    size = (residual * step).sum((-2, -1), keepdim=True)
+    for _ in range(iterations):
+        image = applied(direction)
+        length = size / (direction * image).sum((-2, -1), keepdim=True).clamp_min(_TINY)
+        result, residual = result + length * direction, residual - length * image
+        step = left @ residual @ right
+        before, size = size, (residual * step).sum((-2, -1), keepdim=True)
+        direction = step + size / before.clamp_min(_TINY) * direction
+    return result
+
+
+def _moment(x: Tensor, y: Tensor) -> Tensor:
+    """Σ x yᵀ over blocks and tokens: (batch, heads, seq, a), (batch, heads, seq, b) → (heads, a, b)."""
+    return torch.einsum("bhsd,bhse->hde", x, y)
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(parts)).sum(0)

@@ -1,0 +1,307 @@
+"""One pass over text: second moments of queries, keys and head outputs, layer by layer, saved as safetensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from kvlatent.compress.refit import LogitSamples
+from kvlatent.data.positions import block_starts
+from kvlatent.errors import UserError
+from kvlatent.files import replaced
+from kvlatent.model.attention import LatentAttention, side_by_side
+from kvlatent.model.graft import graft, heads_per_latent_of
+from kvlatent.model.layers import layer_arguments
+from kvlatent.model.offload import OffloadedLayers
+from kvlatent.model.rope import rotate
+
+NAMES = ("q", "k", "q_unrotated", "k_unrotated", "o")
+"""The moments kept of each layer: queries, keys (per KV head), both again before RoPE, and head outputs."""
+TOGETHER = ("k_together", "k_unrotated_together", "o_together")
+"""Keys and head outputs once more, with the dims of all KV heads that are to share a latent side by side."""
+
+
+@dataclass
+class LayerStatistics:
+    """Sums over tokens of x xᵀ, each (heads, dim, dim) float64, and the number of tokens."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+
+    def mean(self, name: str, *, heads_per_latent: int = 1) -> Tensor:
+        """The second moment E[x xᵀ] of one of `NAMES`, or of its counterpart in `TOGETHER` for latents."""
+        return self.sums[name if heads_per_latent == 1 else f"{name}_together"] / self.tokens
+
+    @torch.no_grad()
+    def update(
+        self,
+        attention: LatentAttention,
+        x: Tensor,
+        kwargs: dict[str, Any],
+        *,
+        rope_scaling: float,
+        heads_per_latent: int = 1,
+    ) -> None:
+        """Add one batch, seen by an unreduced attention.
+
+        Rotated keys count with the attention they get and are centred on each query's mean key: to second order, the
+        KL between softmaxes is half the variance of the logit error under the attention.
+
+        Args:
+            attention: The layer's attention, all dims kept.
+            x: Normalised inputs, (batch, seq, hidden).
+            kwargs: The layer's other arguments: position embeddings and mask.
+            rope_scaling: Multiplier inside cos and sin.
+            heads_per_latent: KV heads that are reduced together.
+        """
+        cos, sin = kwargs["position_embeddings"]
+        q, k, v = (t.float() for t in attention.queries_keys_values(x, cos, sin))
+        keys, values = (side_by_side(t, heads_per_latent) for t in (k, v))
+        mask = kwargs.get("attention_mask")
+        mean_key, out, received = _attend(q, k, torch.cat((keys, values), dim=-1), mask=mask, scale=attention.scale)
+        k_centred = _centred(k, _own(mean_key, heads_per_latent, attention.group_size), received)
+        unscale = 1 / rope_scaling**2
+        q_unrotated, k_unrotated = (rotate(t, cos[:, None], -sin[:, None]) * unscale for t in (q, k))
+        own_out = _own(out, heads_per_latent, attention.group_size)
+        of_heads = _moment(q), k_centred, _moment(q_unrotated), _moment(k_unrotated), _moment(own_out)
+        moments = dict(zip(NAMES, of_heads, strict=True))
+        if heads_per_latent > 1:
+            received = received.unflatten(1, (-1, heads_per_latent)).sum(2)
+            unrotated = side_by_side(k_unrotated, heads_per_latent)
+            of_latents = _centred(keys, mean_key, received), _moment(unrotated), _moment(out)
+            moments |= zip(TOGETHER, of_latents, strict=True)
+        for name, moment in moments.items():
+            self.sums[name] = self.sums.get(name, 0.0) + moment.double()
+        self.tokens += x.shape[0] * x.shape[1]
+
+
+def _moment(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Sum over batch and tokens of x yᵀ (or x xᵀ): (batch, heads, seq, dim) → (heads, dim, dim)."""
+    return torch.einsum("bhsd,bhse->hde", x, x if y is None else y)
+
+
+def _centred(k: Tensor, mean_key: Tensor, received: Tensor) -> Tensor:
+    """Second moments of keys around each query's mean key, by the attention that they get; every query counts once.
+
+    Args:
+        k: Keys, (batch, heads, seq, dim).
+        mean_key: Of each query, (batch, q_heads, seq, dim).
+        received: Attention of all queries of a head to each key, (batch, heads, seq).
+    """
+    heads, q_heads = k.shape[1], mean_key.shape[1]
+    of_means = _moment(mean_key.unflatten(1, (heads, -1)).flatten(2, 3))
+    return (_moment(k, k * received[..., None]) - of_means) * heads / q_heads
+
+
+def _own(x: Tensor, heads_per_latent: int, group_size: int) -> Tensor:
+    """Of heads side by side, each query head's own: (batch, q_heads, seq, m·dim) → (batch, q_heads, seq, dim)."""
+    by_head = x.unflatten(1, (-1, heads_per_latent, group_size)).unflatten(-1, (heads_per_latent, -1))
+    return by_head.diagonal(dim1=2, dim2=5).movedim(-1, 2).flatten(1, 3)
+
+
+def _attend(
+    q: Tensor, k: Tensor, both: Tensor, *, mask: Tensor | None, scale: float, rows: int = 128
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend causally, `rows` queries at a time, so that memory and time go to visible keys only.
+
+    Args:
+        q: Queries, (batch, q_heads, seq, head_dim).
+        k: Keys, (batch, kv_heads, seq, head_dim).
+        both: Keys and values that are averaged, (batch, latents, seq, 2·dim).
+        mask: True where a query may look; None is at itself and all before.
+        scale: Multiplier of the logits.
+        rows: Queries at a time.
+
+    Returns:
+        Mean key and mean value of each query, (batch, q_heads, seq, dim), and the attention that each key receives
+        from its group, (batch, kv_heads, seq).
+    """
+    (batch, kv_heads, seq, _), latents, parts = k.shape, both.shape[1], []
+    grouped = q.unflatten(1, (kv_heads, -1))
+    received = k.new_zeros(batch, kv_heads, seq)
+    for start in range(0, seq, rows):
+        end = min(start + rows, seq)
+        logits = (grouped[..., start:end, :].flatten(2, 3) @ k[:, :, :end].mT).mul_(scale)
+        if mask is None:
+            visible = torch.ones(end - start, end, dtype=torch.bool, device=k.device).tril(start)[None, None]
+        else:
+            visible = mask[..., start:end, :end]
+        logits = logits.unflatten(2, (-1, end - start)).masked_fill_(~visible[:, :, None], -torch.inf)
+        probs = logits.softmax(-1).flatten(2, 3)
+        received[..., :end] += probs.sum(2)
+        parts.append((probs.reshape(batch, latents, -1, end) @ both[:, :, :end]).unflatten(2, (-1, end - start)))
+    mean_key, out = torch.cat(parts, dim=3).flatten(1, 2).chunk(2, dim=-1)
+    return mean_key, out, received
+
+
+@torch.no_grad()
+def sample_logits(
+    attention: LatentAttention,
+    x: Tensor,
+    kwargs: dict[str, Any],
+    *,
+    rows: Tensor,
+    rotated: bool,
+    rope_scaling: float,
+    heads_per_latent: int = 1,
+) -> LogitSamples:
+    """Logits of an unreduced attention between the queries at `rows` and all keys, for `refit.refit_logits`.
+
+    Args:
+        attention: The layer's attention, all dims kept.
+        x: Normalised inputs, (batch, seq, hidden).
+        kwargs: The layer's other arguments: position embeddings and mask.
+        rows: Positions of the queries.
+        rotated: Return queries and keys after RoPE, for maps that come after it; otherwise before.
+        rope_scaling: Multiplier inside cos and sin.
+        heads_per_latent: KV heads whose keys are returned side by side.
+    """
+    cos, sin = kwargs["position_embeddings"]
+    q, k, _ = (t.float() for t in attention.queries_keys_values(x, cos, sin))
+    q, mask = q[:, :, rows], kwargs.get("attention_mask")
+    if mask is None:
+        visible = (torch.arange(k.shape[2], device=k.device) <= rows[:, None])[None, None]
+    else:
+        visible = mask[:, :, rows]
+    grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+    logits = (grouped @ k.mT).mul_(attention.scale).unflatten(2, (-1, len(rows))).flatten(1, 2)
+    probs = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+    if not rotated:
+        unscale = 1 / rope_scaling**2
+        q = rotate(q, cos[:, None, rows], -sin[:, None, rows]) * unscale
+        k = rotate(k, cos[:, None], -sin[:, None]) * unscale
+    return LogitSamples(q=q, k=side_by_side(k, heads_per_latent), rows=rows, logits=logits, probs=probs)
+
+
+@dataclass
+class Statistics:
+    """Calibration statistics of a model: what any preset and budget is derived from."""
+
+    layers: list[LayerStatistics]
+    about: dict[str, Any]
+    """Model, sources, tokens and fingerprints of the text."""
+    probes: Float[Tensor, "2 layers"] | None = None
+    """From `budget.probe`: what narrow keys [0] or values [1] of one layer alone cost, in nats per token."""
+
+    @property
+    def heads_per_latent(self) -> int:
+        """KV heads that `TOGETHER` are of; 1 without them."""
+        sums = self.layers[0].sums
+        return sums.get("k_together", sums["k"]).shape[-1] // sums["k"].shape[-1]
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file; `about` goes into its metadata."""
+        tensors = {f"layers.{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.sums.items()}
+        if self.probes is not None:
+            tensors["probes"] = self.probes
+        meta = {"about": json.dumps(self.about), "tokens": json.dumps([layer.tokens for layer in self.layers])}
+        with replaced(path) as partial:
+            save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, partial, metadata=meta)
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: The file is missing, cut off, or something else.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata() or {}
+                tokens, about = json.loads(meta["tokens"]), json.loads(meta["about"])
+                names = NAMES + TOGETHER if "layers.0.k_together" in file.keys() else NAMES  # noqa: SIM118
+                layers = [
+                    LayerStatistics({name: file.get_tensor(f"layers.{i}.{name}") for name in names}, count)
+                    for i, count in enumerate(tokens)
+                ]
+                probes = file.get_tensor("probes") if "probes" in file.keys() else None  # noqa: SIM118
+        except Exception as error:
+            raise UserError(f"{path} holds no calibration statistics of kvlatent: {error}") from None
+        return cls(layers, about, probes)
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Statistics of both texts together, as if calibrated in one pass."""
+        if len(self.layers) != len(other.layers):
+            raise UserError(f"can't merge statistics of {len(self.layers)} and {len(other.layers)} layers")
+        if self.heads_per_latent != other.heads_per_latent:
+            raise UserError(
+                f"can't merge statistics of {self.heads_per_latent} and {other.heads_per_latent} KV heads per latent"
+            )
+        layers = [
+            LayerStatistics({n: a.sums[n] + b.sums[n] for n in a.sums}, a.tokens + b.tokens)
+            for a, b in zip(self.layers, other.layers, strict=True)
+        ]
+        probes = None
+        if self.probes is not None and other.probes is not None:
+            weight = other.layers[0].tokens / layers[0].tokens
+            probes = torch.lerp(self.probes, other.probes, weight)
+        both: dict[str, Any] = {
+            key: sorted({*self.about[key], *other.about[key]})
+            for key in ("text", "fingerprints")
+            if key in self.about and key in other.about
+        }
+        return Statistics(layers, {**self.about, **both, "tokens": layers[0].tokens}, probes)
+
+
+def calibrate(
+    teacher: PreTrainedModel,
+    ids: Int[Tensor, "blocks block_size"],
+    *,
+    batch_size: int = 4,
+    context: int | None = None,
+    heads_per_latent: int | None = None,
+    about: dict[str, Any],
+    offloaded: OffloadedLayers | None = None,
+) -> Statistics:
+    """Run the teacher once over `ids` and collect the statistics of every layer.
+
+    Tokens stream through all layers, so memory is the model's and the statistics'. With `offloaded`, all tokens pass a
+    layer before the next one comes in: memory is one layer's, the statistics' and one hidden state per token.
+
+    Args:
+        teacher: A stock model of a supported family.
+        ids: Token blocks.
+        batch_size: Blocks per forward.
+        context: Positions that the blocks are spread over, if more than a block's.
+        heads_per_latent: KV heads that may be reduced together; None is what `heads_per_latent_of` says.
+        about: Stored with the statistics.
+        offloaded: From `offload.open_offloaded`, with its teacher.
+    """
+    model, together = graft(teacher), heads_per_latent_of(teacher.config, heads_per_latent)
+    layers, scaling = model.model.layers, model.model.rotary_emb.scaling
+    statistics = [LayerStatistics() for _ in layers]
+    starts = block_starts(len(ids), ids.shape[1], context).split(batch_size)
+
+    def through(index: int, arguments: list[dict[str, Any]], hidden: Tensor) -> Tensor:
+        layer, kwargs = layers[index], arguments[index]
+        x, moments = layer.input_layernorm(hidden), statistics[index]
+        moments.update(layer.self_attn, x, kwargs, rope_scaling=scaling, heads_per_latent=together)
+        return layer(hidden, **kwargs)
+
+    with torch.no_grad(), tqdm(total=ids.numel() * len(layers), unit="tok", unit_scale=True, desc="calibrate") as bar:
+        states = (model.model.embed_tokens(batch.to(model.device)) for batch in ids.split(batch_size))
+        if offloaded is None:
+            for part, hidden in zip(starts, states, strict=True):
+                arguments = layer_arguments(model, part, ids.shape[1])
+                for index in range(len(layers)):
+                    hidden = through(index, arguments, hidden)
+                    bar.update(hidden.shape[0] * hidden.shape[1])
+        else:
+            waiting = [hidden.cpu() for hidden in states]
+            of_batches = [layer_arguments(model, part, ids.shape[1]) for part in starts]
+            for index, layer in enumerate(layers):
+                with offloaded.visiting(layer, index):
+                    for b, hidden in enumerate(waiting):
+                        waiting[b] = through(index, of_batches[b], hidden.to(model.device)).cpu()
+                        bar.update(hidden.shape[0] * hidden.shape[1])
+    return Statistics(statistics, {**about, "tokens": ids.numel()})

@@ -1,0 +1,1 @@
+"""Text: sources, token blocks, positions, and what a teacher writes itself."""

@@ -1,0 +1,428 @@
+"""Text to token blocks: files, folders, packaged corpora or hub datasets.
+
+A *source* is a string. `read_documents` turns it into documents; `token_blocks` mixes sources, shuffles, tokenises and
+packs them. Every `TokenBlocks` carries fingerprints of its documents, so
+`check_held_out` can refuse an evaluation on text that was used for calibration or training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int64
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from kvlatent.data.corpora import read_corpus
+from kvlatent.errors import UserError
+from kvlatent.files import replaced
+
+PIECE_CHARACTERS = 8_000
+"""Longer documents are cut here, at the end of a paragraph where there is one, so that a block mix is diverse."""
+SHUFFLE_PIECES = 8_192
+"""Pieces held while shuffling: packaged corpora fit whole, streams are shuffled within this window."""
+TOKENISE_PIECES = 16
+"""Pieces tokenised at a time: enough for the fast tokenizer's threads, little work wasted at the end."""
+
+Chat = list[dict[str, str]]
+"""A conversation: messages with a role (system, user, assistant) and content."""
+
+# --- documents -------------------------------------------------------------------------------------------------------
+
+
+def read_documents(source: str) -> Iterator[str | Chat]:
+    """Yield the documents of one source, in its own order, without blank ones.
+
+    Args:
+        source: A file (`.txt`, `.md`, `.rst`: one document; `.jsonl`, `.parquet`: one per row, its `messages` if it is
+            a chat, else its `text`), a folder of such files, `package:NAME` for a corpus inside a pip package (see
+            `corpora.CORPORA`), or `hf:ID[:CONFIG[:SPLIT]]` for a hub dataset, streamed; its split is train by default.
+
+    Raises:
+        UserError: The source is missing, empty, unreadable, unknown, or its package is not installed.
+    """
+    documents: Iterator[str | Chat]
+    if source.startswith("package:"):
+        documents = read_corpus(source.removeprefix("package:"))
+    elif source.startswith("hf:"):
+        documents = _read_hub(source.removeprefix("hf:"))
+    else:
+        documents = _read_path(Path(source).expanduser())
+    empty = True
+    for document in documents:
+        if isinstance(document, list):
+            empty = False
+            yield [{key: _clean(value) for key, value in message.items()} for message in document]
+        elif document.strip():
+            empty = False
+            yield _clean(document)
+    if empty:
+        raise UserError(f"{source} holds no text")
+
+
+def _clean(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")  # JSON may hold lone surrogates
+
+
+def _read_path(path: Path) -> Iterator[str | Chat]:
+    """Read a file or, in sorted order, every file of a folder."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in FILE_READERS and file.is_file())
+        if not files:
+            raise UserError(f"folder {path} holds no {', '.join(FILE_READERS)} file")
+        for file in files:
+            yield from FILE_READERS[file.suffix](file)
+    elif not path.exists():
+        raise UserError(f"text {path} does not exist; give a file, a folder, package:NAME or hf:ID")
+    elif path.suffix not in FILE_READERS:
+        raise UserError(f"can't read {path}: text files end in {', '.join(FILE_READERS)}")
+    else:
+        yield from FILE_READERS[path.suffix](path)
+
+
+def _read_text(path: Path) -> Iterator[str]:
+    try:
+        yield path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"can't read {path} as UTF-8 text: {error}") from error
+
+
+def _document(row: Any) -> str | Chat | None:
+    """A row's conversation or text; None if it has neither."""
+    if not isinstance(row, dict):
+        return None
+    messages = row.get("messages")
+    if messages is None:
+        return row["text"] if isinstance(row.get("text"), str) else None
+    try:
+        chat = [{"role": message["role"], "content": message["content"]} for message in messages]
+    except (KeyError, TypeError):
+        return None
+    return chat if chat and all(isinstance(x, str) for message in chat for x in message.values()) else None
+
+
+def _read_jsonl(path: Path) -> Iterator[str | Chat]:
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    try:
+                        document = _document(json.loads(line))
+                    except ValueError:
+                        document = None
+                    if document is None:
+                        raise UserError(
+                            f'{path} line {number} is not a JSON object with a string field "text" '
+                            'or a list "messages" of role and content'
+                        )
+                    yield document
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"can't read {path} as UTF-8 text: {error}") from error
+
+
+def _read_parquet(path: Path) -> Iterator[str | Chat]:
+    yield from _read_dataset(str(path), "parquet", data_files=str(path))
+
+
+def _read_hub(name: str) -> Iterator[str | Chat]:
+    dataset, config, split, *_ = [*name.split(":"), "", ""]
+    yield from _read_dataset(f"hf:{name}", dataset, config or None, split=split or "train")
+
+
+def _read_dataset(label: str, *args: Any, split: str = "train", **kwargs: Any) -> Iterator[str | Chat]:
+    from datasets import load_dataset  # imports for a second; most sources don't need it
+
+    try:
+        for row in load_dataset(*args, **kwargs, split=split, streaming=True):
+            document = _document(row)
+            if document is None:
+                raise UserError(
+                    f'{label} has no string column "text" nor chats in "messages"; its columns are {", ".join(row)}'
+                )
+            yield document
+    except UserError:
+        raise
+    except Exception as error:  # the hub, pyarrow and fsspec each raise their own kinds
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"can't read {label}: {reason[0]}") from error
+
+
+FILE_READERS: dict[str, Callable[[Path], Iterator[str | Chat]]] = {
+    ".txt": _read_text,
+    ".md": _read_text,
+    ".rst": _read_text,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+# --- token blocks ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBlocks:
+    """Packed token ids and what is needed to account for them."""
+
+    ids: Int64[Tensor, "blocks block_size"]
+    bytes: int
+    """UTF-8 bytes of the text that `ids` cover; separators between documents count as none."""
+    sources: tuple[str, ...]
+    fingerprints: frozenset[str]
+    """One per document of which at least a token is in `ids`."""
+    answers: Bool[Tensor, "blocks block_size"] | None = None
+    """The tokens of `ids` that are an assistant's answers; None where the text is no chat."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    text: str | Chat
+    fingerprint: str
+    ids: list[int]
+    answers: list[bool] | None
+    """Of a chat, which tokens are answers."""
+
+
+def fingerprint(document: str) -> str:
+    """The first 16 hex digits of the SHA-256 of the document with its whitespace normalised."""
+    return hashlib.sha256(" ".join(document.split()).encode()).hexdigest()[:16]
+
+
+def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that stood between documents in pretraining, and from which a model writes a new one.
+
+    Chat models often have a turn marker as bos and eos (SmolLM2-Instruct: `<|im_start|>`, `<|im_end|>`), after which
+    they write chats. Their pretraining separator is still in the vocabulary and is preferred.
+
+    Raises:
+        UserError: The tokenizer has none of the known separators, no eos and no bos.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for token in ("<|endoftext|>", "<|end_of_text|>", tokenizer.eos_token, tokenizer.bos_token):
+        if token in vocabulary:
+            return int(vocabulary[token])
+    raise UserError("the tokenizer has neither <|endoftext|> nor an eos or bos token to separate documents with")
+
+
+def token_blocks(
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_size: int,
+    tokens: int,
+    seed: int,
+) -> TokenBlocks:
+    """Pack text into blocks, the sources mixed in equal shares of tokens.
+
+    Long documents are cut into pieces, pieces are shuffled within their source and joined by the separator. The next
+    piece always comes from the source that has given the fewest tokens, so shares differ by at most one piece until a
+    source runs out. Text is tokenised only until there is enough.
+
+    Args:
+        sources: See `read_documents`.
+        tokenizer: A fast tokenizer.
+        block_size: Tokens per block.
+        tokens: Tokens wanted; rounded down to whole blocks.
+        seed: Equal seeds give equal blocks.
+
+    Raises:
+        UserError: A source can't be read, the text is too short, or fewer tokens than one block were asked for.
+    """
+    blocks = whole_blocks(tokens, block_size)
+    if not sources:
+        raise UserError("no text given; name at least one file, folder, package:NAME or hf:ID")
+    if not tokenizer.is_fast:
+        raise UserError(f"{type(tokenizer).__name__} is not a fast tokenizer; give a model with a tokenizer.json")
+    separator = separator_id(tokenizer)
+    streams = {
+        index: _tokenised(_shuffled(_pieces(source), random.Random(f"{seed}/{index}")), tokenizer)
+        for index, source in enumerate(sources)
+    }
+    given = dict.fromkeys(streams, 0)
+    stream: list[int] = []
+    counted: list[bool] = []
+    chats = False
+    covered = 0
+    used: set[str] = set()
+    while len(stream) < blocks * block_size:
+        if not streams:
+            raise UserError(
+                f"the text is too short: {len(stream):,} tokens found, {blocks * block_size:,} asked for "
+                f"({', '.join(sources)}); give more text or ask for fewer tokens"
+            )
+        index = min(streams, key=lambda index: given[index])
+        piece = next(streams[index], None)
+        if piece is None:
+            del streams[index]
+            continue
+        room = blocks * block_size - len(stream)
+        covered += _covered_bytes(piece, room, tokenizer)
+        used.add(piece.fingerprint)
+        stream += [*piece.ids, separator]
+        counted += [True] * (len(piece.ids) + 1) if piece.answers is None else [*piece.answers, False]
+        chats = chats or piece.answers is not None
+        given[index] += len(piece.ids) + 1
+    ids = torch.tensor(stream[: blocks * block_size], dtype=torch.int64).view(blocks, block_size)
+    answers = torch.tensor(counted[: ids.numel()]).view_as(ids) if chats else None
+    return TokenBlocks(ids, covered, tuple(sources), frozenset(used), answers)
+
+
+def save_blocks(blocks: TokenBlocks, path: Path) -> None:
+    """Write token blocks and what is known of them as one safetensors file."""
+    about = {"bytes": blocks.bytes, "sources": blocks.sources, "fingerprints": sorted(blocks.fingerprints)}
+    tensors = {"ids": blocks.ids} if blocks.answers is None else {"ids": blocks.ids, "answers": blocks.answers}
+    with replaced(path) as partial:
+        save_file(tensors, partial, metadata={"about": json.dumps(about)})
+
+
+def load_blocks(path: Path) -> TokenBlocks:
+    """Read what `save_blocks` wrote.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["about"])
+            ids: Int64[Tensor, "blocks block_size"] = file.get_tensor("ids")
+            answers = file.get_tensor("answers") if "answers" in file.keys() else None  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} can't be read as token blocks ({error}); remove it to make it again") from None
+    return TokenBlocks(ids, about["bytes"], tuple(about["sources"]), frozenset(about["fingerprints"]), answers)
+
+
+def check_held_out(used: Iterable[str], held_out: TokenBlocks) -> None:
+    """Refuse held-out text that shares a document with the text already used.
+
+    Args:
+        used: Fingerprints of the documents that calibration and training have seen.
+        held_out: What is to be evaluated on.
+
+    Raises:
+        UserError: They share at least one document.
+    """
+    shared = held_out.fingerprints.intersection(used)
+    if shared:
+        raise UserError(
+            f"{len(shared)} of {len(held_out.fingerprints)} held-out documents ({', '.join(held_out.sources)}) "
+            "were used for calibration or training; evaluate on other text"
+        )
+
+
+def whole_blocks(tokens: int, block_size: int) -> int:
+    """How many whole blocks that many tokens fill.
+
+    Raises:
+        UserError: Blocks too short to predict anything in, or fewer tokens than one block.
+    """
+    if block_size < 2:
+        raise UserError(f"block_size must be at least 2; got {block_size}")
+    if tokens < block_size:
+        raise UserError(f"tokens must be at least one block of {block_size}; got {tokens}")
+    return tokens // block_size
+
+
+def _pieces(source: str) -> Iterator[tuple[str | Chat, str]]:
+    """Yield (piece, fingerprint of its whole document)."""
+    for document in read_documents(source):
+        if isinstance(document, list):
+            yield document, fingerprint("\n".join(message["content"] for message in document))
+        else:
+            mark = fingerprint(document)
+            yield from ((piece, mark) for piece in cut(document, PIECE_CHARACTERS))
+
+
+def cut(document: str, limit: int) -> Iterator[str]:
+    """Cut a document into pieces of at most `limit` characters, best at a paragraph's end, then a line's, …"""
+    start = 0
+    while start < len(document):
+        end = len(document)
+        if end - start > limit:
+            ends = (document.rfind(mark, start + limit // 2, start + limit) for mark in ("\n\n", "\n", ". ", " "))
+            end = next((end + 1 for end in ends if end >= 0), start + limit)
+        piece = document[start:end].strip()
+        start = end
+        if piece:
+            yield piece
+
+
+def _shuffled(pieces: Iterator[tuple[str | Chat, str]], rng: random.Random) -> Iterator[tuple[str | Chat, str]]:
+    held = list(islice(pieces, SHUFFLE_PIECES))
+    rng.shuffle(held)
+    for piece in pieces:
+        at = rng.randrange(len(held))
+        held[at], piece = piece, held[at]
+        yield piece
+    yield from held
+
+
+def _tokenised(pieces: Iterator[tuple[str | Chat, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Piece]:
+    while batch := list(islice(pieces, TOKENISE_PIECES)):
+        texts = [text for text, _ in batch if isinstance(text, str)]
+        encoded = iter(_encode(tokenizer, texts)["input_ids"] if texts else ())
+        for text, mark in batch:
+            if isinstance(text, str):
+                yield _Piece(text, mark, next(encoded), None)
+            else:
+                yield _Piece(text, mark, *encode_chat(tokenizer, text))
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[list[int], list[bool]]:
+    """Tokens of a conversation in the tokenizer's own template, and which of them are the assistant's answers.
+
+    An answer is what the template writes after its generation prompt, the end of turn included.
+
+    Raises:
+        UserError: There is no template, or it doesn't write conversations turn by turn.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError("the text holds chats, and the model's tokenizer has no chat template")
+
+    def written(messages: Chat, **options: Any) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        except Exception as error:  # templates raise what they like
+            raise UserError(f"the chat template refuses a conversation: {error}") from None
+
+    text = written(chat)
+    spans = []
+    for index, message in enumerate(chat):
+        if index and message["role"] == "assistant":
+            before, after = written(chat[:index], add_generation_prompt=True), written(chat[: index + 1])
+            if not (text.startswith(after) and after.startswith(before)):
+                raise UserError("the chat template changes earlier turns, so answers can't be told apart")
+            spans.append((len(before), len(after)))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    answers = [any(first <= start < end for first, end in spans) for start, _ in encoded["offset_mapping"]]
+    return encoded["input_ids"], answers
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **kwargs: Any) -> Any:
+    # split_special_tokens: a document that mentions "<|endoftext|>" must not end there
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False, **kwargs)
+
+
+def _covered_bytes(piece: _Piece, room: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """UTF-8 bytes of the part of a piece that fits into `room` tokens."""
+    if not isinstance(piece.text, str):
+        return len(tokenizer.decode(piece.ids[:room]).encode())
+    return len((piece.text if len(piece.ids) <= room else _covered(piece.text, room, tokenizer)).encode())
+
+
+def _covered(text: str, tokens: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The whole characters that the first tokens of a text cover."""
+    offsets = _encode(tokenizer, text, return_offsets_mapping=True)["offset_mapping"]
+    return text[: min(offsets[tokens - 1][1], max(offsets[tokens][0], offsets[tokens - 1][0]))]
+
+
+def batch_size_for(block_size: int) -> int:
+    """Blocks per forward where nothing is trained: 2,048 tokens, and at most four blocks."""
+    return max(1, min(4, 2048 // block_size))

@@ -1,0 +1,1 @@
+"""Perplexity, needle, tasks, benchmark, and the report about them."""

@@ -1,0 +1,293 @@
+"""What a model costs: cache bytes from the live tensors, TTFT, TPOT, throughput, peak memory and roofline, in turns."""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm import tqdm
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from kvlatent.errors import UserError
+from kvlatent.model.cache import LatentCache, allocated_bytes, cache_bytes, room
+from kvlatent.model.checkpoints import peak_memory
+from kvlatent.model.graft import cached_dims, cached_heads, dims_by_layer, spec_of
+from kvlatent.model.spec import bytes_per_token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One prefill and the decode steps after it."""
+
+    ttft_ms: float | None
+    """None where the cache was filled without a prefill."""
+    tpot_ms: float
+    """Median over the decode steps."""
+    peak_memory_bytes: int
+    cache_bytes: int
+    cache_bytes_predicted: int
+    cache_bytes_allocated: int
+    bandwidth: float
+    """Bytes per second that a copy moved just before, reads and writes counted."""
+
+
+def predicted_cache_bytes(
+    *, kv_heads: int, d_qk: Sequence[int], d_vo: Sequence[int], batch: int, tokens: int, element_size: int
+) -> int:
+    """Return the bytes of keys and values of `tokens` tokens in every layer.
+
+    Args:
+        kv_heads: Key/value heads per layer.
+        d_qk: Key dims per head, one entry per layer.
+        d_vo: Value dims per head, one entry per layer.
+        batch: Sequences.
+        tokens: Cached tokens per sequence.
+        element_size: Bytes per number.
+    """
+    return batch * tokens * bytes_per_token(d_qk, d_vo, kv_heads, element_size)
+
+
+def benchmark(
+    models: Mapping[str, PreTrainedModel],
+    *,
+    context: int,
+    batch: int,
+    new_tokens: int,
+    repeats: int = 5,
+    synthetic: bool = False,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Time models on the same random tokens, in turns (A B A B), so that a drifting machine slows them alike.
+
+    TTFT is the prefill of `context` tokens with the logits of the last position, up to the first token. TPOT is the
+    median of the `new_tokens` greedy cached decode steps that follow. Both are medians over the repeats, with the
+    lowest and highest repeat as range; one warm-up round is not counted.
+
+    A decode step must move all weights that it multiplies by and the whole cache. `roofline_ms` is the time that takes
+    at the bandwidth of a plain copy, measured before every turn; `roofline_share` is that time over TPOT.
+
+    Args:
+        models: Name to model; each on its device, all of them resident throughout.
+        context: Tokens per sequence before decoding.
+        batch: Sequences.
+        new_tokens: Decode steps; the cache ends with `context + new_tokens` tokens.
+        repeats: Counted rounds.
+        synthetic: Fill the cache with random numbers instead of a prefill: decode time depends on shapes only, and
+            a long prefill of a large batch takes minutes. TTFT is None then.
+        seed: Chooses the tokens.
+
+    Returns:
+        A row per model: `model, context, batch, new_tokens, dtype, synthetic, cache_bytes` (in use at the end, from the
+        live tensors), `cache_bytes_predicted, cache_bytes_allocated` (with room for growth), `cache_bytes_per_token`
+        (one token of one sequence in all layers), `ttft_ms, ttft_ms_range, tpot_ms, tpot_ms_range, tokens_per_s`
+        (`batch / TPOT`), `bandwidth_gb_per_s, roofline_ms, roofline_share` and `peak_memory_bytes`: on a GPU what
+        torch allocated on it, on a CPU the resident memory of the process; the weights of every model count in both,
+        so the difference between rows is what tells.
+
+    Raises:
+        UserError: A size is not positive, or a prefill and `new_tokens` exceed a model's positions.
+        RuntimeError: A live cache is not of the predicted size.
+    """
+    for name, value in {"context": context, "batch": batch, "new_tokens": new_tokens, "repeats": repeats}.items():
+        if value < 1:
+            raise UserError(f"{name} must be at least 1; got {value}")
+    for name, model in models.items():
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if not synthetic and positions is not None and context + new_tokens > positions:
+            raise UserError(
+                f"context {context} + {new_tokens} new tokens exceed the {positions} positions of {name} "
+                "(max_position_embeddings)"
+            )
+    vocab_size = min(model.config.vocab_size for model in models.values())
+    ids = torch.randint(vocab_size, (batch, context), generator=torch.Generator().manual_seed(seed))
+
+    measured: dict[str, list[Measurement]] = {name: [] for name in models}
+    turns = [name for _ in range(repeats + 1) for name in models]
+    for turn, name in enumerate(tqdm(turns, desc=f"bench {batch} x {context}", unit="runs")):
+        measurement = _measure(models[name], ids, new_tokens=new_tokens, synthetic=synthetic)
+        if turn >= len(models):  # the first round is the warm-up
+            measured[name].append(measurement)
+    return [
+        {
+            "model": name,
+            "context": context,
+            "batch": batch,
+            "new_tokens": new_tokens,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "synthetic": synthetic,
+            **_summary(model, measured[name], batch=batch),
+            "cache_bytes_per_token": _predicted_bytes(model, batch=1, tokens=[1] * model.config.num_hidden_layers),
+        }
+        for name, model in models.items()
+    ]
+
+
+@torch.no_grad()
+def _measure(
+    model: PreTrainedModel, ids: Int[Tensor, "batch context"], *, new_tokens: int, synthetic: bool
+) -> Measurement:
+    device = model.device
+    ids = ids.to(device)
+    model.eval()
+    bandwidth = copy_bandwidth(device)
+    _reset_peak_memory(device)
+
+    ttft = None
+    if synthetic:
+        cache, token = filled_cache(model, batch=len(ids), tokens=ids.shape[1]), ids[:, -1:]
+    else:
+        start = _now(device)
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        token = output.logits[:, -1:].argmax(dim=-1)  # (batch, 1)
+        ttft = _now(device) - start
+        cache = output.past_key_values
+    steps = []
+    for _ in range(new_tokens):
+        start = _now(device)
+        logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        token = logits[:, -1:].argmax(dim=-1)
+        steps.append(_now(device) - start)
+
+    tokens = ids.shape[1] + new_tokens
+    # Dynamic sliding layers keep the window less the token that will attend next.
+    held = [min(tokens, layer.sliding_window - 1) if layer.is_sliding else tokens for layer in cache.layers]
+    live, predicted = cache_bytes(cache), _predicted_bytes(model, batch=len(ids), tokens=held)
+    if live != predicted:
+        raise RuntimeError(f"the live cache holds {live} bytes, but {predicted} were predicted")
+    return Measurement(
+        ttft_ms=None if ttft is None else 1000 * ttft,
+        tpot_ms=1000 * statistics.median(steps),
+        peak_memory_bytes=peak_memory(device),
+        cache_bytes=live,
+        cache_bytes_predicted=predicted,
+        cache_bytes_allocated=allocated_bytes(cache),
+        bandwidth=bandwidth,
+    )
+
+
+@torch.no_grad()
+def filled_cache(model: PreTrainedModel, *, batch: int, tokens: int) -> Cache:
+    """Return the cache a model makes by default, filled with random numbers."""
+    spec = spec_of(model)
+    cache = DynamicCache(config=model.config) if spec is None else LatentCache(model.config)
+    shape = 1, _kv_heads(model.config) if spec is None else cached_heads(model.config), 1
+    for index, dims in enumerate(zip(*cached_dims(model.config), strict=True)):
+        keys, values = (
+            torch.randn(*shape, d, dtype=model.dtype, device=model.device).expand(batch, -1, tokens, -1) for d in dims
+        )
+        cache.update(keys, values, index)
+    return cache
+
+
+def copy_bandwidth(device: torch.device | str = "cpu", *, megabytes: int = 128, repeats: int = 3) -> float:
+    """Bytes per second that a copy moves: it reads b bytes and writes b bytes, so 2b over its median time."""
+    device = torch.device(device)
+    source = torch.ones(megabytes * 2**20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(repeats + 1):  # the first one touches the pages
+        start = _now(device)
+        target.copy_(source)
+        times.append(_now(device) - start)
+    return 2 * source.nbytes / statistics.median(times[1:])
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights that a decode step multiplies by: all but an input embedding that isn't the output's too."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return sum(x.nbytes for x in model.parameters()) - (0 if embedding is head else embedding.nbytes)
+
+
+def n_max_of(model: PreTrainedModel, *, memory: int, batch: int) -> dict[str, Any]:
+    """The longest context that fits in `memory` bytes beside the weights (`n_max` of the paper's Table 2), tried out.
+
+    Computed for layers that hold every token, whatever positions the model was trained for; a cache of that size is
+    then allocated and written.
+
+    Returns:
+        `context` (tokens per sequence; zero where not even the weights fit), `bytes` (weights and the allocated cache)
+        and `dtype`.
+
+    Raises:
+        RuntimeError: What was allocated takes more than `memory`.
+    """
+    per_token = _predicted_bytes(model, batch=batch, tokens=[1] * model.config.num_hidden_layers)
+    weights = sum(x.nbytes for x in model.parameters())
+    grows = spec_of(model) is not None
+
+    def needed(tokens: int) -> int:
+        return weights + (tokens + (room(tokens) if grows else 0)) * per_token
+
+    low, high = 0, max(0, memory - weights) // per_token
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if needed(middle) <= memory else (low, middle - 1)
+    taken = weights
+    if low:
+        taken += allocated_bytes(filled_cache(model, batch=batch, tokens=low))
+        if taken > memory:
+            raise RuntimeError(f"{low} tokens were computed to fit in {memory} bytes; allocated, they take {taken}")
+    return {"context": low, "bytes": taken, "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def _kv_heads(config: PreTrainedConfig) -> int:
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def _predicted_bytes(model: PreTrainedModel, *, batch: int, tokens: Sequence[int]) -> int:
+    """Return the cache bytes of a model whose layers hold `tokens` tokens each."""
+    config = model.config
+    return sum(
+        predicted_cache_bytes(
+            kv_heads=_kv_heads(config),
+            d_qk=[d_qk],
+            d_vo=[d_vo],
+            batch=batch,
+            tokens=held,
+            element_size=model.dtype.itemsize,
+        )
+        for d_qk, d_vo, held in zip(*dims_by_layer(config), tokens, strict=True)
+    )
+
+
+def _summary(model: PreTrainedModel, measured: Sequence[Measurement], *, batch: int) -> dict[str, Any]:
+    ttft = [measurement.ttft_ms for measurement in measured if measurement.ttft_ms is not None]
+    tpot = [measurement.tpot_ms for measurement in measured]
+    bandwidth = statistics.median(measurement.bandwidth for measurement in measured)
+    last = measured[-1]
+    roofline_ms = 1000 * (weight_bytes(model) + last.cache_bytes) / bandwidth
+    return {
+        "cache_bytes": last.cache_bytes,
+        "cache_bytes_predicted": last.cache_bytes_predicted,
+        "cache_bytes_allocated": last.cache_bytes_allocated,
+        "ttft_ms": statistics.median(ttft) if ttft else None,
+        "ttft_ms_range": [min(ttft), max(ttft)] if ttft else None,
+        "tpot_ms": statistics.median(tpot),
+        "tpot_ms_range": [min(tpot), max(tpot)],
+        "tokens_per_s": 1000 * batch / statistics.median(tpot),
+        "bandwidth_gb_per_s": bandwidth / 1e9,
+        "roofline_ms": roofline_ms,
+        "roofline_share": roofline_ms / statistics.median(tpot),
+        "peak_memory_bytes": max(measurement.peak_memory_bytes for measurement in measured),
+    }
+
+
+def _now(device: torch.device) -> float:
+    """Return seconds, once all work queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # Linux forgets the peak of the process; elsewhere it stays the highest so far
+            Path("/proc/self/clear_refs").write_text("5")

@@ -1,0 +1,364 @@
+"""Figures: matplotlib draws in stand-in colours, which become the page's CSS variables and so follow its scheme."""
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import matplotlib
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from kvlatent.evaluation.report.results import Results, Score, Step
+from kvlatent.evaluation.report.summary import milliseconds, score_ratio, times
+from kvlatent.model.card import per_layer
+
+_T = TypeVar("_T")
+
+
+_INK, _MUTED, _GRID, _TEACHER, _STUDENT, _OTHER = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
+VARIABLES = dict(
+    zip(
+        (_INK, _MUTED, _GRID, _TEACHER, _STUDENT, _OTHER),
+        ("ink", "muted", "line", "teacher", "student", "other"),
+        strict=True,
+    )
+)
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "kvlatent",
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.edgecolor": _MUTED,
+    "axes.labelcolor": _INK,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.5,
+    "text.parse_math": False,
+}
+
+
+class Picture(NamedTuple):
+    """A figure as inline SVG, with its texts."""
+
+    title: str
+    caption: str
+    svg: Markup
+
+
+def _picture(title: str, caption: str, draw: Callable[[Axes], None]) -> Picture:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.8, 3.1), layout="constrained")
+        draw(figure.add_subplot())
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, dpi=200, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # figure_1, axes_1, … would repeat within the page
+    view = re.search(r'viewBox="[^"]*"', svg)
+    assert view is not None
+    svg = (
+        f'<svg {view[0]} role="img" aria-label="{escape(title)}" xmlns:xlink="http://www.w3.org/1999/xlink">'
+        + svg[svg.index(">") + 1 :]
+    )
+    for stand_in, variable in VARIABLES.items():
+        svg = svg.replace(stand_in, f"var(--{variable})")
+    return Picture(title, caption, Markup(svg))  # matplotlib has escaped the texts it drew
+
+
+def _colour(model: str) -> str:
+    return _TEACHER if model == "teacher" else _OTHER if model.startswith("paper") else _STUDENT
+
+
+def _short(text: str, width: int = 26) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _thin(items: Sequence[_T], most: int) -> list[_T]:
+    """At most `most` items, evenly spread, with the first and the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _plain_axis(axis: Any) -> None:
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _wide(values: Iterable[float], times: float) -> bool:
+    values = list(values)
+    return min(values) > 0 and max(values) / min(values) > times
+
+
+def perplexity_bars(results: Results) -> Iterator[Picture]:
+    """Perplexity of every evaluated model over the teacher's."""
+    teacher = results.evaluate.models.get("teacher", Score())
+    ratios = {name: score_ratio(score, teacher).value for name, score in results.evaluate.models.items()}
+    bars = {name: ratio for name, ratio in ratios.items() if ratio is not None and math.isfinite(ratio)}
+    if len(bars) < 2:
+        return
+    log = _wide(bars.values(), 20)
+
+    def draw(ax: Axes) -> None:
+        ax.barh(range(len(bars)), list(bars.values()), color=[_colour(name) for name in bars], height=0.62)
+        for y, ratio in enumerate(bars.values()):
+            ax.annotate(times(ratio), (ratio, y), xytext=(4, 0), textcoords="offset points", va="center")
+        ax.set_yticks(range(len(bars)), [_short(name) for name in bars])
+        ax.invert_yaxis()
+        ax.grid(visible=False, axis="y")
+        if log:
+            ax.set_xscale("log")
+            ax.set_xlim(0.5, max(bars.values()) * 12)
+            _plain_axis(ax.xaxis)
+        else:
+            ax.set_xlim(0, max(bars.values()) * 1.25)
+        ax.axvline(1, color=_MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+        ax.set_xlabel(f"Perplexity, × the teacher's{' (log scale)' if log else ''}")
+
+    yield _picture("Perplexity of every model", "Lower is better; the dashed line is the teacher.", draw)
+
+
+def loss_curve(steps: Sequence[Step], stage: int, what: str) -> Iterator[Picture]:
+    """Training loss of one stage, step by step."""
+    points = [(s.step, s.loss) for s in steps if s.stage == stage and s.loss is not None and math.isfinite(s.loss)]
+    if not points:
+        return
+
+    def draw(ax: Axes) -> None:
+        x, y = zip(*_thin(points, 1000), strict=True)
+        ax.plot(x, y, color=_STUDENT, marker="o" if len(x) < 40 else None, markersize=2.5)
+        if _wide(y, 8):
+            ax.set_yscale("log")
+            _plain_axis(ax.yaxis)
+        ax.set_xlabel("Step")
+        ax.set_ylabel(what)
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+    yield _picture(f"Stage {stage} training loss", "Lower is better.", draw)
+
+
+def layer_loss_map(steps: Sequence[Step]) -> Iterator[Picture]:
+    """Stage 1 loss by layer and step."""
+    rows = [(s.step, s.layer_loss) for s in steps if s.stage == 1 and s.layer_loss]
+    rows = [(step, loss) for step, loss in rows if len(loss) == len(rows[-1][1])]
+    if len(rows) < 2:
+        return
+    rows = _thin(rows, 120)
+    columns = [loss for _, loss in rows]
+    positive = all(math.isfinite(value) and value > 0 for loss in columns for value in loss)
+
+    def draw(ax: Axes) -> None:
+        ax.grid(visible=False)
+        mesh = ax.pcolormesh(
+            [step for step, _ in rows],
+            range(len(columns[0])),
+            [list(layer) for layer in zip(*columns, strict=True)],
+            shading="nearest",
+            cmap="viridis",
+            norm=LogNorm() if positive else None,
+            rasterized=True,
+        )
+        figure = ax.get_figure(root=True)
+        assert figure is not None
+        bar = figure.colorbar(mesh, ax=ax, pad=0.02)
+        bar.solids.set_rasterized(True)  # type: ignore[union-attr]
+        bar.set_label(f"Loss{' (log scale)' if positive else ''}")
+        bar.outline.set_visible(False)
+        if positive:
+            _plain_axis(bar.ax.yaxis)
+        ax.set_xlabel("Step")
+        ax.set_ylabel("Layer")
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+    yield _picture("Stage 1 loss of every layer", "Darker is lower, and lower is better.", draw)
+
+
+def held_out_curve(steps: Sequence[Step]) -> Iterator[Picture]:
+    """Held-out perplexity against healing tokens, both stages on one axis."""
+    first_stage = max((s.tokens for s in steps if s.stage == 1), default=0)
+    second = [s.tokens for s in steps if s.stage == 2]
+    offset = first_stage if second and min(second) < first_stage else 0  # tokens were counted anew in stage 2
+    points = {
+        stage: [
+            (s.tokens + (offset if stage == 2 else 0), s.held_out_perplexity)
+            for s in steps
+            if s.stage == stage and s.held_out_perplexity is not None and math.isfinite(s.held_out_perplexity)
+        ]
+        for stage in (1, 2)
+    }
+    everything = points[1] + points[2]
+    if not everything:
+        return
+
+    def draw(ax: Axes) -> None:
+        for stage, colour in ((1, _OTHER), (2, _STUDENT)):
+            if points[stage]:
+                x, y = zip(*points[stage], strict=True)
+                ax.plot(x, y, color=colour, marker="o", markersize=3, label=f"stage {stage}")
+        if _wide((y for _, y in everything), 8):
+            ax.set_yscale("log")
+            _plain_axis(ax.yaxis)
+        _plain_axis(ax.xaxis)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.set_xlabel("Healing tokens")
+        ax.set_ylabel("Held-out perplexity")
+        if points[1] and points[2]:
+            ax.legend()
+
+    yield _picture("Held-out perplexity while healing", "Lower is better.", draw)
+
+
+def cache_lines(results: Results) -> Iterator[Picture]:
+    """Cache of one sequence against its length, from the measured bytes per token."""
+    per_token = {name: row.cache_bytes_per_token for name, row in results.bench_pair.items()}
+    lines = {name: per_token[name] for name in ("teacher", "student") if per_token.get(name)}
+    if not lines:
+        return
+    longest = max(8192, 2 * max(row.context for row in results.bench.rows))
+
+    def draw(ax: Axes) -> None:
+        for name, size in lines.items():
+            assert size is not None
+            ax.plot([0, longest], [0, size * longest / 2**20], color=_colour(name))
+            ax.annotate(name, (longest, size * longest / 2**20), xytext=(-4, 6), textcoords="offset points", ha="right")
+        ax.set_xlim(0, longest)
+        ax.set_ylim(0, max(size or 0 for size in lines.values()) * longest / 2**20 * 1.12)
+        ax.set_xticks([longest * i // 4 for i in range(5)])
+        _plain_axis(ax.xaxis)
+        ax.set_xlabel("Context (tokens)")
+        ax.set_ylabel("KV cache of one sequence (MiB)")
+
+    dtype = next(iter(results.bench_pair.values())).dtype
+    note = f"Computed from the bytes per token{f' in {dtype}' if dtype else ''}. Lower is better."
+    yield _picture("KV cache against context", note, draw)
+
+
+def latency_bars(results: Results, field: str, title: str) -> Iterator[Picture]:
+    """TTFT or TPOT of teacher and student, a pair of bars per workload."""
+    rows = [row for row in results.bench.rows if _finite(getattr(row, field)) and row.model in ("teacher", "student")]
+    if not rows:
+        return
+    workloads = sorted({row.workload for row in rows})
+
+    def draw(ax: Axes) -> None:
+        for side, model in ((-0.2, "teacher"), (0.2, "student")):
+            for row in (row for row in rows if row.model == model):
+                value, low_high = getattr(row, field), getattr(row, f"{field}_range")
+                x = workloads.index(row.workload) + side
+                ax.bar(x, value, width=0.36, color=_colour(model))
+                if low_high:
+                    ax.vlines(x, low_high[0], low_high[1], color=_INK, linewidth=0.9)
+                ax.annotate(
+                    milliseconds(value),
+                    (x, max(value, low_high[1] if low_high else 0)),
+                    xytext=(0, 3),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8 if len(workloads) < 4 else 6.5,
+                )
+        for model in ("teacher", "student"):
+            ax.bar(0, 0, color=_colour(model), label=model)
+        ax.set_xticks(range(len(workloads)), [f"{c:,} × {b}" for c, b, *_ in workloads])
+        ax.set_xlim(-0.75, len(workloads) - 0.25)
+        ax.grid(visible=False, axis="x")
+        ax.margins(y=0.14)
+        ax.set_ylim(0, ax.get_ylim()[1])
+        ax.set_xlabel("Context (tokens) × batch")
+        ax.set_ylabel(f"{title} (ms)")
+        _plain_axis(ax.yaxis)
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+    words = {"TTFT": "Time to first token", "TPOT": "Time per output token"}[title]
+    note = (
+        "Lower is better; vertical lines are the range over repeats."
+        if any(getattr(row, f"{field}_range") for row in rows)
+        else "Lower is better."
+    )
+    yield _picture(f"{words} ({title})", note, draw)
+
+
+def dims_figure(spec: Mapping[str, Any]) -> Iterator[Picture]:
+    """Dims by layer; nothing where all layers have the same."""
+    dims = {key: per_layer(spec, key) for key in ("d_qk", "d_vo")}
+    dims = {key: values for key, values in dims.items() if values}
+    if all(min(values) == max(values) for values in dims.values()):
+        return  # one sentence says it better
+
+    def draw(ax: Axes) -> None:
+        for (key, values), colour in zip(dims.items(), (_STUDENT, _OTHER), strict=False):
+            ax.step(range(len(values)), values, where="mid", color=colour, label=key)
+        head_dim = spec.get("head_dim")
+        if isinstance(head_dim, int):
+            ax.axhline(head_dim, color=_TEACHER, linestyle=(0, (4, 3)), label="head_dim (teacher)")
+        ax.set_ylim(0, ax.get_ylim()[1] * 1.05)
+        ax.set_xlabel("Layer")
+        ax.set_ylabel("Dims per head")
+        ax.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+
+    yield _picture("Dims kept in every layer", "Fewer dims, smaller cache.", draw)
+
+
+def error_figures(layers: Sequence[Mapping[str, Any]]) -> Iterator[Picture]:
+    """Whatever the results call an error of each layer, a figure each."""
+    keys = sorted({key for row in layers for key, value in row.items() if key.endswith("error") and _is_number(value)})
+    for key in keys:
+        points = [(row.get("layer", at), row[key]) for at, row in enumerate(layers) if _is_number(row.get(key))]
+
+        def draw(ax: Axes, points: list[tuple[int, float]] = points, key: str = key) -> None:
+            ax.bar([layer for layer, _ in points], [error for _, error in points], color=_STUDENT, width=0.72)
+            ax.grid(visible=False, axis="x")
+            ax.set_xlabel("Layer")
+            ax.set_ylabel(key.replace("_", " ").capitalize())
+            ax.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+
+        words = key.replace("_", " ").capitalize()
+        yield _picture(f"{words} of every layer", "Lower is better.", draw)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def tpot_lines(rows: Sequence[Mapping[str, Any]], title: str) -> Picture:
+    """TPOT against context: measured points with their range, and the time the bytes take at copy bandwidth, dashed."""
+
+    def draw(ax: Axes) -> None:
+        for model, colour in zip(
+            dict.fromkeys(row["model"] for row in rows), (_STUDENT, _TEACHER, _OTHER), strict=False
+        ):
+            own = sorted((row for row in rows if row["model"] == model), key=lambda row: row["context"])
+            contexts = [row["context"] for row in own]
+            ax.plot(contexts, [row["tpot_ms"] for row in own], "o-", color=colour, markersize=3, label=_short(model))
+            ax.vlines(contexts, *zip(*(row["tpot_ms_range"] for row in own), strict=True), color=colour, linewidth=0.9)
+            ax.plot(contexts, [row["roofline_ms"] for row in own], "--", color=colour, linewidth=0.8)
+        ax.set_xlim(left=0)
+        ax.set_ylim(bottom=0)
+        ax.set_xlabel("Context (tokens)")
+        ax.set_ylabel("TPOT (ms)")
+        ax.legend(loc="upper left", fontsize=7)
+        _plain_axis(ax.xaxis)
+
+    return _picture(title, "Dashed: the time that weights and cache take at the bandwidth of a copy.", draw)
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

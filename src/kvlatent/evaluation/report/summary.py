@@ -1,0 +1,199 @@
+"""Teacher and student side by side: numbers as text, the headline, and what to know before believing them."""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from kvlatent.evaluation.report.results import BenchRow, Results, Score
+
+
+def fixed(value: float | None, decimals: int = 0) -> str:
+    """A number with thousands separators; a dash for none."""
+    if value is None or math.isnan(value):
+        return "–"
+    return "∞" if math.isinf(value) else f"{value:,.{decimals}f}"
+
+
+def _perplexity(value: float | None) -> str:
+    return fixed(value, 2 if value is not None and value < 1000 else 0)
+
+
+def times(value: float | None) -> str:
+    """A ratio, as in `1.59 ×`."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{fixed(value, 3 if value < 0.1 else 2 if value < 100 else 0)} ×"
+
+
+def milliseconds(value: float | None) -> str:
+    """A time with its digits."""
+    return fixed(value, 2 if value is not None and value < 10 else 1)
+
+
+def count(value: float | None) -> str:
+    """A whole number, where it is one."""
+    return fixed(value, 0 if value is None or value == round(value, 0) else 1)
+
+
+def mib(value: float | None) -> str:
+    """Bytes as MiB."""
+    return "–" if value is None else f"{fixed(value / 2**20, 2)} MiB"
+
+
+def _divide(numerator: float | None, denominator: float | None) -> float | None:
+    return numerator / denominator if numerator is not None and denominator else None
+
+
+class Cell(NamedTuple):
+    """One number of a table: as measured, as printed, and its spread as printed."""
+
+    value: float | None
+    text: str
+    spread: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text} {self.spread}".rstrip()
+
+
+class Metric(NamedTuple):
+    """One row of the summary: the same quantity of teacher and student."""
+
+    name: str
+    unit: str
+    condition: str
+    lower_is_better: bool
+    teacher: Cell
+    student: Cell
+    ratio: Cell
+
+    @property
+    def better(self) -> str:
+        """Which way is better."""
+        return "lower is better" if self.lower_is_better else "higher is better"
+
+    @property
+    def label(self) -> str:
+        """Name and unit."""
+        return f"{self.name} ({self.unit})" if self.unit else self.name
+
+
+def perplexity_cell(score: Score) -> Cell:
+    """Perplexity and its standard error."""
+    error = f"± {_perplexity(score.perplexity_stderr)}" if score.perplexity_stderr is not None else ""
+    return Cell(score.perplexity, _perplexity(score.perplexity), error)
+
+
+def _bits_cell(score: Score) -> Cell:
+    return Cell(score.bits_per_byte, fixed(score.bits_per_byte, 3))
+
+
+def score_ratio(score: Score, teacher: Score) -> Cell:
+    """Perplexity over the teacher's; the ratio of paired blocks where there is one."""
+    ratio, error = score.perplexity_ratio, score.perplexity_ratio_stderr
+    if ratio is None:
+        ratio, error = _divide(score.perplexity, teacher.perplexity), None
+    return Cell(ratio, times(ratio), f"± {fixed(error, 3 if error < 0.005 else 2)}" if error else "")
+
+
+def _quotient(student: Cell, teacher: Cell) -> Cell:
+    ratio = _divide(student.value, teacher.value)
+    return Cell(ratio, times(ratio))
+
+
+def _bench_cell(row: BenchRow | None, field: str, show: Callable[[float | None], str]) -> Cell:
+    value = getattr(row, field, None)
+    low_high = getattr(row, f"{field}_range", None)
+    return Cell(value, show(value), f"({show(low_high[0])} to {show(low_high[1])})" if low_high else "")
+
+
+def summary_of(results: Results) -> list[Metric]:
+    """Teacher and student side by side; only quantities that at least one of them has."""
+    models = results.evaluate.models
+    teacher, student = models.get("teacher", Score()), models.get(results.student or "", Score())
+    perplexities = perplexity_cell(teacher), perplexity_cell(student)
+    bits = _bits_cell(teacher), _bits_cell(student)
+    rows = [
+        Metric("Perplexity", "", "held-out text", True, *perplexities, score_ratio(student, teacher)),
+        Metric("Bits per byte", "", "held-out text", True, *bits, _quotient(bits[1], bits[0])),
+    ]
+    pair = results.bench_pair
+    for field, name, unit, lower, show in (
+        ("cache_bytes_per_token", "KV cache", "bytes per token", True, count),
+        ("ttft_ms", "TTFT", "ms", True, milliseconds),
+        ("tpot_ms", "TPOT", "ms", True, milliseconds),
+        ("tokens_per_s", "Throughput", "tokens/s", False, milliseconds),
+    ):
+        cells = _bench_cell(pair.get("teacher"), field, show), _bench_cell(pair.get("student"), field, show)
+        condition = ""
+        if pair:
+            row = next(iter(pair.values()))
+            condition = row.dtype if field == "cache_bytes_per_token" else f"context {row.context:,}, batch {row.batch}"
+        rows.append(Metric(name, unit, condition, lower, *cells, _quotient(cells[1], cells[0])))
+    return [row for row in rows if row.teacher.value is not None or row.student.value is not None]
+
+
+def _share_of_cache(ratio: float) -> str:
+    words = {
+        1 / 4: "A quarter of",
+        1 / 3: "A third of",
+        1 / 2: "Half",
+        2 / 3: "Two thirds of",
+        3 / 4: "Three quarters of",
+    }
+    near = next((word for share, word in words.items() if abs(ratio - share) < 0.004), None)
+    return f"{near or f'{100 * ratio:.0f} % of'} the KV cache"
+
+
+def headline_of(results: Results) -> str:
+    """What the run achieved, in one line; empty if it measured nothing."""
+    metrics = {metric.name: metric for metric in summary_of(results)}
+    parts = []
+    cache, quality = metrics.get("KV cache"), metrics.get("Perplexity")
+    if cache and cache.ratio.value is not None:
+        parts.append(
+            f"{_share_of_cache(cache.ratio.value)} ({cache.teacher.text} → {cache.student.text} bytes per token)"
+        )
+    if quality and quality.ratio.value is not None:
+        untrained = ", before any training" if "no training" in (results.student or "") else ""
+        parts.append(f"{'at ' if parts else 'At '}{quality.ratio.text} the teacher's perplexity{untrained}")
+    return " ".join(parts)
+
+
+def _texts(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Every `text` field within the recipe (`text`, `train_text`, …), with the path that leads to it."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _texts(value, f"{prefix}{key}.")
+        elif (key == "text" or key.endswith("_text")) and value:
+            yield f"{prefix}{key}", [value] if isinstance(value, str) else list(map(str, value))
+
+
+def notes_on(results: Results) -> list[str]:
+    """What a reader should know before believing the numbers; only what the results say."""
+    notes = []
+    evaluate = results.evaluate
+    held_out = [evaluate.text] if isinstance(evaluate.text, str) else evaluate.text
+    trained = {where: sources for where, sources in _texts(results.recipe) if not re.match(r"(held_out|eval)", where)}
+    for where, sources in trained.items():
+        notes.append(f"Text named by the recipe under {where}: {', '.join(sources)}.")
+    if held_out:
+        size = ", ".join(
+            f"{count:,} {unit}" for count, unit in ((evaluate.tokens, "tokens"), (evaluate.bytes, "bytes")) if count
+        )
+        size = f" ({size})" if size else ""
+        notes.append(f"Perplexity and bits per byte on held-out text: {', '.join(held_out)}{size}.")
+        used = {source for sources in trained.values() for source in sources}
+        if shared := sorted(used.intersection(held_out)):
+            notes.append(f"Caution: {', '.join(shared)} is both held-out text and calibration or training text.")
+        elif used:
+            notes.append("No held-out source is among the calibration and training sources.")
+    if any(score.perplexity_stderr is not None for score in evaluate.models.values()):
+        notes.append("± is the standard error of the perplexity, with blocks of held-out text as the samples.")
+    for row in results.bench.rows:
+        if row.cache_bytes_predicted is not None and row.cache_bytes != row.cache_bytes_predicted:
+            notes.append(
+                f"Caution: the {row.model}'s cache measured {count(row.cache_bytes)} bytes at context "
+                f"{row.context:,}, predicted {count(row.cache_bytes_predicted)}."
+            )
+    return notes

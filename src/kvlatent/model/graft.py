@@ -1,0 +1,201 @@
+"""Graft latent attention onto the stock model classes and register them with the Auto classes."""
+
+from __future__ import annotations
+
+import copy
+from importlib import import_module
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StaticCache,
+)
+from transformers import initialization as init
+
+from kvlatent.errors import UserError
+from kvlatent.kernels.cpu_linear import lean
+from kvlatent.model.attention import LatentAttention
+from kvlatent.model.cache import LatentCache, write_in_place
+from kvlatent.model.config import CONFIGS
+from kvlatent.model.families import FAMILIES, PREFIX, Family, family_of
+from kvlatent.model.rope import LatentRotaryEmbedding
+from kvlatent.model.spec import LatentSpec
+
+LATENT_DIMS = 256
+"""The widest that heads side by side are by default before they are reduced: fused attention takes no wider heads."""
+
+
+class KVLatentForCausalLM:
+    """Mixed into a stock `…ForCausalLM`: every decoder layer gets a `LatentAttention`, the body a latent RoPE.
+
+    Everything else (generation, tying, checkpointing, parallel plans) is the stock class's.
+    """
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        if config.latent is None:
+            raise UserError(f"a {config.model_type} config needs its latent spec; convert a model to get one")
+        spec = LatentSpec.from_dict(config.latent)
+        if len(spec.d_qk) != config.num_hidden_layers:
+            raise UserError(f"the latent spec names {len(spec.d_qk)} layers; the model has {config.num_hidden_layers}")
+        set_spec(self, spec)
+        lean(self)  # type: ignore[arg-type]
+        self.model.register_forward_pre_hook(  # type: ignore[attr-defined]
+            _give_cache, with_kwargs=True
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Let the cache that `generate` makes (by default, static, offloaded) be written in place."""
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        made = model_kwargs.get("past_key_values")
+        if given is None and type(made) in (DynamicCache, StaticCache):
+            write_in_place(made, self.config)  # type: ignore[attr-defined]
+
+    def _get_static_cache_init_shape(self) -> None:
+        """Let static caches take their shapes from the first keys and values: the config names the teacher's."""
+
+
+def _give_cache(
+    body: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], Any] | None:
+    """Where the body is asked to cache and given no cache, give it one that grows in place."""
+    use_cache = kwargs.get("use_cache")
+    wanted = body.config.use_cache if use_cache is None else use_cache
+    if not wanted or body.training or len(args) > 1 or kwargs.get("past_key_values") is not None:
+        return None
+    return args, kwargs | {"past_key_values": LatentCache(body.config)}
+
+
+def _model_class(model_type: str, family: Family) -> type[PreTrainedModel]:
+    module = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    stock = getattr(module, f"{family.name}ForCausalLM")
+    body = {"__module__": __name__, "config_class": CONFIGS[model_type]}
+    return type(f"KVLatent{family.name}ForCausalLM", (KVLatentForCausalLM, stock), body)
+
+
+MODELS = {model_type: _model_class(model_type, family) for model_type, family in FAMILIES.items()}
+"""Model class of converted models by the stock model_type."""
+
+globals().update({model.__name__: model for model in MODELS.values()})
+
+for _model_type, _model in MODELS.items():
+    AutoModelForCausalLM.register(CONFIGS[_model_type], _model)
+
+
+def set_spec(model: PreTrainedModel, spec: LatentSpec) -> None:
+    """Give every layer of `model` a fresh `LatentAttention` shaped by `spec`, and its body the matching RoPE."""
+    model.config.latent = spec.to_dict()
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn = LatentAttention(model.config, index, layer.self_attn, spec)
+    model.model.rotary_emb = LatentRotaryEmbedding(spec.inv_freq, spec.rope_scaling).to(model.device)
+
+
+def spec_of(model: PreTrainedModel) -> LatentSpec | None:
+    """The latent spec of a converted model; None for a stock model."""
+    return spec_in(model.config)
+
+
+def spec_in(config: PreTrainedConfig) -> LatentSpec | None:
+    """The latent spec of a converted model's config; None for a stock one."""
+    latent = getattr(config, "latent", None)
+    return None if latent is None else LatentSpec.from_dict(latent)
+
+
+def dims_by_layer(config: PreTrainedConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """d_qk and d_vo of every layer: a converted model's own, head_dim for both in a stock one."""
+    latent = getattr(config, "latent", None)
+    if latent is not None:
+        return tuple(latent["d_qk"]), tuple(latent["d_vo"])
+    whole = (head_dim_of(config),) * config.num_hidden_layers
+    return whole, whole
+
+
+def cached_dims(config: PreTrainedConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Dims of what is cached as one head, layer by layer: as `dims_by_layer`, or of the heads of a latent together."""
+    spec = spec_in(config)
+    return dims_by_layer(config) if spec is None else spec.latent_dims
+
+
+def cached_heads(config: PreTrainedConfig) -> int:
+    """Heads of the cache: the model's KV heads, or its latents."""
+    spec = spec_in(config)
+    return int(config.num_key_value_heads) // (1 if spec is None else spec.heads_per_latent)
+
+
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """The teacher's dims per head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def heads_per_latent_of(config: PreTrainedConfig, asked: int | None = None) -> int:
+    """How many KV heads share a latent: as many as were asked for, or as have `LATENT_DIMS` together.
+
+    Raises:
+        UserError: Latents would not be alike.
+    """
+    heads, most = config.num_key_value_heads, max(1, LATENT_DIMS // head_dim_of(config))
+    if asked is None:
+        return max(m for m in range(1, heads + 1) if heads % m == 0 and m <= most)
+    if asked < 1 or heads % asked:
+        raise UserError(f"heads per latent must divide the model's {heads} KV heads; got {asked}")
+    return asked
+
+
+def check_teacher(config: PreTrainedConfig) -> None:
+    """Raise `UserError` unless the model is of a supported architecture and not converted yet."""
+    family_of(config)
+    if config.model_type.startswith(PREFIX):
+        raise UserError("the model is converted already; start from the original checkpoint")
+
+
+def identity_spec(teacher: PreTrainedModel) -> LatentSpec:
+    """The spec that keeps every dim and the teacher's own frequencies: the graft it describes equals the teacher."""
+    config, rotary = teacher.config, teacher.model.rotary_emb
+    head_dim = head_dim_of(config)
+    return LatentSpec(
+        preset="best",
+        head_dim=head_dim,
+        d_qk=(head_dim,) * config.num_hidden_layers,
+        d_vo=(head_dim,) * config.num_hidden_layers,
+        qk_map="folded",
+        inv_freq=tuple(rotary.inv_freq.float().tolist()),
+        per_head_frequencies=False,
+        scale=head_dim**-0.5,
+        rope_scaling=rotary.attention_scaling,
+    )
+
+
+def graft(teacher: PreTrainedModel, *, share: bool = False) -> PreTrainedModel:
+    """Return a copy of `teacher` on our classes, equal to it in every logit; conversion then reduces it in place.
+
+    Args:
+        teacher: The stock model.
+        share: Hold the teacher's own tensors instead of copies of them.
+
+    Raises:
+        UserError: The architecture is not supported, or the model is a converted one already.
+    """
+    check_teacher(teacher.config)
+    model_type = teacher.config.model_type
+    fields = copy.deepcopy(teacher.config.to_dict())
+    for key in ("model_type", "architectures", "transformers_version"):
+        fields.pop(key, None)
+    spec = identity_spec(teacher)
+    config = CONFIGS[model_type](**fields, latent=spec.to_dict())
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"), init.no_init_weights():
+        student = MODELS[model_type](config)
+    weights = {name: value if share else value.clone() for name, value in teacher.state_dict().items()}
+    student.load_state_dict(weights, assign=True)
+    student.model.rotary_emb = LatentRotaryEmbedding(spec.inv_freq, spec.rope_scaling).to(teacher.device)
+    student.tie_weights()
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student.requires_grad_(True).eval()

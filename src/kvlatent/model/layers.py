@@ -1,0 +1,91 @@
+"""Entering a stock body without running its layers, and hooking modules for as long as a call lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def layer_arguments(model: PreTrainedModel, starts: Int[Tensor, "batch"], block_size: int) -> list[dict[str, Any]]:
+    """Position embeddings and mask that each decoder layer gets for blocks that begin at `starts`; no layer is run."""
+    starts = starts.to(model.device)
+    positions = starts[:, None] + torch.arange(block_size, device=starts.device)
+    _, arguments = enter_layers(model, torch.zeros_like(positions), positions)
+    return [{name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")} for kwargs in arguments]
+
+
+def enter_layers(
+    model: PreTrainedModel, ids: Int[Tensor, "batch seq"], position_ids: Tensor | None = None
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """What the model's body gives its first layer, and every layer's other arguments; no layer is run.
+
+    The stock body decides on masks and position embeddings; asking it keeps windows, packing and mixed layer types
+    right.
+    """
+    body, seen = model.model, _Entrance()
+    layers = body.layers
+    body.layers = nn.ModuleList([seen] * len(layers))
+    try:
+        with torch.no_grad():
+            body(ids, position_ids=position_ids, use_cache=False)
+    finally:
+        body.layers = layers
+    return seen.hidden[0], seen.arguments
+
+
+class _Entrance(nn.Module):
+    """Stands for a layer and remembers what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: list[Tensor] = []
+        self.arguments: list[dict[str, Any]] = []
+
+    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        self.hidden.append(hidden)
+        self.arguments.append(kwargs)
+        return hidden
+
+
+@contextmanager
+def hooks(handles: Iterator[Any]) -> Iterator[None]:
+    """Keep torch hooks for the body of a `with`, and remove them whatever happens there."""
+    registered = list(handles)
+    try:
+        yield
+    finally:
+        for handle in registered:
+            handle.remove()
+
+
+def input_and_output(module: nn.Module, run: Callable[[], Any]) -> tuple[Tensor, Any]:
+    """Call `run` and return the tensor that `module` was given meanwhile, and the result of `run`."""
+    seen: list[Tensor] = []
+    with hooks(iter([module.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))])):
+        result = run()
+    return seen[0], result
+
+
+class _Reached(Exception):
+    """Carries what a module was about to be given."""
+
+
+def input_of(module: nn.Module, run: Callable[[], Any]) -> Tensor:
+    """Call `run` until it reaches `module`, and return the tensor that it would be given there."""
+
+    def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise _Reached(args[0])
+
+    with hooks(iter([module.register_forward_pre_hook(stop)])):
+        try:
+            run()
+        except _Reached as reached:
+            tensor: Tensor = reached.args[0]
+            return tensor
+    raise AssertionError("the module is not part of what ran")

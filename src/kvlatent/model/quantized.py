@@ -1,0 +1,212 @@
+"""A cache of 8- or 4-bit numbers over the reduced dims: keys per channel, values per token, the newest as they are.
+
+Keys have channels of very different size, so every channel has its own range, over `GROUP` tokens at a time; values are
+scaled token by token (KIVI, arXiv:2402.02750). Codes are written once: what is quantised is never read back and
+quantised again. Attention sees dequantised tensors, one layer at a time, so this saves memory, not decode time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from kvlatent.errors import UserError
+from kvlatent.model.cache import LEAST_ROOM, Buffer, Buffered, GrowingLayer, Held, Keys, LatentCache, Values, check_crop
+
+GROUP = 128
+"""Tokens whose keys share the ranges of their channels; they are quantised together."""
+WINDOW = 32
+"""Newest tokens that are always in full precision; up to GROUP - 1 more wait for their group to fill."""
+
+
+class QuantisedCache(LatentCache):
+    """A `LatentCache` with quantised layers, for `generate(past_key_values=…)`; layers with a sliding window stay."""
+
+    def __init__(self, config: PreTrainedConfig, *, bits: int) -> None:
+        """Build empty layers for a model.
+
+        Args:
+            config: Of the model.
+            bits: Per number, 8 or 4.
+
+        Raises:
+            UserError: Other `bits`.
+        """
+        if bits not in (4, 8):
+            raise UserError(f"caches are quantised to 4 or 8 bits; got {bits}")
+        super().__init__(config)
+        for index, layer in enumerate(self.layers):
+            if type(layer) is GrowingLayer:
+                self.layers[index] = QuantisedLayer(bits)
+
+
+class QuantisedLayer(Buffered, DynamicLayer):
+    """Codes and scales of whole groups, then a residual in full precision; `keys` and `values` are the residual."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.residual: list[Buffer] = []  # keys, values
+        self.codes: list[Buffer] = []  # keys: codes, least, step by group; values: codes, step by token
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Set up empty buffers."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.residual = [Buffer(key_states[:, :, :0]), Buffer(value_states[:, :, :0])]
+        empty = (*quantise_keys(key_states[:, :, :0], self.bits), *quantise_values(value_states[:, :, :0], self.bits))
+        rooms = (LEAST_ROOM, 1, 1, LEAST_ROOM, LEAST_ROOM)  # ranges have a row per group, not per token
+        self.codes = [Buffer(x, least) for x, least in zip(empty, rooms, strict=True)]
+        self.is_initialized = True
+
+    def update(self, key_states: Keys, value_states: Values, *args: Any, **kwargs: Any) -> Held:
+        """Append; return all keys and values, those of whole groups as they are after quantisation.
+
+        A first update returns what it was given: a prefill attends in full precision.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        old = self._dequantised() if self.codes[0].length else None
+        new = [buffer.append(x) for buffer, x in zip(self.residual, (key_states, value_states), strict=True)]
+        result = new if old is None else [torch.cat(pair, dim=2) for pair in zip(old, new, strict=True)]
+        surplus = (self.residual[0].length - WINDOW) // GROUP * GROUP
+        if surplus > 0:
+            keys, values = (buffer.held()[:, :, :surplus] for buffer in self.residual)
+            parts = (*quantise_keys(keys, self.bits), *quantise_values(values, self.bits))
+            for buffer, part in zip(self.codes, parts, strict=True):
+                buffer.append(part)
+            for buffer in self.residual:
+                buffer.drop_front(surplus)
+        return result[0], result[1]
+
+    def _dequantised(self, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys and values of the groups from token `start`."""
+        codes, least, step, v_codes, v_step = (buffer.held() for buffer in self.codes)
+        group = start // GROUP
+        keys = dequantise_keys(codes[:, :, start:], least[:, :, group:], step[:, :, group:], self.bits)
+        values = dequantise_values(v_codes[:, :, start:], v_step[:, :, start:], self.bits)
+        d_qk, d_vo = (buffer.whole.shape[-1] for buffer in self.residual)
+        return keys[..., :d_qk].to(self.dtype), values[..., :d_vo].to(self.dtype)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """The residual's keys."""
+        return self.residual[0].held() if self.residual else None
+
+    @keys.setter
+    def keys(self, held: None) -> None:  # transformers' own code sets it to None only, to empty the layer
+        self.residual = self.codes = []
+
+    @property
+    def values(self) -> Tensor | None:
+        """The residual's values."""
+        return self.residual[1].held() if self.residual else None
+
+    @values.setter
+    def values(self, held: None) -> None:
+        self.residual = self.codes = []
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.codes[0].length + self.residual[0].length if self.residual else 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens, their number given as a negative one; groups that are cut become residual."""
+        check_crop(tokens_to_remove)
+        remove = min(-tokens_to_remove, self.get_seq_length())
+        if remove > 0 and remove > self.residual[0].length:
+            groups = -(-(remove - self.residual[0].length) // GROUP)
+            start = self.codes[0].length - groups * GROUP
+            old = self._dequantised(start)
+            self.residual = [
+                Buffer(torch.cat((x, buffer.held()), dim=2)) for x, buffer in zip(old, self.residual, strict=True)
+            ]
+            for buffer, tokens in zip(self.codes, (GROUP, 1, 1, GROUP, GROUP), strict=True):
+                buffer.length -= groups * tokens
+        for buffer in self.residual:
+            buffer.length -= remove
+
+    def _index(self, indices: Tensor) -> None:
+        for buffer in self.buffers():
+            held = buffer.held()
+            selected = held.index_select(0, indices.to(held.device))
+            if selected.shape == held.shape:
+                held.copy_(selected)  # keeps the room
+            else:
+                buffer.whole, buffer.start = selected, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder sequences, codes and all."""
+        self._index(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences of these indices."""
+        self._index(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        if self.residual:
+            self._index(torch.arange(len(self.residual[0].whole)).repeat_interleave(repeats))
+
+    def buffers(self) -> Iterator[Buffer]:
+        """The residual's, then codes and ranges."""
+        yield from (*self.residual, *self.codes)
+
+    def held_bytes(self) -> int:
+        """Bytes in use: codes, ranges and residual."""
+        return sum(buffer.held().nbytes for buffer in self.buffers())
+
+
+def quantise_keys(keys: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of keys (batch, heads, groups × GROUP, d_qk), and per group and channel the least value and the step.
+
+    Returns:
+        Packed codes (batch, heads, tokens, bytes) and two float16 tensors (batch, heads, groups, d_qk).
+    """
+    groups = keys.float().unflatten(2, (-1, GROUP))
+    least, most = groups.amin(3), groups.amax(3)
+    least = least.half()
+    step = ((most - least.float()) / (2**bits - 1)).clamp(min=2**-24).half()
+    codes = ((groups - least.float()[:, :, :, None]) / step.float()[:, :, :, None]).round().clamp(0, 2**bits - 1)
+    return _pack(codes.flatten(2, 3).to(torch.uint8), bits), least, step
+
+
+def dequantise_keys(codes: Tensor, least: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Undo `quantise_keys`, in float32; with 4 bits and an odd width there is one channel too many."""
+    groups = _unpack(codes, bits).unflatten(2, (-1, GROUP))[..., : least.shape[-1]].float()
+    return (groups * step.float()[:, :, :, None] + least.float()[:, :, :, None]).flatten(2, 3)
+
+
+def quantise_values(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes of values (batch, heads, tokens, d_vo), symmetric around zero, and the step of every token and head.
+
+    Returns:
+        Packed codes (batch, heads, tokens, bytes) and a float16 tensor (batch, heads, tokens, 1).
+    """
+    most = 2 ** (bits - 1) - 1
+    step = (values.float().abs().amax(-1, keepdim=True) / most).clamp(min=2**-24).half()
+    codes = (values.float() / step.float()).round().clamp(-most, most) + most
+    return _pack(codes.to(torch.uint8), bits), step
+
+
+def dequantise_values(codes: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Undo `quantise_values`, in float32; with 4 bits and an odd width there is one number too many."""
+    return (_unpack(codes, bits).float() - (2 ** (bits - 1) - 1)) * step.float()
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """Two 4-bit codes to a byte."""
+    if bits == 8:
+        return codes
+    if codes.shape[-1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
+    return low | (high << 4)
+
+
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    return packed if bits == 8 else torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)

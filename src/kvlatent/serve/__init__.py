@@ -1,1 +1,0 @@
-"""Serving with the engines people run: the vLLM plugin and the launcher."""

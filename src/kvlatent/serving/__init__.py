@@ -1,0 +1,1 @@
+"""Engines: exports, the vLLM plugin, launching a server, and what runs where."""

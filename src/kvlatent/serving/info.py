@@ -1,0 +1,49 @@
+"""What a model is, without its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers import initialization as init
+
+from kvlatent.model.checkpoints import record_of
+from kvlatent.model.families import family_of
+from kvlatent.model.graft import cached_heads, dims_by_layer, head_dim_of, spec_in
+from kvlatent.model.loading import load_config
+from kvlatent.model.spec import bytes_per_token
+from kvlatent.serving.engines import engine_names
+
+
+def describe(model: str) -> dict[str, Any]:
+    """Family, dims, layout, engines, size and cache bytes per token of a model, from its config alone."""
+    config = load_config(model)
+    spec = spec_in(config)
+    with torch.device("meta"), init.no_init_weights():
+        shape = AutoModelForCausalLM.from_config(config)
+        shape.tie_weights()
+    d_qk, d_vo = dims_by_layer(config)
+    about: dict[str, Any] = {
+        "model": model,
+        "family": family_of(config).name,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "q_heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": head_dim_of(config),
+        "d_qk": list(d_qk),
+        "d_vo": list(d_vo),
+        "layout": "stock" if spec is None else spec.layout,
+        "frequencies": head_dim_of(config) // 2 if spec is None else len(spec.inv_freq),
+        "parameters": shape.num_parameters(),
+        "positions": config.max_position_embeddings,
+        "engines": engine_names(config),
+        "cache_bytes_per_token": {
+            name: bytes_per_token(d_qk, d_vo, config.num_key_value_heads, size)
+            for name, size in (("float32", 4), ("bfloat16", 2))
+        },
+    }
+    if spec is not None:
+        about |= {"latents": cached_heads(config), "preset": spec.preset, "teacher": record_of(model).get("teacher")}
+    return about

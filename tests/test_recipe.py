@@ -1,0 +1,272 @@
+"""A whole recipe on a tiny random model: results, reuse, resumption, and what a recipe may not say."""
+
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from kvlatent import cli
+from kvlatent.cli import recipe as pipeline
+from kvlatent.data.blocks import TokenBlocks
+from kvlatent.errors import UserError
+from kvlatent.model.checkpoints import RECORD
+from kvlatent.model.spec import LatentSpec
+
+WORDS = ["river", "stone", "bread", "lamp", "morning", "harbour", "seven", "quiet", "under", "between", "carries"]
+
+
+def write_text(path: Path, *, seed: int) -> str:
+    rng = random.Random(seed)
+    path.write_text(" ".join(rng.choice(WORDS) for _ in range(800)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def root(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    byte_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_teacher("llama").save_pretrained(folder / "teacher")
+    byte_tokenizer.save_pretrained(folder / "teacher")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(root: Path) -> dict[str, Any]:
+    train = write_text(root / "train.txt", seed=1)
+    heal = {"stage1_tokens": 128, "stage2_tokens": 128, "lora_rank": 2, "batch_size": 2}
+    return {
+        "title": "Tiny",
+        "model": str(root / "teacher"),
+        "block_size": 32,
+        "calibration": {"text": [train], "tokens": 512},
+        "training": {"text": [train]},
+        "held_out": {"text": [write_text(root / "other.txt", seed=2)], "tokens": 256},
+        "students": {"best": {"budget": 0.5, "heal": heal}, "paper": {"d_qk": 8, "d_vo": 8, "heal": heal}},
+        "bench": {"context": 16, "batch": 1, "new_tokens": 2},
+        "generate": {"prompts": ["river stone", "bread"], "max_new_tokens": 4},
+    }
+
+
+def write(recipe: dict[str, Any], path: Path) -> Path:
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(root: Path, recipe: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """A finished run and its results; tests only read it."""
+    return root / "run", pipeline.run(write(recipe, root / "tiny.yaml"), root / "run")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "recipes").iterdir()), ids=lambda path: path.stem
+)
+def test_the_recipes_can_be_read(path: Path) -> None:
+    assert pipeline.read_recipe(path).students
+
+
+def test_dims_and_a_budget_exclude_each_other(root: Path, recipe: dict[str, Any]) -> None:
+    for dims in ({"d_qk": 8, "d_vo": 8, "budget": 0.5}, {"d_qk": 8}, {}):
+        wrong = write(recipe | {"students": {"best": dims}, "training": None}, root / "wrong.yaml")
+        with pytest.raises(UserError, match="d_qk and d_vo"):
+            pipeline.run(wrong, root / "wrong")
+    assert not (root / "wrong").exists()
+
+
+def test_run_measures_every_student_and_keeps_the_first(done: tuple[Path, dict[str, Any]]) -> None:
+    out, results = done
+    names = ["teacher", "best, no training", "best, healed", "paper, no training", "paper, healed"]
+    assert list(results["evaluate"]["models"]) == names
+    assert results["evaluate"]["models"]["teacher"]["perplexity_ratio"] == 1
+    teacher, student = results["bench"]["rows"]
+    assert (teacher["model"], student["model"]) == ("teacher", "student")
+    assert student["cache_bytes"] * 2 == teacher["cache_bytes"] == teacher["cache_bytes_predicted"]
+    assert [set(generation) for generation in results["generations"]] == [{"prompt", "teacher", "student"}] * 2
+    assert results["spec"]["preset"] == "best"
+    assert results["record"]["torch"] == json.loads((out / "record.json").read_text())["torch"]
+    assert set(results["seconds"]) >= {"text", "convert best", "heal best", "bench"}
+
+
+def test_run_folder_is_complete(done: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = done
+    expected = {
+        "best", "bench.json", "evaluate", "generations.json", "metrics-paper.jsonl", "metrics.jsonl", "model", "paper",
+        "recipe.yaml", "record.json", "report.html", "results.json", "seconds.json", "text",
+    }  # fmt: skip
+    assert {path.name for path in out.iterdir()} == expected
+    assert "perplexity" in (out / "model" / "README.md").read_text().lower()
+    assert "No measurements" not in (out / "model" / "README.md").read_text()
+    spec = LatentSpec.from_dict(AutoModelForCausalLM.from_pretrained(out / "model").config.latent)
+    assert sum(spec.d_qk) + sum(spec.d_vo) == 32  # half of two layers' 16 + 16
+    assert {step["verb"] for step in json.loads((out / "model" / RECORD).read_text())["steps"]} == {"convert", "heal"}
+    assert "<html" in (out / "report.html").read_text()[:200]
+
+
+def test_running_again_reuses_everything(
+    root: Path, done: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, results = done
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    monkeypatch.delattr(pipeline, "load_model")  # nothing is loaded
+    began = time.perf_counter()
+    assert cli.main(["run", str(root / "tiny.yaml"), "--out", str(out), "--json"]) == 0
+    assert time.perf_counter() - began < 3
+    said = capsys.readouterr()
+    assert json.loads(said.out) == results
+    assert said.err.count("reused") == len(said.err.splitlines()) == 13
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == stamps
+
+
+def test_run_prints_the_summary_table(
+    root: Path, done: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["run", str(root / "tiny.yaml"), "--out", str(done[0])]) == 0
+    said = capsys.readouterr().out
+    assert "Half the KV cache" in said
+    assert "paper, healed" in said
+    assert said.rstrip().endswith("report.html")
+
+
+def test_interrupted_run_goes_on_where_it_stopped(
+    root: Path,
+    recipe: dict[str, Any],
+    done: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline._Run, "_bench", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert cli.main(["run", str(root / "tiny.yaml"), "--out", f"{tmp_path}/run"]) == 130
+    assert "run the same command again" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.delattr(pipeline, "convert_loaded")
+    monkeypatch.delattr(pipeline, "heal_student")
+    results = pipeline.run(root / "tiny.yaml", tmp_path / "run")
+    assert results["evaluate"] == done[1]["evaluate"]  # two seeded runs are equal
+
+
+def test_a_step_done_again_renews_the_report(
+    root: Path, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = recipe | {"students": {"paper": {"d_qk": 8, "d_vo": 4}}}
+    small.pop("training")
+    path, out = write(small, tmp_path / "small.yaml"), tmp_path / "run"
+    results = pipeline.run(path, out)
+    assert list(results["evaluate"]["models"]) == ["teacher", "paper, no training"]
+    assert not (out / "text" / "training.safetensors").exists()
+    assert (out / "model" / "config.json").is_file()
+    (out / "bench.json").unlink()
+    renewed = pipeline.run(path, out)
+    assert renewed["bench"] == json.loads((out / "results.json").read_text())["bench"]
+    assert renewed["evaluate"] == results["evaluate"]
+    assert renewed["bench"] != results["bench"]
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def changed(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    copy = json.loads(json.dumps(recipe))
+    *parents, last = path.split(".")
+    inner = copy
+    for key in parents:
+        inner = inner[key]
+    if value is None:
+        del inner[last]
+    else:
+        inner[last] = value
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("colour", "red", "colour: unknown entry"),
+        ("students.best.heal.magic", 1, "students.best.heal.magic: unknown entry"),
+        ("students.worst", {"d_qk": 8, "d_vo": 8}, "students.worst"),
+        ("students", {}, "students"),
+        ("calibration.tokens", 0, "calibration.tokens"),
+        ("calibration.text", [], "calibration.text"),
+        ("model", None, "model"),
+        ("training", None, "training"),
+        ("students.paper.d_qk", 7, "even"),
+        ("students.best.budget", 2, "at most 1"),
+        ("students.paper.d_qk", 12, "divide"),
+        ("students.best.heal.stage1_tokens", -1, "stage1_tokens"),
+        ("held_out.text", ["{root}/none.txt"], "does not exist"),
+        ("held_out.text", ["{root}/train.txt"], "evaluate on other text"),
+        ("calibration.tokens", 10**6, "too short"),
+        ("model", "{root}/nowhere", "no such folder"),
+    ],
+)
+def test_bad_recipe_gives_one_line_and_leaves_nothing(
+    root: Path,
+    recipe: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    path: str,
+    value: Any,
+    said: str,
+) -> None:
+    if isinstance(value, list):
+        value = [item.format(root=root) for item in value]
+    elif isinstance(value, str):
+        value = value.format(root=root)
+    file = write(changed(recipe, path, value), tmp_path / "bad.yaml")
+    assert cli.main(["run", str(file), "--out", f"{tmp_path}/run"]) == 2
+    *progress, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("kvlatent: ")
+    assert said in line
+    assert all(step.startswith("[1/") for step in progress)
+    assert [item.name for item in tmp_path.iterdir()] == ["bad.yaml"]
+
+
+def test_changed_recipe_needs_another_folder(
+    recipe: dict[str, Any], done: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    other = write(changed(recipe, "held_out.tokens", 128), tmp_path / "other.yaml")
+    with pytest.raises(UserError, match="another recipe"):
+        pipeline.run(other, done[0])
+    with pytest.raises(UserError, match="another recipe"):
+        pipeline.run(write(recipe, tmp_path / "same.yaml"), done[0], seed=7)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("keep me")
+    with pytest.raises(UserError, match="not a run folder"):
+        pipeline.run(other, tmp_path / "mine")
+
+
+def test_not_yaml(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="not YAML"):
+        pipeline.read_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "bad.yaml").write_text("just words")
+    with pytest.raises(UserError, match="the recipe"):
+        pipeline.read_recipe(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_our_recipes_are_valid(path: Path) -> None:
+    recipe = pipeline.read_recipe(path)
+    used = {*recipe.calibration.text, *(recipe.training.text if recipe.training else ())}
+    assert used.isdisjoint(recipe.held_out.text)
+
+
+def test_blocks_survive_the_disk(tmp_path: Path) -> None:
+    blocks = TokenBlocks(torch.arange(12).view(3, 4), 40, ("a", "b"), frozenset({"x", "y"}))
+    pipeline.save_blocks(blocks, tmp_path / "blocks.safetensors")
+    read = pipeline.load_blocks(tmp_path / "blocks.safetensors")
+    assert torch.equal(read.ids, blocks.ids)
+    assert (read.bytes, read.sources, read.fingerprints) == (blocks.bytes, blocks.sources, blocks.fingerprints)
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "blocks.safetensors").read_bytes()[:50])
+    with pytest.raises(UserError, match="can't be read as token blocks"):
+        pipeline.load_blocks(tmp_path / "cut.safetensors")

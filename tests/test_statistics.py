@@ -1,0 +1,203 @@
+"""Statistics against float64 loops; independent of batching, mergeable, and safe on disk."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvlatent.compress.budget import probe
+from kvlatent.compress.reduce import own_part
+from kvlatent.compress.statistics import NAMES, Statistics, calibrate
+from kvlatent.errors import UserError
+from kvlatent.model.offload import open_offloaded
+
+
+def close(first: Statistics, second: Statistics, tolerance: float) -> None:
+    for a, b in zip(first.layers, second.layers, strict=True):
+        assert a.tokens == b.tokens
+        for name in NAMES:
+            error = (a.sums[name] - b.sums[name]).norm() / b.sums[name].norm()
+            assert error < tolerance, name
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "llama-yarn"])
+def test_first_layers_statistics_match_float64_loops(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str
+) -> None:
+    teacher = tiny_teacher(name)
+    ids = ids[:3, :10]
+    statistics = calibrate(teacher, ids, about={}).layers[0]
+    layer, rotary = teacher.model.layers[0], teacher.model.rotary_emb
+    stock = layer.self_attn
+    with torch.no_grad():
+        x = layer.input_layernorm(teacher.model.embed_tokens(ids))
+        heads = {}
+        for part in "qkv":
+            states = getattr(stock, f"{part}_proj")(x).unflatten(-1, (-1, 16))
+            norm = getattr(stock, f"{part}_norm", None)
+            heads[part] = (states if norm is None else norm(states)).transpose(1, 2).double()
+    inv_freq, scaling = rotary.inv_freq.tolist(), rotary.attention_scaling
+    rotated = {
+        part: scaling
+        * torch.stack(
+            [
+                torch.stack(
+                    [
+                        torch.stack([reference.rotated(token, at, inv_freq) for at, token in enumerate(head)])
+                        for head in row
+                    ]
+                )
+                for row in heads[part]
+            ]
+        )
+        for part in "qk"
+    }
+    window = getattr(teacher.config, "sliding_window", None) if name == "mistral" else None
+    wanted = reference.moments(
+        rotated["q"], rotated["k"], heads["v"], scale=0.25, bias=reference.causal(10, 10, window)
+    )
+    for part in "qk":
+        wanted[f"{part}_unrotated"] = torch.einsum("bhsd,bhse->hde", heads[part], heads[part])
+    assert statistics.tokens == 30
+    for part in NAMES:
+        torch.testing.assert_close(statistics.sums[part], wanted[part], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(statistics.mean(part), wanted[part] / 30, rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_do_not_depend_on_the_batch_size(any_teacher: PreTrainedModel, ids: Tensor) -> None:
+    whole = calibrate(any_teacher, ids, batch_size=12, about={})
+    for batch_size in (1, 5):
+        close(calibrate(any_teacher, ids, batch_size=batch_size, about={}), whole, 1e-6)
+
+
+def test_merged_halves_equal_the_whole(tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor) -> None:
+    teacher = tiny_teacher("qwen2")
+    first = calibrate(teacher, ids[:5], about={"model": "tiny", "fingerprints": ["b", "a"]})
+    second = calibrate(teacher, ids[5:], about={"model": "tiny", "fingerprints": ["c", "a"]})
+    whole, merged = calibrate(teacher, ids, about={}), first.merge(second)
+    close(merged, whole, 1e-6)
+    assert merged.about == {"model": "tiny", "fingerprints": ["a", "b", "c"], "tokens": ids.numel()}
+    assert first.layers[0].tokens == 5 * 24  # merging leaves both as they were
+    merged.layers.pop()
+    with pytest.raises(UserError, match="can't merge statistics of 1 and 2 layers"):
+        merged.merge(whole)
+
+
+def test_later_layers_see_the_teachers_own_hidden_states(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor
+) -> None:
+    teacher = tiny_teacher("llama")
+    seen: list[Tensor] = []
+    attention = teacher.model.layers[1].self_attn
+    handle = attention.o_proj.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    with torch.no_grad():
+        teacher(ids)
+    handle.remove()
+    out = seen[0].unflatten(-1, (4, 16)).double()
+    wanted = torch.einsum("bshd,bshe->hde", out, out)
+    torch.testing.assert_close(calibrate(teacher, ids, about={}).layers[1].sums["o"], wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_calibration_leaves_the_teacher_alone(any_teacher: PreTrainedModel, ids: Tensor) -> None:
+    before = {name: value.clone() for name, value in any_teacher.state_dict().items()}
+    with torch.no_grad():
+        logits = any_teacher(ids[:1]).logits
+        calibrate(any_teacher, ids[:2], about={})
+        assert torch.equal(any_teacher(ids[:1]).logits, logits)
+    assert all(torch.equal(value, before[name]) for name, value in any_teacher.state_dict().items())
+    assert not any(layer._forward_pre_hooks for layer in any_teacher.model.layers)
+
+
+@pytest.mark.parametrize("shard", ["100GB", "40KB"])
+@pytest.mark.parametrize("name", ["llama", "llama-mha-tied", "qwen3", "llama-yarn"])
+def test_offloaded_layers_give_the_same_statistics_and_probes(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path, name: str, shard: str
+) -> None:
+    teacher = tiny_teacher(name)
+    teacher.save_pretrained(tmp_path / "teacher", max_shard_size=shard)
+    opened, layers = open_offloaded(str(tmp_path / "teacher"), device="cpu", dtype="float32")
+    on_disk = [p for n, p in opened.named_parameters() if ".layers." in n]
+    assert on_disk and all(p.is_meta for p in on_disk)
+    wanted = calibrate(teacher, ids, about={})
+    found = calibrate(opened, ids, about={}, offloaded=layers)
+    close(found, wanted, 1e-6)
+    torch.testing.assert_close(
+        probe(opened, found, ids[:2], offloaded=layers), probe(teacher, wanted, ids[:2]), rtol=1e-4, atol=1e-6
+    )
+    assert all(p.is_meta for n, p in opened.named_parameters() if ".layers." in n)
+
+
+def test_offloading_needs_whole_safetensors(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path
+) -> None:
+    teacher = tiny_teacher("llama")
+    teacher.config.save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match="can't open"):
+        open_offloaded(str(tmp_path / "bare"))
+    weights = {name: x for name, x in teacher.state_dict().items() if "layers.1.mlp" not in name}
+    save_file(weights, tmp_path / "bare" / "model.safetensors")
+    opened, layers = open_offloaded(str(tmp_path / "bare"), device="cpu")
+    with pytest.raises(UserError, match=r"lacks model\.layers\.1\.mlp"):
+        calibrate(opened, ids, about={}, offloaded=layers)
+
+
+def test_saved_statistics_come_back_exactly(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path
+) -> None:
+    statistics = calibrate(tiny_teacher("llama"), ids, about={"model": "tiny", "fingerprints": ["é"]})
+    path = tmp_path / "new folder" / "stats.safetensors"
+    statistics.save(path)
+    loaded = Statistics.load(path)
+    assert loaded.about == statistics.about
+    for a, b in zip(loaded.layers, statistics.layers, strict=True):
+        assert a.tokens == b.tokens
+        assert all(torch.equal(a.sums[name], b.sums[name]) for name in NAMES)
+    assert [p.name for p in path.parent.iterdir()] == ["stats.safetensors"]
+
+
+def test_foreign_missing_and_truncated_files_are_refused(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path
+) -> None:
+    foreign, cut, text = (tmp_path / name for name in ("foreign.safetensors", "cut.safetensors", "text.safetensors"))
+    save_file({"x": torch.zeros(2)}, foreign)
+    text.write_text("not safetensors")
+    calibrate(tiny_teacher("llama"), ids[:1], about={}).save(cut)
+    cut.write_bytes(cut.read_bytes()[:-100])
+    for path in (foreign, cut, text, tmp_path / "missing.safetensors", tmp_path):
+        with pytest.raises(UserError, match="holds no calibration statistics of kvlatent"):
+            Statistics.load(path)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-mha-tied", "mistral"])
+def test_moments_of_heads_side_by_side_hold_those_of_every_head(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str
+) -> None:
+    """Head outputs exactly; keys when they count by the attention of one head's queries alone, so with one head."""
+    teacher = tiny_teacher(name)
+    heads, together = teacher.config.num_key_value_heads, 2
+    apart = calibrate(teacher, ids, heads_per_latent=1, about={})
+    joined = calibrate(teacher, ids, heads_per_latent=together, about={})
+    assert (apart.heads_per_latent, joined.heads_per_latent) == (1, together)
+    close(joined, apart, 1e-6)
+    for layer in joined.layers:
+        outputs = layer.sums["o_together"]
+        assert outputs.shape == (4, 16 * together, 16 * together)
+        for head, part in enumerate(own_part(4, heads, together).tolist()):
+            own = slice(16 * part, 16 * (part + 1))
+            torch.testing.assert_close(outputs[head, own, own], layer.sums["o"][head])
+        keys = layer.sums["k_together"]
+        assert keys.shape == (heads // together, 16 * together, 16 * together)
+        assert (torch.linalg.eigvalsh(keys) > -1e-3).all()
+
+
+def test_statistics_of_unlike_latents_are_not_merged(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor
+) -> None:
+    apart, together = (calibrate(tiny_teacher("llama"), ids, heads_per_latent=m, about={}) for m in (1, 2))
+    with pytest.raises(UserError, match="2 and 1 KV heads per latent"):
+        together.merge(apart)
