@@ -84,11 +84,11 @@ def test_help_is_quick_and_light() -> None:
         assert done.stdout.startswith("usage: kvlatent")
 
 
-def test_console_script_names_every_verb() -> None:
+def test_console_script_names_every_command() -> None:
     script = Path(sys.executable).with_name("kvlatent")
     done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
-    for verb in cli.VERBS:
-        assert f"• {verb}" in done.stdout
+    for command in cli.COMMANDS:
+        assert f"• {command}" in done.stdout
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
@@ -111,14 +111,14 @@ def test_wrong_arguments_exit_with_2(argv: list[str], capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == ""
 
 
-def test_every_verb_takes_the_common_options() -> None:
-    for verb in cli.VERBS:
-        text = cli.help_text(verb)
+def test_every_command_takes_the_common_options() -> None:
+    for command in cli.COMMANDS:
+        text = cli.help_text(command)
         for option in ("--json", "--seed", "--device", "--dtype"):
             assert option in text
 
 
-# --- verbs -----------------------------------------------------------------------------------------------------------
+# --- commands --------------------------------------------------------------------------------------------------------
 
 
 def test_info_counts_from_the_config_alone(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

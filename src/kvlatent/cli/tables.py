@@ -1,0 +1,56 @@
+"""What the commands print without --json: plain text tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def pairs(values: Mapping[str, Any]) -> str:
+    """One line per entry: name, value."""
+    rows = [(key.replace("_", " "), text_of(value)) for key, value in values.items()]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+
+def side_by_side(result: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """One line per quantity: its name, MODEL's value, --against's, and the ratio."""
+    models = [result, *([result["against"]] if "against" in result else [])]
+    rows = [["", *(str(model["model"]) for model in models), *(["ratio"] if len(models) > 1 else [])]]
+    for name, values in _numbers([{key: model[key] for key in keys if key in model} for model in models]).items():
+        ratio = [f"{values[0] / values[1]:.4g}"] if len(values) > 1 and values[1] else [""] * (len(values) - 1)
+        rows.append([name, *map(text_of, values), *ratio])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.rjust(w) if at else cell.ljust(w) for at, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )
+
+
+def _numbers(models: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, list[float]]:
+    """Every number that all models have, by its path."""
+    found: dict[str, list[float]] = {}
+    for key, first in models[0].items():
+        values = [model.get(key) for model in models]
+        name = f"{prefix}{key.replace('_', ' ')}"
+        if isinstance(first, Mapping):
+            found |= _numbers([value for value in values if isinstance(value, Mapping)], f"{name} ")
+        elif all(isinstance(value, int | float) for value in values):
+            found[name] = [float(value) if isinstance(value, float) else value for value in values if value is not None]
+    return found
+
+
+def text_of(value: Any) -> str:
+    """A value as a table shows it."""
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{text_of(item)} ({key})" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(text_of, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def span(values: Sequence[int]) -> str:
+    """Dims of the layers: one number where all are the same."""
+    return str(values[0]) if len(set(values)) == 1 else ", ".join(map(str, values))
