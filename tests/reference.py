@@ -167,3 +167,42 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     for row, label in zip(logits.double(), labels.tolist(), strict=True):
         total = total + torch.logsumexp(row, 0) - row[label]
     return total / len(labels)
+
+
+def windowed_attention(
+    q: Tensor, k: Tensor, v: Tensor, maps: tuple[Tensor, Tensor, Tensor, Tensor], *,
+    window: int, scale: float, visible: Tensor, sink: Tensor,
+) -> Tensor:  # fmt: skip
+    """Near tokens and sinks whole, far ones through maps; `visible` is (batch, seq, seq), `sink` (batch, seq), bool.
+
+    Maps are (q_heads, head_dim, latent), (latents, joined, latent), (latents, joined, latent_v) and
+    (q_heads, latent_v, head_dim). Queries that see nothing give zeros.
+    """
+    q_map, k_map, v_map, o_map = maps
+    batch, q_heads, seq, _ = q.shape
+    kv_heads, latents = k.shape[1], len(k_map)
+    rows = []
+    for b in range(batch):
+        for h in range(q_heads):
+            g = h // (q_heads // kv_heads)
+            latent = g // (kv_heads // latents)
+            mates = range(latent * (kv_heads // latents), (latent + 1) * (kv_heads // latents))
+            for t in range(seq):
+                logits, values = [], []
+                for s in range(seq):
+                    if not visible[b, t, s]:
+                        continue
+                    if t - s < window or sink[b, s]:
+                        logits.append(scale * torch.dot(q[b, h, t], k[b, g, s]))
+                        values.append(v[b, g, s])
+                    else:
+                        key = torch.cat([k[b, m, s] for m in mates]) @ k_map[latent]
+                        value = torch.cat([v[b, m, s] for m in mates]) @ v_map[latent]
+                        logits.append(scale * torch.dot(q[b, h, t] @ q_map[h], key))
+                        values.append(value @ o_map[h])
+                if not logits:
+                    rows.append(torch.zeros_like(v[b, g, 0]))
+                    continue
+                p = torch.stack(logits).softmax(0)
+                rows.append((p[:, None] * torch.stack(values)).sum(0))
+    return torch.stack(rows).view(batch, q_heads, seq, -1)

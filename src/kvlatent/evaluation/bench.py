@@ -15,7 +15,8 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from kvlatent.errors import UserError
-from kvlatent.model.cache import LatentCache, allocated_bytes, cache_bytes, room
+from kvlatent.model.buffers import room
+from kvlatent.model.cache import LatentCache, allocated_bytes, cache_bytes
 from kvlatent.model.checkpoints import peak_memory
 from kvlatent.model.graft import cached_dims, cached_heads, dims_by_layer, spec_of
 from kvlatent.model.spec import bytes_per_token

@@ -15,6 +15,7 @@ from kvlatent.kernels import cpu_decode, cpu_rotary, cuda_decode
 from kvlatent.kernels.cpu_linear import DecodeLinear, together
 from kvlatent.model.rope import rotate
 from kvlatent.model.spec import LatentSpec
+from kvlatent.model.window import Far, FarMaps, Segment, Whole, decode, joined, sinks_of, windowed_attention
 
 
 class LatentAttention(nn.Module):
@@ -37,6 +38,7 @@ class LatentAttention(nn.Module):
 
     q_map: Tensor | None
     k_map: Tensor | None
+    v_map: Tensor | None
     o_map: Tensor | None
     freq_index: Tensor | None
 
@@ -63,7 +65,8 @@ class LatentAttention(nn.Module):
         folded = spec.qk_map == "folded"
         self.q_proj = linear("q_proj", hidden, self.q_heads * (cached_keys if folded else spec.head_dim))
         self.k_proj = linear("k_proj", hidden, self.kv_heads * (self.d_qk if folded else spec.head_dim))
-        self.v_proj = linear("v_proj", hidden, self.kv_heads * self.d_vo)
+        self.window, self.sinks = spec.window, spec.sinks
+        self.v_proj = linear("v_proj", hidden, self.kv_heads * (spec.head_dim if self.window else self.d_vo))
         output_map = spec.output_map[layer_idx]
         self.o_proj = linear("o_proj", self.q_heads * (spec.head_dim if output_map else cached_values), hidden)
         self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
@@ -77,6 +80,8 @@ class LatentAttention(nn.Module):
         else:
             self.q_map = head_map(self.q_heads, spec.head_dim, cached_keys)
             self.k_map = head_map(self.latents, self.heads_per_latent * spec.head_dim, cached_keys)
+        joint = self.heads_per_latent * spec.head_dim
+        self.v_map = head_map(self.latents, joint, cached_values) if self.window else None
         self.o_map = head_map(self.q_heads, cached_values, spec.head_dim) if output_map else None
         # Which entries of the ladder each KV head rotates by; without it, all of them in order.
         index = torch.arange(rotated // 2, device=weight.device).repeat(self.kv_heads, 1)
@@ -103,8 +108,9 @@ class LatentAttention(nn.Module):
         if self.qk_map == "before_rope":
             assert self.q_map is not None and self.k_map is not None
             q, k = _reduced(q, self.q_map), _reduced(k, self.k_map)
-        v = v.unflatten(-1, (self.latents, -1)).transpose(1, 2)
-        q_map, k_map = (self.q_map, self.k_map) if self.qk_map == "after_rope" else (None, None)
+        v = v.unflatten(-1, (self.kv_heads if self.window else self.latents, -1)).transpose(1, 2)
+        maps_follow = self.qk_map == "after_rope" and not self.window
+        q_map, k_map = (self.q_map, self.k_map) if maps_follow else (None, None)
         q_map = None if whole_queries else q_map
         if cpu_rotary.fits(q, q_map) and cpu_rotary.fits(k, k_map):
             turn = partial(cpu_rotary.rotate_one, cos=cos, sin=sin, freq_index=self.freq_index)
@@ -120,6 +126,34 @@ class LatentAttention(nn.Module):
             cos, sin = (x.repeat_interleave(self.group_size, dim=1) for x in (cos, sin))
         q = rotate(q, cos, sin)
         return q if q_map is None else _reduced(q, q_map), k if k_map is None else _reduced(k, k_map), v
+
+    def far_maps(self) -> FarMaps:
+        """How tokens are reduced that have left the window."""
+        assert self.q_map is not None and self.k_map is not None and self.v_map is not None and self.o_map is not None
+        return FarMaps(self.q_map, self.k_map, self.v_map, self.o_map)
+
+    def _windowed(
+        self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        """Attend to the newest tokens and the sinks whole, to all others through latents."""
+        q, k, v = self.queries_keys_values(hidden, *position_embeddings)
+        maps = self.far_maps().of(k.dtype)
+        if cache is not None:
+            near, far = cache.update(k, v, self.layer_idx, maps, mask)
+        else:
+            sink_k, sink_v, columns = sinks_of(k, v, mask, self.sinks)
+            near = Whole(k=k, v=v, start=0, sink_k=sink_k, sink_v=sink_v, sink_columns=columns)
+            beyond = max(0, k.shape[2] - self.window)
+            far_k, far_v = maps.reduced(k[:, :, :beyond], v[:, :, :beyond])
+            far = Far(k=far_k, v=far_v, start=0)
+        if isinstance(near, Segment):
+            out = decode(q, near, far, maps, scale=self.scale)
+        else:
+            pays = taking_back_pays(maps.o, q.shape[2])
+            out = windowed_attention(
+                q, near, far, maps, window=self.window, scale=self.scale, mask=mask, unabsorbed=pays
+            )
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
     @staticmethod
     def _of_heads(x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
@@ -137,6 +171,8 @@ class LatentAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """Attend; same contract as the stock module, except that attention weights are never returned."""
         queries = hidden_states.shape[1]
+        if self.window:
+            return self._windowed(hidden_states, position_embeddings, attention_mask, past_key_values), None
         k_back = self.q_map.mT if self.q_map is not None and self.qk_map == "after_rope" else None
         k_back, v_back = (x if taking_back_pays(x, queries) else None for x in (k_back, self.o_map))
         q, k, v = self.queries_keys_values(hidden_states, *position_embeddings, whole_queries=k_back is not None)
@@ -154,9 +190,7 @@ def side_by_side(
     x: Float[Tensor, "batch kv_heads seq dim"], heads_per_latent: int
 ) -> Float[Tensor, "batch latents seq joined"]:
     """Keys or values of the heads that share a latent, joined."""
-    if heads_per_latent == 1:
-        return x
-    return x.unflatten(1, (-1, heads_per_latent)).transpose(2, 3).flatten(3)
+    return joined(x, x.shape[1] // heads_per_latent)
 
 
 def _reduced(

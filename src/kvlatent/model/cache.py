@@ -11,87 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
-LEAST_ROOM = 64
-"""Tokens of room set aside at least."""
-ROOM_SHARE = 16
-"""Room is a sixteenth of what is held: 6 % of slack at most, and one copied row for each sixteen appended."""
+from kvlatent.errors import UserError
+from kvlatent.model.buffers import Buffer, Buffered, check_crop
+from kvlatent.model.window_cache import FixedWindowLayer, WindowLayer
 
 Keys = Float[Tensor, "batch kv_heads seq d_qk"]
 Values = Float[Tensor, "batch kv_heads seq d_vo"]
 Held = tuple[Float[Tensor, "batch kv_heads held d_qk"], Float[Tensor, "batch kv_heads held d_vo"]]
-
-
-def room(tokens: int, least: int = LEAST_ROOM) -> int:
-    """Tokens of room that a layer sets aside behind `tokens` when it grows."""
-    return max(least, tokens // ROOM_SHARE)
-
-
-class Buffer:
-    """A tensor (batch, heads, seq, dim) with room at its end along seq."""
-
-    def __init__(self, held: Tensor, least_room: int = LEAST_ROOM) -> None:
-        self.whole, self.start, self.length = held, 0, held.shape[-2]
-        self.least_room = least_room
-
-    def held(self) -> Tensor:
-        """What is held, as a view."""
-        return self.whole.narrow(2, self.start, self.length)
-
-    def append(self, new: Tensor) -> Tensor:
-        """Write `new` behind what is held; grow, or close the gap in front, where there is no room."""
-        length = self.length + new.shape[-2]
-        if self.start + length > self.whole.shape[-2]:
-            whole = new.new_empty(*new.shape[:2], length + room(length, self.least_room), new.shape[-1])
-            whole.narrow(2, 0, self.length).copy_(self.held())
-            self.whole, self.start = whole, 0
-        self.whole.narrow(2, self.start + self.length, new.shape[-2]).copy_(new)
-        self.length = length
-        return self.held()
-
-    def drop_front(self, tokens: int) -> None:
-        """Forget the oldest tokens, and give memory back where they were many."""
-        self.start, self.length = self.start + tokens, self.length - tokens
-        if self.whole.shape[-2] > self.length + 2 * room(self.length, self.least_room):
-            held = self.held()
-            self.whole = held.new_empty(
-                *held.shape[:2], self.length + room(self.length, self.least_room), held.shape[-1]
-            )
-            self.start = 0
-            self.held().copy_(held)
-
-
-class Buffered:
-    """What layers that keep their content in buffers have in common."""
-
-    is_initialized: bool
-    device: torch.device
-
-    def buffers(self) -> Iterator[Buffer]:
-        """All buffers there are by now."""
-        raise NotImplementedError
-
-    def allocated_bytes(self) -> int:
-        """Bytes of all buffers, room included."""
-        return sum(buffer.whole.nbytes for buffer in self.buffers())
-
-    def offload(self) -> None:
-        """Move all buffers to the CPU."""
-        self._move("cpu")
-
-    def prefetch(self) -> None:
-        """Move all buffers back to the layer's device."""
-        if self.is_initialized:
-            self._move(self.device)
-
-    def _move(self, device: torch.device | str) -> None:
-        for buffer in self.buffers():
-            buffer.whole = buffer.whole.to(device, non_blocking=True)
 
 
 class _InPlace(Buffered):
@@ -256,26 +187,33 @@ class StaticLatentCache(StaticCache):
 
 
 def write_in_place(cache: Cache, config: PreTrainedConfig) -> None:
-    """Replace the empty layers of a transformers cache for a model of this config by ours."""
-    window = getattr(config, "sliding_window", None)
+    """Replace the empty layers of a transformers cache for a model of this config by ours.
+
+    Raises:
+        UserError: The cache is static, and a sliding window of the model shorter than it meets a window of the student.
+    """
+    sliding, latent = getattr(config, "sliding_window", None), getattr(config, "latent", None) or {}
+    window, sinks = latent.get("window", 0), latent.get("sinks", 0)
+    if window and not cache.layers:  # a cache that makes its layers as they come
+        cache.layers = [DynamicLayer() for _ in range(config.num_hidden_layers)]
     for index, layer in enumerate(cache.layers):
         if layer.is_initialized:
             continue
+        never_rolled = type(layer) is StaticSlidingWindowLayer and layer.max_cache_len < sliding
         if type(layer) is DynamicLayer:
-            cache.layers[index] = GrowingLayer()
+            cache.layers[index] = WindowLayer(window, sinks) if window else GrowingLayer()
         elif type(layer) is DynamicSlidingWindowLayer:
-            cache.layers[index] = RollingLayer(layer.sliding_window)
+            kept = layer.sliding_window
+            cache.layers[index] = WindowLayer(window, sinks, kept) if window else RollingLayer(kept)
             cache.layers[index].record_past = layer.record_past  # asked for before assisted decoding
-        elif type(layer) is StaticLayer or (
-            type(layer) is StaticSlidingWindowLayer and layer.max_cache_len < window  # never full, never rolled
-        ):
-            cache.layers[index] = FixedLayer(layer.max_cache_len)
-
-
-def check_crop(tokens_to_remove: int) -> None:
-    """Raise `ValueError` for a number that isn't minus a number of tokens; transformers once took a final length."""
-    if tokens_to_remove > 0:
-        raise ValueError(f"crop takes minus the number of tokens to remove; got {tokens_to_remove}")
+        elif type(layer) is StaticLayer or never_rolled:
+            length = layer.max_cache_len
+            cache.layers[index] = FixedWindowLayer(length, window, sinks) if window else FixedLayer(length)
+        elif window and type(layer) is StaticSlidingWindowLayer:
+            raise UserError(
+                f"a static cache can't hold both the model's sliding window of {sliding} tokens and the student's own; "
+                "take the default cache"
+            )
 
 
 def cache_bytes(cache: Cache) -> int:

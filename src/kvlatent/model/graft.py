@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Cache,
     DynamicCache,
     GenerationConfig,
     PreTrainedConfig,
@@ -66,10 +67,13 @@ class KVLatentForCausalLM:
 def _give_cache(
     body: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], Any] | None:
-    """Where the body is asked to cache and given no cache, give it one that grows in place."""
+    """Where the body is asked to cache and given no cache, give it one that grows in place; a given one holds ours."""
     use_cache = kwargs.get("use_cache")
     wanted = body.config.use_cache if use_cache is None else use_cache
-    if not wanted or body.training or len(args) > 1 or kwargs.get("past_key_values") is not None:
+    given, has_window = kwargs.get("past_key_values"), bool(body.config.latent.get("window"))
+    if has_window and isinstance(given, Cache):
+        write_in_place(given, body.config)
+    if not wanted or (body.training and not has_window) or len(args) > 1 or given is not None:
         return None
     return args, kwargs | {"past_key_values": LatentCache(body.config)}
 

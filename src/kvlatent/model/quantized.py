@@ -16,7 +16,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from kvlatent.errors import UserError
-from kvlatent.model.cache import LEAST_ROOM, Buffer, Buffered, GrowingLayer, Held, Keys, LatentCache, Values, check_crop
+from kvlatent.model.buffers import LEAST_ROOM, Buffer, Buffered, check_crop
+from kvlatent.model.cache import GrowingLayer, Held, Keys, LatentCache, Values
 
 GROUP = 128
 """Tokens whose keys share the ranges of their channels; they are quantised together."""

@@ -45,6 +45,10 @@ class LatentSpec:
     """Multiplier of cos and sin (the attention factor of YaRN; 1 elsewhere)."""
     heads_per_latent: int = 1
     """KV heads whose keys and values are reduced together and cached as one, that many times d_qk and d_vo wide."""
+    window: int = 0
+    """Newest tokens that a query meets with the teacher's own keys and values, itself included; 0 is none."""
+    sinks: int = 0
+    """First tokens of a sequence that are met so too."""
 
     def __post_init__(self) -> None:
         for name in ("d_qk", "d_vo", "inv_freq"):  # JSON gives lists
@@ -58,6 +62,12 @@ class LatentSpec:
                 f"heads per latent must be at least 1, and 1 where heads have frequencies of their own; "
                 f"got {self.heads_per_latent}"
             )
+        if self.window < 0 or self.sinks < 0 or (self.sinks and not self.window):
+            raise UserError(
+                f"window and sinks are counts of tokens, sinks only beside a window; got {self.window}, {self.sinks}"
+            )
+        if self.window and (self.qk_map != "after_rope" or self.per_head_frequencies):
+            raise UserError("a window needs keys that are reduced after RoPE with the teacher's frequencies (project)")
         rotated = {self.head_dim} if self.qk_map == "after_rope" else set(self.latent_dims[0])
         if not self.per_head_frequencies and rotated != {2 * len(self.inv_freq)}:
             raise UserError(
@@ -79,7 +89,7 @@ class LatentSpec:
     @property
     def output_map(self) -> tuple[bool, ...]:
         """By layer, whether a map takes what heads read from a wider latent to head_dim, where W_O then begins."""
-        return tuple(self.qk_map != "folded" and d > self.head_dim for d in self.latent_dims[1])
+        return tuple(self.window > 0 or (self.qk_map != "folded" and d > self.head_dim) for d in self.latent_dims[1])
 
     @property
     def layout(self) -> Literal["portable", "best"]:
@@ -89,6 +99,12 @@ class LatentSpec:
     def cache_bytes_per_token(self, kv_heads: int, element_size: int) -> int:
         """Bytes one token adds to the cache of a sequence, all layers together."""
         return bytes_per_token(self.d_qk, self.d_vo, kv_heads, element_size)
+
+    def cache_bytes(self, kv_heads: int, element_size: int, tokens: int) -> int:
+        """Bytes of the cache of a sequence: latents of far tokens, whole keys and values of the others."""
+        near = min(tokens, self.window + self.sinks)
+        whole = 2 * kv_heads * self.head_dim * len(self.d_qk) * element_size
+        return (tokens - near) * self.cache_bytes_per_token(kv_heads, element_size) + near * whole
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, as in `config.json`."""

@@ -1,0 +1,148 @@
+"""Near tokens whole, far ones through latents: equal to plain loops, cached as uncached, in every way of generating."""
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvlatent.model.cache import LatentCache, cache_bytes
+from kvlatent.model.graft import graft, identity_spec, set_spec, spec_of
+from kvlatent.model.spec import LatentSpec
+from kvlatent.model.window import Far, FarMaps, Whole, sinks_of, windowed_attention
+
+WINDOW, SINKS = 5, 2
+
+
+def windowed(teacher: PreTrainedModel, window: int = WINDOW, sinks: int = SINKS, latents: int = 1) -> PreTrainedModel:
+    """A student with a window and random maps, otherwise its teacher."""
+    config = teacher.config
+    dims = {"d_qk": (8,) * config.num_hidden_layers, "d_vo": (4,) * config.num_hidden_layers}
+    fields = dims | {"qk_map": "after_rope", "window": window, "sinks": sinks}
+    spec = LatentSpec.from_dict(
+        identity_spec(teacher).to_dict() | fields | {"heads_per_latent": config.num_key_value_heads // latents}
+    )
+    student = graft(teacher)
+    weights = student.state_dict()
+    set_spec(student, spec)
+    torch.manual_seed(3)
+    missing = student.load_state_dict(weights, strict=False).missing_keys
+    assert missing and all(name.endswith("_map") for name in missing)
+    for layer in student.model.layers:
+        for name in ("q_map", "k_map", "v_map", "o_map"):
+            torch.nn.init.normal_(getattr(layer.self_attn, name), std=0.4)
+    return student.eval().requires_grad_(False)
+
+
+def random_maps(q_heads: int, kv_heads: int, latents: int, dim: int = 6) -> FarMaps:
+    joined = kv_heads // latents * dim
+    shapes = (q_heads, dim, 4), (latents, joined, 4), (latents, joined, 3), (q_heads, 3, dim)
+    return FarMaps(*(torch.randn(shape, dtype=torch.float64) for shape in shapes))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    latents=st.integers(1, 2), each=st.integers(1, 2), group=st.integers(1, 2), seq=st.integers(1, 17),
+    window=st.integers(1, 20), sinks=st.integers(0, 3), padding=st.integers(0, 4),
+    kind=st.sampled_from(["plain", "padded", "sliding", "packed"]), unabsorbed=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_windowed_attention_and_its_gradients_match_the_loops(
+    latents: int, each: int, group: int, seq: int, window: int, sinks: int, padding: int, kind: str,
+    unabsorbed: bool, seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    kv_heads = latents * each
+    q, k, v = (torch.randn(2, h, seq, 6, dtype=torch.float64) for h in (kv_heads * group, kv_heads, kv_heads))
+    maps = random_maps(kv_heads * group, kv_heads, latents)
+    visible = torch.ones(2, seq, seq, dtype=torch.bool).tril()
+    rank = torch.arange(seq).expand(2, -1).clone()
+    if kind == "padded":
+        visible[1, :, :padding] = False
+        rank[1] -= padding
+    elif kind == "sliding":
+        visible &= torch.ones(seq, seq, dtype=torch.bool).triu(-max(sinks, 4))
+    elif kind == "packed":
+        half = seq // 2
+        visible[:, half:, :half] = False
+        rank[:, half:] -= half
+    sink = (rank >= 0) & (rank < sinks)
+    tensors = [x.requires_grad_() for x in (q, k, v, *maps)]
+    wanted = reference.windowed_attention(q, k, v, tuple(maps), window=window, scale=0.3, visible=visible, sink=sink)
+    mask = None if kind == "plain" else visible[:, None]
+    sink_k, sink_v, columns = sinks_of(k, v, mask, sinks)
+    whole = Whole(k=k, v=v, start=0, sink_k=sink_k, sink_v=sink_v, sink_columns=columns)
+    far_k, far_v = maps.reduced(*(x[:, :, : max(0, seq - window)] for x in (k, v)))
+    got = windowed_attention(
+        q, whole, Far(k=far_k, v=far_v, start=0), maps, window=window, scale=0.3, mask=mask, unabsorbed=unabsorbed
+    )
+    seen = visible.any(-1)[:, None, :, None]  # padding gives numbers, but no meaning
+    torch.testing.assert_close(got * seen, wanted * seen, rtol=1e-5, atol=1e-6)
+    weight = torch.randn_like(got) * seen
+    mine, its = (torch.autograd.grad((x * weight).sum(), tensors, allow_unused=True) for x in (got, wanted))
+    for a, b, x in zip(mine, its, tensors, strict=True):
+        zero = torch.zeros_like(x)
+        torch.testing.assert_close(zero if a is None else a, zero if b is None else b, rtol=1e-4, atol=1e-5)
+
+
+def logits(model: PreTrainedModel, ids: Tensor, **kwargs: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+def test_up_to_window_and_sinks_the_student_is_the_teacher(any_teacher: PreTrainedModel, ids: Tensor) -> None:
+    student = windowed(any_teacher)
+    short = ids[:, : WINDOW + SINKS]
+    torch.testing.assert_close(logits(student, short), logits(any_teacher, short), rtol=0, atol=1e-4)
+    assert (logits(student, ids) - logits(any_teacher, ids)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("steps", [[1] * 24, [3, 1, 1, 6, 1, 1, 1, 7, 3], [20, 1, 1, 1, 1], [1, 23]])
+def test_cached_equals_uncached(any_teacher: PreTrainedModel, ids: Tensor, steps: list[int]) -> None:
+    student = windowed(any_teacher)
+    whole, cache, at, parts = logits(student, ids), LatentCache(student.config), 0, []
+    for step in steps:
+        parts.append(logits(student, ids[:, at : at + step], past_key_values=cache, use_cache=True))
+        at += step
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-3, atol=5e-4)
+
+
+def test_bytes_are_latents_far_and_whole_near(any_teacher: PreTrainedModel, ids: Tensor) -> None:
+    student = windowed(any_teacher)
+    spec = spec_of(student)
+    assert spec is not None
+    kv_heads = student.config.num_key_value_heads
+    sliding = getattr(student.config, "sliding_window", None)
+    for tokens in (3, 7, 8, 20):
+        cache = LatentCache(student.config)
+        logits(student, ids[:, :tokens], past_key_values=cache, use_cache=True)
+        if sliding is None:
+            assert cache_bytes(cache) == 12 * spec.cache_bytes(kv_heads, 4, tokens)
+
+
+@pytest.mark.parametrize("split", [None, 9])
+def test_left_padding_changes_nothing(any_teacher: PreTrainedModel, ids: Tensor, split: int | None) -> None:
+    student = windowed(any_teacher)
+    alone = logits(student, ids[:2])
+    pads = torch.tensor([0, 6])
+    padded = torch.zeros(2, 30, dtype=torch.long)
+    mask = torch.zeros(2, 30, dtype=torch.long)
+    for row, text in enumerate(ids[:2]):
+        padded[row, pads[row] : pads[row] + 24], mask[row, pads[row] : pads[row] + 24] = text, 1
+    padded, mask = padded[:, : 24 + 0], mask[:, :24]  # the second row ends early
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    if split is None:
+        got = logits(student, padded, attention_mask=mask, position_ids=positions)
+    else:
+        cache, parts = LatentCache(student.config), []
+        for start, end in [(0, split), *((i, i + 1) for i in range(split, 20)), (20, 24)]:
+            parts.append(
+                logits(
+                    student, padded[:, start:end], attention_mask=mask[:, :end], position_ids=positions[:, start:end],
+                    past_key_values=cache, use_cache=True,
+                )
+            )  # fmt: skip
+        got = torch.cat(parts, dim=1)
+    torch.testing.assert_close(got[0], alone[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(got[1, 6:], alone[1, :18], rtol=0, atol=1e-4)
