@@ -18,6 +18,7 @@ from kvlatent.errors import UserError
 from kvlatent.model.buffers import room
 from kvlatent.model.cache import LatentCache, allocated_bytes, cache_bytes
 from kvlatent.model.checkpoints import peak_memory
+from kvlatent.model.compatibility import CACHE
 from kvlatent.model.graft import cached_dims, cached_heads, dims_by_layer, spec_of
 from kvlatent.model.spec import bytes_per_token
 
@@ -147,11 +148,11 @@ def _measure(
         output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1:].argmax(dim=-1)  # (batch, 1)
         ttft = _now(device) - start
-        cache = output.past_key_values
+        cache = output[CACHE]
     steps = []
     for _ in range(new_tokens):
         start = _now(device)
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=token, use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits
         token = logits[:, -1:].argmax(dim=-1)
         steps.append(_now(device) - start)
 

@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedConfig
 
 from kvlatent.kernels import cpu_decode, cpu_rotary, cuda_decode
 from kvlatent.kernels.cpu_linear import DecodeLinear, together
+from kvlatent.model.compatibility import WITHOUT_EFFECT, refuse_unknown
 from kvlatent.model.rope import rotate
 from kvlatent.model.spec import LatentSpec
 from kvlatent.model.window import Far, FarMaps, Segment, Whole, decode, joined, sinks_of, windowed_attention
@@ -166,18 +167,38 @@ class LatentAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
-        **kwargs: Any,
+        is_causal: bool | None = None,
+        **others: Any,
     ) -> tuple[Tensor, None]:
-        """Attend; same contract as the stock module, except that attention weights are never returned."""
+        """Attend; same contract as the stock module, except that attention weights are never returned.
+
+        Args:
+            hidden_states: The layer's normalised input, (batch, seq, hidden).
+            position_embeddings: Cosines and sines of `LatentRotaryEmbedding`.
+            attention_mask: True (or 0.0) where a query may look; without one, the causal triangle.
+            cache: Where keys and values go, as transformers passes it since 5.24.
+            past_key_values: The same, as transformers passed it before.
+            is_causal: As stock attention takes it; this one is always causal.
+            others: Arguments without effect here.
+
+        Raises:
+            TypeError: An argument that this module doesn't know.
+            ValueError: Attention that isn't causal was asked for.
+        """
+        refuse_unknown(self, (name for name in others if name not in WITHOUT_EFFECT))
+        if is_causal is False:
+            raise ValueError("latent attention is causal; is_causal=False is not supported")
+        cache = past_key_values if cache is None else cache
         queries = hidden_states.shape[1]
         if self.window:
-            return self._windowed(hidden_states, position_embeddings, attention_mask, past_key_values), None
+            return self._windowed(hidden_states, position_embeddings, attention_mask, cache), None
         k_back = self.q_map.mT if self.q_map is not None and self.qk_map == "after_rope" else None
         k_back, v_back = (x if taking_back_pays(x, queries) else None for x in (k_back, self.o_map))
         q, k, v = self.queries_keys_values(hidden_states, *position_embeddings, whole_queries=k_back is not None)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         seen = queries if attention_mask is None else None  # of a longer buffer
         k, v = (x if back is None else _to_heads(x[:, :, :seen], back) for x, back in ((k, k_back), (v, v_back)))
         out = latent_attention(q, k, v, mask=attention_mask, scale=self.scale)

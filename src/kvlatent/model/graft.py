@@ -22,6 +22,7 @@ from kvlatent.errors import UserError
 from kvlatent.kernels.cpu_linear import lean
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.cache import LatentCache, write_in_place
+from kvlatent.model.compatibility import CACHE, CACHE_NAMES
 from kvlatent.model.config import CONFIGS
 from kvlatent.model.families import FAMILIES, PREFIX, Family, family_of
 from kvlatent.model.rope import LatentRotaryEmbedding
@@ -54,9 +55,9 @@ class KVLatentForCausalLM:
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Let the cache that `generate` makes (by default, static, offloaded) be written in place."""
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-        made = model_kwargs.get("past_key_values")
+        made = model_kwargs.get(CACHE)
         if given is None and type(made) in (DynamicCache, StaticCache):
             write_in_place(made, self.config)  # type: ignore[attr-defined]
 
@@ -70,12 +71,14 @@ def _give_cache(
     """Where the body is asked to cache and given no cache, give it one that grows in place; a given one holds ours."""
     use_cache = kwargs.get("use_cache")
     wanted = body.config.use_cache if use_cache is None else use_cache
-    given, has_window = kwargs.get("past_key_values"), bool(body.config.latent.get("window"))
+    given = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+    has_window = bool(body.config.latent.get("window"))
     if has_window and isinstance(given, Cache):
         write_in_place(given, body.config)
     if not wanted or (body.training and not has_window) or len(args) > 1 or given is not None:
         return None
-    return args, kwargs | {"past_key_values": LatentCache(body.config)}
+    others = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+    return args, others | {CACHE: LatentCache(body.config)}
 
 
 def _model_class(model_type: str, family: Family) -> type[PreTrainedModel]:

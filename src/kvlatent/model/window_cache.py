@@ -261,6 +261,8 @@ class FixedWindowLayer(StaticLayer):
 
     is_croppable = False
 
+    cumulative_length: Tensor
+
     def __init__(self, max_cache_len: int, window: int, sinks: int) -> None:
         """Build an empty layer for at most `max_cache_len` tokens."""
         super().__init__(max_cache_len)
@@ -316,7 +318,7 @@ class FixedWindowLayer(StaticLayer):
         return whole, far
 
     def _step(self, key: Tensor, value: Tensor, maps: FarMaps, mask: Tensor | None) -> tuple[Segment, Segment]:
-        newest = self.cumulative_length
+        newest: Tensor = self.cumulative_length
         slot = (newest % self.window)[None]
         leaving = newest - self.window
         oldest = [x.index_select(2, slot) for x in self.whole]
