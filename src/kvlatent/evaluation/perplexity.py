@@ -328,9 +328,11 @@ def _check_blocks(model: PreTrainedModel, ids: Tensor, *, text_bytes: int, batch
     _check_positions(model, ids.shape[1])
 
 
-def _token_nll(model: PreTrainedModel, ids: Int[Tensor, "batch block_size"]) -> Float[Tensor, "batch block_size-1"]:
+def _token_nll(
+    model: PreTrainedModel, ids: Int[Tensor, "batch block_size"], **kwargs: Any
+) -> Float[Tensor, "batch block_size-1"]:
     """Return nats per predicted token in float32, holding full-vocabulary logits of one chunk at a time."""
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False, **kwargs).last_hidden_state[:, :-1].flatten(0, 1)
     lm_head = model.get_output_embeddings()
     chunks = zip(hidden.split(POSITIONS_PER_CHUNK), ids[:, 1:].flatten().split(POSITIONS_PER_CHUNK), strict=True)
     nll = [F.cross_entropy(lm_head(states).float(), targets, reduction="none") for states, targets in chunks]
