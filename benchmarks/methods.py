@@ -23,9 +23,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlatent.compress import budget as budgets
-from kvlatent.compress.commands import probed_statistics
-from kvlatent.compress.convert import convert, fill, plan_reduction
-from kvlatent.compress.reduce import QKReduction, VOReduction
+from kvlatent.compress.checkpoints import probed_statistics
+from kvlatent.compress.convert import convert
+from kvlatent.compress.fill import fill
+from kvlatent.compress.maps import QKReduction, VOReduction
+from kvlatent.compress.planning import plan_reduction, requested
 from kvlatent.compress.statistics import Statistics
 from kvlatent.data.sources import read_text
 from kvlatent.errors import UserError
@@ -62,10 +64,8 @@ def projected(
     teacher: PreTrainedModel, d_qk: int, d_vo: int, axes: Callable[[int], tuple[Tensor, Tensor]]
 ) -> PreTrainedModel:
     """A student whose keys (after RoPE) and values are projected on the given axes of each layer; nothing refitted."""
-    layers = teacher.config.num_hidden_layers
-    plan = plan_reduction(
-        teacher, preset="best", qk="project", d_qk=(d_qk,) * layers, d_vo=(d_vo,) * layers, statistics=None
-    )
+    asked = requested(teacher.config, preset="best", qk="project", d_qk=d_qk, d_vo=d_vo, heads_per_latent=1)
+    plan = plan_reduction(teacher, asked)
     student = graft(teacher)
     whole = [layer.self_attn for layer in student.model.layers]
     set_spec(student, plan.spec)
@@ -89,11 +89,11 @@ def students(
 ) -> dict[str, Callable[[int, int, float], PreTrainedModel]]:
     """Every method as a function of d_qk, d_vo and the budget they come from."""
 
-    def one_shot(qk: Any, together: int, d_qk: int, d_vo: int, _share: float) -> PreTrainedModel:
-        return convert(teacher, qk=qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=together, statistics=statistics)
+    def one_shot(qk: Any, grouped: int, d_qk: int, d_vo: int, _share: float) -> PreTrainedModel:
+        return convert(teacher, qk=qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=grouped, statistics=statistics)
 
-    def in_order(preset: Any, qk: Any, together: int, d_qk: int, d_vo: int, _share: float) -> PreTrainedModel:
-        return convert(teacher, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=together, ids=ids)
+    def in_order(preset: Any, qk: Any, grouped: int, d_qk: int, d_vo: int, _share: float) -> PreTrainedModel:
+        return convert(teacher, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=grouped, ids=ids)
 
     def planned(_d_qk: int, _d_vo: int, share: float) -> PreTrainedModel:
         allocation = budgets.plan(teacher, statistics, share)
@@ -102,7 +102,7 @@ def students(
     def axes(d_qk: int, d_vo: int, index: int) -> tuple[Tensor, Tensor]:
         return principal_axes(second[index][0], d_qk), principal_axes(second[index][1], d_vo)
 
-    together = statistics.heads_per_latent
+    grouped = statistics.heads_per_latent
     return {
         "paper": lambda d_qk, d_vo, _: convert(teacher, preset="paper", d_qk=d_qk, d_vo=d_vo),
         "paper, matched rows": lambda d_qk, d_vo, _: convert(
@@ -111,10 +111,10 @@ def students(
         "weight SVD": lambda d_qk, d_vo, _: projected(teacher, d_qk, d_vo, partial(weight_axes, teacher, d_qk, d_vo)),
         "√C·SVD": lambda d_qk, d_vo, _: projected(teacher, d_qk, d_vo, partial(axes, d_qk, d_vo)),
         **{f"{qk}, one shot": partial(one_shot, qk, 1) for qk in ("pairs", "partial", "fold", "project")},
-        **{f"{qk} together, one shot": partial(one_shot, qk, together) for qk in ("fold", "project")},
+        **{f"{qk} grouped, one shot": partial(one_shot, qk, grouped) for qk in ("fold", "project")},
         **{f"{qk}, in order": partial(in_order, "best", qk, 1) for qk in ("pairs", "partial", "project")},
-        "portable": partial(in_order, "portable", None, together),
-        "best": partial(in_order, "best", None, together),
+        "portable": partial(in_order, "portable", None, grouped),
+        "best": partial(in_order, "best", None, grouped),
         "best, budget": planned,
     }
 

@@ -20,7 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 TENSOR_MODULES = [
     "model.attention", "model.rope", "kernels.cpu_decode", "kernels.cpu_linear", "kernels.cpu_rotary",
-    "kernels.cuda_decode", "compress.reduce", "compress.refit", "healing.losses",
+    "kernels.cuda_decode", "compress.linear_algebra", "compress.maps", "compress.methods.fold",
+    "compress.methods.pairs", "compress.methods.partial", "compress.methods.project", "compress.values",
+    "compress.refit", "healing.losses",
 ]  # fmt: skip
 jaxtyping.install_import_hook([f"kvlatent.{name}" for name in TENSOR_MODULES], "beartype.beartype")
 

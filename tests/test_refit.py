@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kvlatent.compress.reduce import QKReduction
+from kvlatent.compress.maps import QKReduction
 from kvlatent.compress.refit import LogitSamples, Ridge, larger, refit_logits
 from kvlatent.model.rope import rotate
 

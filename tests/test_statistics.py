@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlatent.compress.budget import probe
-from kvlatent.compress.reduce import own_part
+from kvlatent.compress.maps import own_part
 from kvlatent.compress.statistics import NAMES, Statistics, calibrate
 from kvlatent.errors import UserError
 from kvlatent.model.offload import open_offloaded
@@ -185,12 +185,12 @@ def test_moments_of_heads_side_by_side_hold_those_of_every_head(
     assert (apart.heads_per_latent, joined.heads_per_latent) == (1, together)
     close(joined, apart, 1e-6)
     for layer in joined.layers:
-        outputs = layer.sums["o_together"]
+        outputs = layer.sums["o_grouped"]
         assert outputs.shape == (4, 16 * together, 16 * together)
         for head, part in enumerate(own_part(4, heads, together).tolist()):
             own = slice(16 * part, 16 * (part + 1))
             torch.testing.assert_close(outputs[head, own, own], layer.sums["o"][head])
-        keys = layer.sums["k_together"]
+        keys = layer.sums["k_grouped"]
         assert keys.shape == (heads // together, 16 * together, 16 * together)
         assert (torch.linalg.eigvalsh(keys) > -1e-3).all()
 

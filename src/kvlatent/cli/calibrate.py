@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from kvlatent.cli.options import Command, Common, Context, HeadsPerLatent, Model, Number, Sources
+from kvlatent.cli.options import Command, Common, Model
+from kvlatent.compress.config import CalibrateConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,27 +20,10 @@ class Calibrate(Command):
     """The teacher."""
     out: Annotated[Path, arg(metavar="STATS")]
     """The file to write."""
-    text: Sources = ()
-    """Calibration text: files, folders, package:NAME, hf:ID[:CONFIG[:SPLIT]]; or teacher, for text that it writes."""
-    merge: Annotated[tuple[Path, ...], arg(metavar="STATS…", help_behavior_hint="")] = ()
-    """Statistics of other text to merge in, say of shards calibrated in parallel; then --text may be missing."""
-    offload: bool = False
-    """Load one layer at a time from the model's safetensors, for models larger than memory."""
-    tokens: Number = 16384
-    """Tokens of text."""
-    block_size: Number = 512
-    """Tokens per block."""
-    context: Context = None
-    """Positions that blocks are spread over: as far as the student will be used."""
-    heads_per_latent: HeadsPerLatent = None
-    """KV heads that convert may reduce together."""
+    asked: OmitArgPrefixes[CalibrateConfig] = field(default_factory=CalibrateConfig)
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.compress.commands import calibrate_file
+        from kvlatent.compress.checkpoints import calibrate_checkpoint
 
-        return calibrate_file(
-            self.model, self.out, text=self.text, merge=self.merge, offload=self.offload, tokens=self.tokens,
-            block_size=self.block_size, context=self.context, heads_per_latent=self.heads_per_latent,
-            **self.common.place(),
-        )  # fmt: skip
+        return calibrate_checkpoint(self.model, self.out, self.asked, **self.common.place())

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from kvlatent.cli.options import Command, Common, HeadsPerLatent, Model, Number, Sources
+from kvlatent.cli.options import Command, Common, Model
 from kvlatent.cli.tables import pairs
+from kvlatent.compress.config import PlanConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,29 +19,15 @@ class Plan(Command):
 
     model: Positional[Model]
     """The teacher."""
-    budget: Annotated[float, arg(metavar="SHARE")]
-    """The share of the cache bytes to keep."""
     out: Annotated[Path, arg(metavar="PLOT")] = Path("plan.png")
     """The plot to write: .png, .svg or .pdf."""
-    stats: Annotated[Path | None, arg(metavar="STATS", help_behavior_hint="")] = None
-    """Statistics from calibrate; without them, they are taken on text."""
-    heads_per_latent: HeadsPerLatent = None
-    """KV heads that are reduced together, as for convert."""
-    text: Sources = ("teacher",)
-    """Calibration text, as for calibrate."""
-    tokens: Number = 4096
-    """Tokens of text."""
-    block_size: Number = 512
-    """Tokens per block."""
+    asked: OmitArgPrefixes[PlanConfig]
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.compress.commands import plan_model
+        from kvlatent.compress.checkpoints import plan_checkpoint
 
-        return plan_model(
-            self.model, self.budget, self.out, heads_per_latent=self.heads_per_latent, stats=self.stats,
-            text=self.text, tokens=self.tokens, block_size=self.block_size, **self.common.place(),
-        )  # fmt: skip
+        return plan_checkpoint(self.model, self.out, self.asked, **self.common.place())
 
     def table(self, result: dict[str, Any]) -> str:
         columns = [result[key] for key in ("d_qk", "d_vo", "qk_loss", "vo_loss")]

@@ -18,7 +18,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kvlatent.compress.commands import convert_loaded, planned_dims, requested_dims
+from kvlatent.compress.checkpoints import Target, convert_loaded, target_of
+from kvlatent.compress.config import ConvertConfig
+from kvlatent.compress.methods import PRESETS
 from kvlatent.data.blocks import TokenBlocks, batch_size_for, check_held_out, load_blocks, save_blocks
 from kvlatent.data.positions import context_of
 from kvlatent.data.sources import read_text
@@ -93,10 +95,6 @@ class Student(_Entry):
     """KV heads that are reduced together."""
     heal: Healing | None = None
 
-    def dims(self) -> dict[str, Any]:
-        """How wide it was asked to be."""
-        return self.model_dump(include={"d_qk", "d_vo", "heads_per_latent", "budget"})
-
 
 class Bench(_Entry):
     """The workload of the benchmark."""
@@ -131,6 +129,14 @@ class Recipe(_Entry):
     students: dict[Preset, Student] = Field(min_length=1)
     bench: Bench
     generate: Generate
+
+    def conversion(self, preset: Preset) -> ConvertConfig:
+        """How a student is converted."""
+        asked = self.students[preset].model_dump(exclude={"heal"})
+        if PRESETS[preset].calibrated:
+            asked |= {"text": tuple(self.calibration.text), "tokens": self.calibration.tokens}
+            asked["block_size"] = self.calibration.block_size or self.block_size
+        return ConvertConfig(preset=preset, context=self.context, **asked)
 
     @model_validator(mode="after")
     def _training_where_healed(self) -> Recipe:
@@ -208,8 +214,8 @@ def run(
         wanted = wanted.model_copy(update={"seed": seed})
     config = load_config(wanted.model)
     context = context_of(config, wanted.context)
+    targets = {preset: target_of(config, wanted.conversion(preset)) for preset in wanted.students}
     for preset, student in wanted.students.items():
-        requested_dims(config, preset=preset, **student.dims())
         if student.heal is not None:
             student.heal.settings(preset, context, wanted.seed)
     stored = out / "recipe.yaml"
@@ -218,14 +224,22 @@ def run(
             raise UserError(f"{out} holds a run of another recipe; choose another --out, or remove it")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not a run folder; choose another --out, or remove it")
-    return _Run(wanted, out, config, device, dtype).follow()
+    return _Run(wanted, out, config, targets, device, dtype).follow()
 
 
 class _Run:
     """A run under way: the recipe, its folder, and the teacher once it is needed."""
 
-    def __init__(self, recipe: Recipe, out: Path, config: PreTrainedConfig, device: str, dtype: str) -> None:
-        self.recipe, self.out, self.config = recipe, out, config
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        config: PreTrainedConfig,
+        targets: dict[Preset, Target],
+        device: str,
+        dtype: str,
+    ) -> None:
+        self.recipe, self.out, self.config, self.targets = recipe, out, config, targets
         self.context = context_of(config, recipe.context)
         self.device = device
         self.group = processes(pick_device(device))
@@ -357,18 +371,10 @@ class _Run:
         return load_blocks(self.out / "text" / f"{name}.safetensors")
 
     def _convert(self, preset: Preset, out: Path) -> None:
-        student = self.recipe.students[preset]
-        blocks = None if preset == "paper" else self._blocks("calibration")
-        dims = requested_dims(self.config, preset=preset, **student.dims())
-        if dims is None:
-            assert student.budget is not None
-            together = student.heads_per_latent
-            dims = planned_dims(
-                self.teacher(), student.budget, heads_per_latent=together, blocks=blocks, statistics=None
-            )
+        target = self.targets[preset]
         convert_loaded(
-            self.teacher(), self.tokenizer, out, name=self.recipe.model, preset=preset, d_qk=dims[0], d_vo=dims[1],
-            heads_per_latent=student.heads_per_latent, blocks=blocks, context=self.context, statistics=None,
+            self.teacher(), self.tokenizer, out, target, name=self.recipe.model,
+            blocks=self._blocks("calibration") if target.asked.text else None,
             dtype=stored_dtype(self.config, "auto"),
         )  # fmt: skip
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kvlatent.compress import reduce
-from kvlatent.compress.convert import fill, plan_reduction, reductions
-from kvlatent.compress.statistics import Statistics
+from kvlatent.compress.fill import fill
+from kvlatent.compress.methods.project import project_tail
+from kvlatent.compress.planning import plan_reduction, reductions, requested
+from kvlatent.compress.statistics import Statistics, calibrate
+from kvlatent.compress.values import value_output_tail
+from kvlatent.data.blocks import batch_size_for
 from kvlatent.errors import UserError
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.graft import graft, head_dim_of
@@ -27,6 +29,12 @@ PROBE_SHARE = 0.5
 """A probe keeps this share of one layer's key dims, or of its value dims, and everything else."""
 PROBE_STRIDE = 4
 """Probes compare the next token's distributions at every so many positions: the head costs as much as many layers."""
+PLAN_TOKENS = 4096
+"""Without statistics, a budget is spent by those of this much of the calibration text."""
+PROBE_TOKENS = (2048, 4096)
+"""How much layers matter is measured on an eighth of the text, within these limits; less is too few documents."""
+PIECE = 512
+"""Both are taken evenly from all of the text, in pieces of this many tokens, read as if they began a context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +102,16 @@ def _check_share(budget: float) -> None:
 
 
 def plan(teacher: PreTrainedModel, statistics: Statistics, budget: float) -> Allocation:
-    """Spend `budget` where the teacher's statistics expect it to save the most loss.
+    """Spend `budget`, a share of the cache bytes, where the teacher's statistics expect it to save the most loss.
+
+    Raises:
+        UserError: The budget can't be, or the statistics were never probed.
+    """
+    return spend(teacher, statistics, total_dims(teacher.config, budget))
+
+
+def spend(teacher: PreTrainedModel, statistics: Statistics, total: int) -> Allocation:
+    """Share dims among layers, keys and values, for the least expected loss.
 
     Layers and keys against values differ; KV heads of one layer can't, since a cache tensor
     (batch, kv_heads, seq, d) has one width.
@@ -102,12 +119,12 @@ def plan(teacher: PreTrainedModel, statistics: Statistics, budget: float) -> All
     Args:
         teacher: A stock model of a supported family.
         statistics: From `calibrate`, with losses from `probe`.
-        budget: Share of the cache bytes kept.
+        total: d_qk + d_vo of all layers, from `total_dims`.
 
     Raises:
-        UserError: The budget can't be, or the statistics were never probed.
+        UserError: The statistics were never probed.
     """
-    total, step = total_dims(teacher.config, budget), step_of(head_dim_of(teacher.config))
+    step = step_of(head_dim_of(teacher.config))
     curves = loss_curves(teacher, statistics)  # (2, layers, head_dim + 1)
     layers = curves.shape[1]
     steps = curves.flatten(0, 1)[:, ::step]
@@ -125,6 +142,29 @@ def plan(teacher: PreTrainedModel, statistics: Statistics, budget: float) -> All
     )
 
 
+def planning_statistics(
+    teacher: PreTrainedModel, ids: Int[Tensor, "blocks block_size"], *, heads_per_latent: int | None = None
+) -> Statistics:
+    """What a budget is spent by where there are no statistics yet: those of some of the calibration text."""
+    pieces, size = _pieces(ids, PLAN_TOKENS), batch_size_for(PIECE)
+    statistics = calibrate(teacher, pieces, batch_size=size, heads_per_latent=heads_per_latent, about={})
+    statistics.probes = probe(teacher, statistics, probe_text(ids))
+    return statistics
+
+
+def probe_text(ids: Int[Tensor, "blocks block_size"]) -> Int[Tensor, "pieces piece_size"]:
+    """What of a calibration text the layers are probed on."""
+    least, most = PROBE_TOKENS
+    return _pieces(ids, min(max(ids.numel() // 8, least), most))
+
+
+def _pieces(ids: Int[Tensor, "blocks block_size"], tokens: int) -> Int[Tensor, "pieces piece_size"]:
+    """So many tokens of a text, or less."""
+    size = min(PIECE, ids.shape[1])
+    pieces = ids.unfold(1, size, size).flatten(0, 1)
+    return pieces[:: math.ceil(len(pieces) * size / tokens)]
+
+
 def loss_curves(teacher: PreTrainedModel, statistics: Statistics) -> Float[Tensor, "2 layers dims"]:
     """Expected loss in nats per token by dims kept, for each layer's keys [0] and values [1].
 
@@ -135,8 +175,8 @@ def loss_curves(teacher: PreTrainedModel, statistics: Statistics) -> Float[Tenso
         o_weight = layer.self_attn.o_proj.weight.detach().cpu()
         kv_heads = teacher.config.num_key_value_heads
         k, o = (stats.mean(name, heads_per_latent=statistics.heads_per_latent).cpu() for name in ("k", "o"))
-        qk = reduce.project_tail(stats.mean("q").cpu(), k)
-        tails.append(torch.stack((qk, reduce.value_output_tail(o, o_weight, kv_heads=kv_heads))))
+        qk = project_tail(stats.mean("q").cpu(), k)
+        tails.append(torch.stack((qk, value_output_tail(o, o_weight, kv_heads=kv_heads))))
     curves = torch.stack(tails, dim=1)
     if statistics.probes is None or statistics.probes.ndim != 2:
         raise UserError("these statistics say nothing about how much each layer matters; calibrate again")
@@ -175,12 +215,14 @@ def probe(
     plans = [
         plan_reduction(
             teacher,
-            preset="best",
-            qk="project",
-            d_qk=(d_qk,) * len(layers),
-            d_vo=(d_vo,) * len(layers),
-            heads_per_latent=statistics.heads_per_latent,
-            statistics=None,
+            requested(
+                teacher.config,
+                preset="best",
+                qk="project",
+                d_qk=d_qk,
+                d_vo=d_vo,
+                heads_per_latent=statistics.heads_per_latent,
+            ),
         )
         for d_qk, d_vo in ((narrow, head_dim), (head_dim, narrow))
     ]
@@ -236,32 +278,3 @@ def allocate(curves: Float[Tensor, "items options"], total: int, *, floor: int) 
     for choice in reversed(choices):
         spent.append(int(choice[total - sum(spent)]))
     return spent[::-1]
-
-
-def draw(allocation: Allocation, out: Path, *, title: str, head_dim: int) -> None:
-    """Draw dims and expected losses layer by layer into an image file.
-
-    Raises:
-        UserError: matplotlib doesn't know files that end like `out`.
-    """
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    dims, losses = figure.subplots(2, sharex=True)
-    parts = (
-        ("keys (d_qk)", allocation.d_qk, allocation.qk_loss),
-        ("values (d_vo)", allocation.d_vo, allocation.vo_loss),
-    )
-    for offset, (label, width, loss) in zip((-0.2, 0.2), parts, strict=True):
-        at = [layer + offset for layer in range(len(width))]
-        dims.bar(at, width, width=0.4, label=label)
-        losses.bar(at, loss, width=0.4, label=label)
-    dims.axhline(head_dim, color="grey", linewidth=0.8, linestyle="--", label="head_dim (teacher)")
-    dims.set_ylabel("Dims per head")
-    dims.set_title(title)
-    dims.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.02), frameon=False)
-    losses.set_ylabel("Expected loss alone\n(nats per token)")
-    losses.set_xlabel("Layer")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(out, dpi=150)
-    except ValueError as error:
-        raise UserError(f"can't draw {out}: {error}") from None

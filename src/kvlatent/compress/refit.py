@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kvlatent.compress.reduce import QKReduction
+from kvlatent.compress.linear_algebra import moment
+from kvlatent.compress.maps import QKReduction
 from kvlatent.model.rope import rotate
 
 _BLOCKS = 8
@@ -65,6 +66,8 @@ class Ridge:
         among which an output is shared, it is as strong as for few.
         """
         damping = strength * self.xx.diagonal().sum() / self.tokens
+        if damping == 0:  # the inputs are silent, as behind a gate that is zero: nothing to learn from
+            return
         xx = self.xx + damping * torch.eye(len(self.xx), dtype=self.xx.dtype, device=self.xx.device)
         wanted = self.xy + damping * self.linear.weight.double().T
         factor = torch.linalg.cholesky(xx, upper=True)  # looks at the upper triangle only
@@ -79,7 +82,8 @@ def larger(wanted: Float[Tensor, "*batch hidden"], given: Float[Tensor, "*batch 
     teacher has none: measured against the teacher's alone, that position would outweigh all text, and the refit
     would take the true sinks away with it.
     """
-    return torch.stack((wanted, given)).float().square().mean(-1, keepdim=True).amax(0).sqrt()
+    size = torch.stack((wanted, given)).float().square().mean(-1, keepdim=True).amax(0).sqrt()
+    return torch.where(size > 0, size, torch.inf)  # where both are silent there is nothing to fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,25 +151,25 @@ def refit_logits(
 
     def back_to_queries(keys: list[Tensor], i: int, error: Tensor) -> Tensor:
         s = samples[i]
-        return _moment(s.q, turned(per_head(grouped(error) @ keys[i]), s.rows, -1.0) * scale)
+        return moment(s.q, turned(per_head(grouped(error) @ keys[i]), s.rows, -1.0) * scale)
 
     def logits_of_keys(queries: list[Tensor], i: int, x: Tensor) -> Tensor:
         return per_head(queries[i] @ turned(samples[i].k @ x, slice(None)).mT) * scale
 
     def back_to_keys(queries: list[Tensor], i: int, error: Tensor) -> Tensor:
-        return _moment(samples[i].k, turned(grouped(error).mT @ queries[i], slice(None), -1.0) * scale)
+        return moment(samples[i].k, turned(grouped(error).mT @ queries[i], slice(None), -1.0) * scale)
 
     received = [grouped(s.probs).sum(2)[..., None] for s in samples]
-    query_moment = _total(_moment(s.q, s.q) for s in samples)
-    key_moment = _total(_moment(s.k, s.k * w) for s, w in zip(samples, received, strict=True))
+    query_moment = _total(moment(s.q, s.q) for s in samples)
+    key_moment = _total(moment(s.k, s.k * w) for s, w in zip(samples, received, strict=True))
     for _ in range(rounds):
         keys = [turned(s.k @ k_map, slice(None)) for s in samples]
-        met = _total(_moment(k, k * w) for k, w in zip(keys, received, strict=True)) * scale**2
+        met = _total(moment(k, k * w) for k, w in zip(keys, received, strict=True)) * scale**2
         met = (met / (group_size * queries_per_head)).repeat_interleave(group_size, dim=0)
         fit = partial(logits_of_queries, keys), partial(back_to_queries, keys)
         q_map = _conjugate_gradients(samples, q_map, *fit, query_moment, met, strength, iterations)
         queries = [grouped(turned(s.q @ q_map, s.rows)) for s in samples]
-        met = _total(_moment(q, q) for q in queries) * scale**2 / (group_size * queries_per_head)
+        met = _total(moment(q, q) for q in queries) * scale**2 / (group_size * queries_per_head)
         fit = partial(logits_of_keys, queries), partial(back_to_keys, queries)
         k_map = _conjugate_gradients(samples, k_map, *fit, key_moment, met, strength, iterations)
     return QKReduction(q_map=q_map.double(), k_map=k_map.double(), freq_index=maps.freq_index)
@@ -197,7 +201,8 @@ def _conjugate_gradients(
         return gradient(lambda i: forward(i, x)) + damping * x
 
     def mean_diagonal(x: Tensor) -> Tensor:
-        return x.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(_TINY)
+        mean = x.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        return torch.where(mean > _TINY, mean, 1.0)  # heads without energy have no gradient either, and stay
 
     def inverse(x: Tensor) -> Tensor:
         return torch.linalg.inv(x + 1e-3 * mean_diagonal(x) * torch.eye(x.shape[-1], device=x.device))
@@ -216,11 +221,6 @@ def _conjugate_gradients(
         before, size = size, (residual * step).sum((-2, -1), keepdim=True)
         direction = step + size / before.clamp_min(_TINY) * direction
     return result
-
-
-def _moment(x: Tensor, y: Tensor) -> Tensor:
-    """Σ x yᵀ over blocks and tokens: (batch, heads, seq, a), (batch, heads, seq, b) → (heads, a, b)."""
-    return torch.einsum("bhsd,bhse->hde", x, y)
 
 
 def _total(parts: Iterable[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from kvlatent.compress.linear_algebra import moment
 from kvlatent.compress.refit import LogitSamples
 from kvlatent.data.positions import block_starts
 from kvlatent.errors import UserError
@@ -27,7 +28,7 @@ from kvlatent.model.rope import rotate
 
 NAMES = ("q", "k", "q_unrotated", "k_unrotated", "o")
 """The moments kept of each layer: queries, keys (per KV head), both again before RoPE, and head outputs."""
-TOGETHER = ("k_together", "k_unrotated_together", "o_together")
+GROUPED = ("k_grouped", "k_unrotated_grouped", "o_grouped")
 """Keys and head outputs once more, with the dims of all KV heads that are to share a latent side by side."""
 
 
@@ -39,8 +40,8 @@ class LayerStatistics:
     tokens: int = 0
 
     def mean(self, name: str, *, heads_per_latent: int = 1) -> Tensor:
-        """The second moment E[x xᵀ] of one of `NAMES`, or of its counterpart in `TOGETHER` for latents."""
-        return self.sums[name if heads_per_latent == 1 else f"{name}_together"] / self.tokens
+        """The second moment E[x xᵀ] of one of `NAMES`, or of its counterpart in `GROUPED` for latents."""
+        return self.sums[name if heads_per_latent == 1 else f"{name}_grouped"] / self.tokens
 
     @torch.no_grad()
     def update(
@@ -54,7 +55,7 @@ class LayerStatistics:
     ) -> None:
         """Add one batch, seen by an unreduced attention.
 
-        Rotated keys count with the attention they get and are centred on each query's mean key: to second order, the
+        Rotated keys count with the attention they get and are centered on each query's mean key: to second order, the
         KL between softmaxes is half the variance of the logit error under the attention.
 
         Args:
@@ -69,28 +70,23 @@ class LayerStatistics:
         keys, values = (side_by_side(t, heads_per_latent) for t in (k, v))
         mask = kwargs.get("attention_mask")
         mean_key, out, received = _attend(q, k, torch.cat((keys, values), dim=-1), mask=mask, scale=attention.scale)
-        k_centred = _centred(k, _own(mean_key, heads_per_latent, attention.group_size), received)
+        k_centered = _centered(k, _own(mean_key, heads_per_latent, attention.group_size), received)
         unscale = 1 / rope_scaling**2
         q_unrotated, k_unrotated = (rotate(t, cos[:, None], -sin[:, None]) * unscale for t in (q, k))
         own_out = _own(out, heads_per_latent, attention.group_size)
-        of_heads = _moment(q), k_centred, _moment(q_unrotated), _moment(k_unrotated), _moment(own_out)
+        of_heads = moment(q), k_centered, moment(q_unrotated), moment(k_unrotated), moment(own_out)
         moments = dict(zip(NAMES, of_heads, strict=True))
         if heads_per_latent > 1:
             received = received.unflatten(1, (-1, heads_per_latent)).sum(2)
             unrotated = side_by_side(k_unrotated, heads_per_latent)
-            of_latents = _centred(keys, mean_key, received), _moment(unrotated), _moment(out)
-            moments |= zip(TOGETHER, of_latents, strict=True)
-        for name, moment in moments.items():
-            self.sums[name] = self.sums.get(name, 0.0) + moment.double()
+            of_latents = _centered(keys, mean_key, received), moment(unrotated), moment(out)
+            moments |= zip(GROUPED, of_latents, strict=True)
+        for name, found in moments.items():
+            self.sums[name] = self.sums.get(name, 0.0) + found.double()
         self.tokens += x.shape[0] * x.shape[1]
 
 
-def _moment(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """Sum over batch and tokens of x yᵀ (or x xᵀ): (batch, heads, seq, dim) → (heads, dim, dim)."""
-    return torch.einsum("bhsd,bhse->hde", x, x if y is None else y)
-
-
-def _centred(k: Tensor, mean_key: Tensor, received: Tensor) -> Tensor:
+def _centered(k: Tensor, mean_key: Tensor, received: Tensor) -> Tensor:
     """Second moments of keys around each query's mean key, by the attention that they get; every query counts once.
 
     Args:
@@ -99,8 +95,8 @@ def _centred(k: Tensor, mean_key: Tensor, received: Tensor) -> Tensor:
         received: Attention of all queries of a head to each key, (batch, heads, seq).
     """
     heads, q_heads = k.shape[1], mean_key.shape[1]
-    of_means = _moment(mean_key.unflatten(1, (heads, -1)).flatten(2, 3))
-    return (_moment(k, k * received[..., None]) - of_means) * heads / q_heads
+    of_means = moment(mean_key.unflatten(1, (heads, -1)).flatten(2, 3))
+    return (moment(k, k * received[..., None]) - of_means) * heads / q_heads
 
 
 def _own(x: Tensor, heads_per_latent: int, group_size: int) -> Tensor:
@@ -195,9 +191,9 @@ class Statistics:
 
     @property
     def heads_per_latent(self) -> int:
-        """KV heads that `TOGETHER` are of; 1 without them."""
+        """KV heads that `GROUPED` are of; 1 without them."""
         sums = self.layers[0].sums
-        return sums.get("k_together", sums["k"]).shape[-1] // sums["k"].shape[-1]
+        return sums.get("k_grouped", sums["k"]).shape[-1] // sums["k"].shape[-1]
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; `about` goes into its metadata."""
@@ -213,21 +209,46 @@ class Statistics:
         """Read what `save` wrote.
 
         Raises:
-            UserError: The file is missing, cut off, or something else.
+            UserError: The file is missing, cut off, damaged, or something else.
         """
         try:
             with safe_open(path, framework="pt") as file:
-                meta = file.metadata() or {}
+                meta, present = file.metadata() or {}, set(file.keys())
                 tokens, about = json.loads(meta["tokens"]), json.loads(meta["about"])
-                names = NAMES + TOGETHER if "layers.0.k_together" in file.keys() else NAMES  # noqa: SIM118
+                names = NAMES + GROUPED if f"layers.0.{GROUPED[0]}" in present else NAMES
+                wanted = {f"layers.{i}.{name}" for i in range(min(len(tokens), len(present))) for name in names}
+                if present - {"probes"} != wanted or len(wanted) != len(tokens) * len(names):
+                    raise UserError("its tensors are not those of so many layers")
                 layers = [
                     LayerStatistics({name: file.get_tensor(f"layers.{i}.{name}") for name in names}, count)
                     for i, count in enumerate(tokens)
                 ]
-                probes = file.get_tensor("probes") if "probes" in file.keys() else None  # noqa: SIM118
-        except Exception as error:
+                loaded = cls(layers, about, file.get_tensor("probes") if "probes" in present else None)
+            loaded.check()
+        except Exception as error:  # safetensors, json and what the metadata may be instead raise many kinds
             raise UserError(f"{path} holds no calibration statistics of kvlatent: {error}") from None
-        return cls(layers, about, probes)
+        return loaded
+
+    def check(self) -> None:
+        """Raise `UserError`, naming what is wrong, unless these are finite moments of alike layers of one model."""
+        if not self.layers or not all(type(layer.tokens) is int and layer.tokens > 0 for layer in self.layers):
+            raise UserError("it names no layers, or no tokens for them")
+        lists = (self.about.get(key, []) for key in ("text", "fingerprints")) if isinstance(self.about, dict) else [0]
+        if not all(isinstance(x, list) and all(isinstance(item, str) for item in x) for x in lists):
+            raise UserError("what it says of its text is damaged")
+        (q_heads, head_dim, _), kv_heads = self.layers[0].sums["q"].shape, len(self.layers[0].sums["k"])
+        m = self.heads_per_latent
+        for index, layer in enumerate(self.layers):
+            for name, x in layer.sums.items():
+                heads = q_heads if name[0] in "qo" else kv_heads // m if name in GROUPED else kv_heads
+                width = head_dim * m if name in GROUPED else head_dim
+                if x.shape != (heads, width, width) or x.dtype != torch.float64:
+                    raise UserError(f"layers.{index}.{name} has a wrong shape or dtype")
+                if not bool(torch.isfinite(x).all()):
+                    raise UserError(f"layers.{index}.{name} holds NaN or infinity")
+        shape = (2, len(self.layers))
+        if self.probes is not None and (self.probes.shape != shape or not bool(torch.isfinite(self.probes).all())):
+            raise UserError("probes have a wrong shape, or hold NaN or infinity")
 
     def merge(self, other: Statistics) -> Statistics:
         """Statistics of both texts together, as if calibrated in one pass."""
@@ -276,8 +297,11 @@ def calibrate(
         heads_per_latent: KV heads that may be reduced together; None is what `heads_per_latent_of` says.
         about: Stored with the statistics.
         offloaded: From `offload.open_offloaded`, with its teacher.
+
+    Raises:
+        UserError: Activations aren't finite.
     """
-    model, together = graft(teacher), heads_per_latent_of(teacher.config, heads_per_latent)
+    model, grouped = graft(teacher), heads_per_latent_of(teacher.config, heads_per_latent)
     layers, scaling = model.model.layers, model.model.rotary_emb.scaling
     statistics = [LayerStatistics() for _ in layers]
     starts = block_starts(len(ids), ids.shape[1], context).split(batch_size)
@@ -285,7 +309,7 @@ def calibrate(
     def through(index: int, arguments: list[dict[str, Any]], hidden: Tensor) -> Tensor:
         layer, kwargs = layers[index], arguments[index]
         x, moments = layer.input_layernorm(hidden), statistics[index]
-        moments.update(layer.self_attn, x, kwargs, rope_scaling=scaling, heads_per_latent=together)
+        moments.update(layer.self_attn, x, kwargs, rope_scaling=scaling, heads_per_latent=grouped)
         return layer(hidden, **kwargs)
 
     with torch.no_grad(), tqdm(total=ids.numel() * len(layers), unit="tok", unit_scale=True, desc="calibrate") as bar:
@@ -304,4 +328,9 @@ def calibrate(
                     for b, hidden in enumerate(waiting):
                         waiting[b] = through(index, of_batches[b], hidden.to(model.device)).cpu()
                         bar.update(hidden.shape[0] * hidden.shape[1])
-    return Statistics(statistics, {**about, "tokens": ids.numel()})
+    found = Statistics(statistics, {**about, "tokens": ids.numel()})
+    try:
+        found.check()
+    except UserError as error:
+        raise UserError(f"the teacher can't be calibrated: {error}; are its weights finite?") from None
+    return found

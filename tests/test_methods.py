@@ -10,9 +10,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlatent.compress import reduce
-from kvlatent.compress.convert import fill
+from kvlatent.compress.fill import fill
+from kvlatent.compress.linear_algebra import complex_covariance, pair_scores
+from kvlatent.compress.maps import (
+    QKReduction,
+    VOReduction,
+    by_frequency,
+    own_part,
+    rescaled,
+    select,
+    stride_channels,
+)
+from kvlatent.compress.methods.fold import choose_groups, fold
+from kvlatent.compress.methods.pairs import loudest_pairs
+from kvlatent.compress.methods.partial import partial_rope
+from kvlatent.compress.methods.project import project, project_tail
 from kvlatent.compress.statistics import calibrate
+from kvlatent.compress.values import value_output_svd, value_output_tail, value_stride
 from kvlatent.errors import UserError
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.graft import graft, set_spec, spec_of
@@ -31,7 +45,7 @@ def moment(x: Tensor) -> Tensor:
     return x.mT @ x / x.shape[1]
 
 
-def logit_error(q_cov: Tensor, k_cov: Tensor, maps: reduce.QKReduction) -> float:
+def logit_error(q_cov: Tensor, k_cov: Tensor, maps: QKReduction) -> float:
     """E|qᵀk − q'ᵀk'|² summed over heads, for independent queries and keys of these moments."""
     total = 0.0
     for h in range(len(q_cov)):
@@ -41,7 +55,7 @@ def logit_error(q_cov: Tensor, k_cov: Tensor, maps: reduce.QKReduction) -> float
     return total
 
 
-def output_error(o_cov: Tensor, o_weight: Tensor, maps: reduce.VOReduction) -> float:
+def output_error(o_cov: Tensor, o_weight: Tensor, maps: VOReduction) -> float:
     """E‖(o − o·v_map·o_map)·W_O‖² summed over query heads."""
     total, group = 0.0, len(o_cov) // len(maps.v_map)
     for h, w in enumerate(o_weight.T.split(o_cov.shape[-1])):
@@ -50,42 +64,37 @@ def output_error(o_cov: Tensor, o_weight: Tensor, maps: reduce.VOReduction) -> f
     return total
 
 
-def stride_values(d: int) -> reduce.VOReduction:
-    kept = reduce.select(reduce.stride_channels(DIM, d, "d_vo").expand(KV_HEADS, -1), DIM)
-    return reduce.VOReduction(v_map=kept, o_map=kept.mT)
-
-
 # --- stride
 
 
 def test_stride_keeps_every_rth_channel_and_whole_rotary_pairs() -> None:
-    assert reduce.stride_channels(16, 4, "d_qk").tolist() == [0, 4, 8, 12]
-    assert reduce.stride_channels(16, 16, "d_qk").tolist() == list(range(16))
+    assert stride_channels(16, 4, "d_qk").tolist() == [0, 4, 8, 12]
+    assert stride_channels(16, 16, "d_qk").tolist() == list(range(16))
     for d in (2, 4, 8):
-        kept = reduce.stride_channels(16, d, "d_qk").tolist()
+        kept = stride_channels(16, d, "d_qk").tolist()
         assert kept[d // 2 :] == [c + 8 for c in kept[: d // 2]]
 
 
 def test_stride_refuses_what_does_not_divide() -> None:
     with pytest.raises(UserError, match="d_vo must divide head_dim 16; got 6"):
-        reduce.stride_channels(16, 6, "d_vo")
+        stride_channels(16, 6, "d_vo")
 
 
 def test_select_is_indexing() -> None:
     x = normal(2, 5, 6)
     channels = torch.tensor([[0, 3, 5], [2, 1, 4]])
-    assert torch.equal(x @ reduce.select(channels, 6), torch.stack([x[h][:, channels[h]] for h in range(2)]))
+    assert torch.equal(x @ select(channels, 6), torch.stack([x[h][:, channels[h]] for h in range(2)]))
 
 
-# --- keep_pairs
+# --- pairs
 
 
-def test_keep_pairs_takes_the_pairs_with_the_most_logit_energy() -> None:
+def test_loudest_pairs_takes_the_pairs_with_the_most_logit_energy() -> None:
     q_cov, k_cov = torch.zeros(KV_HEADS * GROUP, DIM, DIM), torch.zeros(KV_HEADS, DIM, DIM)
     q_energy = torch.tensor([[1.0, 2.0, 3.0, 4.0]] * GROUP + [[4.0, 3.0, 2.0, 1.0]] * GROUP)
     q_cov.diagonal(dim1=1, dim2=2).copy_(torch.cat((q_energy, q_energy), dim=1))
     k_cov.diagonal(dim1=1, dim2=2).copy_(torch.tensor([[9.0, 1.0, 1.0, 1.0] * 2, [1.0, 1.0, 1.0, 9.0] * 2]))
-    kept = reduce.keep_pairs(q_cov, k_cov, 4)
+    kept = loudest_pairs(q_cov, k_cov, 4)
     assert kept.freq_index is not None
     assert kept.freq_index.tolist() == [[0, 3], [0, 3]]  # scores 9 2 3 4 and 4 3 2 9
     assert kept.q_map.shape == (6, 8, 4) and kept.k_map.shape == (2, 8, 4)
@@ -93,7 +102,7 @@ def test_keep_pairs_takes_the_pairs_with_the_most_logit_energy() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-llama3-rope", "mistral", "qwen2", "llama-mha-tied"])
-def test_keep_pairs_is_lossless_when_the_other_pairs_are_zero(
+def test_loudest_pairs_is_lossless_when_the_other_pairs_are_zero(
     tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str
 ) -> None:
     teacher = tiny_teacher(name)
@@ -111,9 +120,9 @@ def test_keep_pairs_is_lossless_when_the_other_pairs_are_zero(
     set_spec(student, LatentSpec.from_dict(fields))
     identity = torch.eye(16, dtype=torch.float64).expand(kv_heads, -1, -1)
     for layer, old, stats in zip(student.model.layers, whole, statistics.layers, strict=True):
-        kept = reduce.keep_pairs(stats.mean("q"), stats.mean("k"), 6)
+        kept = loudest_pairs(stats.mean("q"), stats.mean("k"), 6)
         assert torch.equal(kept.freq_index, alive.sort(-1).values)
-        fill(layer.self_attn, old, kept, reduce.VOReduction(v_map=identity, o_map=identity))
+        fill(layer.self_attn, old, kept, VOReduction(v_map=identity, o_map=identity))
     with torch.no_grad():
         torch.testing.assert_close(student(ids).logits, teacher(ids).logits, rtol=0, atol=1e-4)
 
@@ -121,17 +130,17 @@ def test_keep_pairs_is_lossless_when_the_other_pairs_are_zero(
 def test_shared_pairs_are_those_with_the_largest_sum_of_scores() -> None:
     q_cov = torch.eye(DIM).expand(KV_HEADS * GROUP, -1, -1)
     k_cov = torch.stack([torch.diag(torch.tensor(x * 2)) for x in ([9.0, 5.0, 6.0, 1.0], [1.0, 5.0, 6.0, 9.0])])
-    assert reduce.keep_pairs(q_cov, k_cov, 4).freq_index.tolist() == [[0, 2], [2, 3]]
-    shared = reduce.keep_pairs(q_cov, k_cov, 2, shared=True)
+    assert loudest_pairs(q_cov, k_cov, 4).freq_index.tolist() == [[0, 2], [2, 3]]
+    shared = loudest_pairs(q_cov, k_cov, 2, whole_layer=True)
     assert shared.freq_index.tolist() == [[2]] * 2  # 12 against 10
 
 
-# --- partial_rope
+# --- partial
 
 
-def turned_logits(q: Tensor, k: Tensor, ladder: Tensor, distance: int) -> Tensor:
-    """qᵀ R(distance) k for every sample; ladder is (heads, pairs)."""
-    angle = distance * ladder[:, None]
+def turned_logits(q: Tensor, k: Tensor, inv_freqs: Tensor, distance: int) -> Tensor:
+    """qᵀ R(distance) k for every sample; inv_freqs is (heads, pairs)."""
+    angle = distance * inv_freqs[:, None]
     return (rotate(q, angle.cos(), angle.sin()) * k).sum(-1)
 
 
@@ -142,14 +151,14 @@ def test_partial_rope_is_lossless_when_the_others_stand_still_and_have_low_rank(
     mix = normal(KV_HEADS, 4, 2, seed=2) @ normal(KV_HEADS, 2, 4, seed=3)
     k[..., slow] = k[..., slow] @ mix
     q_cov, k_cov = moment(q), moment(k)
-    maps = reduce.partial_rope(q_cov, k_cov, reduce.pair_scores(q_cov, k_cov), inv_freq, 6, torch.arange(1.0, 64))
+    maps = partial_rope(q_cov, k_cov, pair_scores(q_cov, k_cov), inv_freq, 6, torch.arange(1.0, 64))
     assert maps.freq_index is not None
     assert [sorted(row) for row in maps.freq_index.tolist()] == [[0, 1, 4]] * KV_HEADS
-    ladder = torch.cat((inv_freq, torch.zeros(1, dtype=torch.float64)))
+    inv_freqs = torch.cat((inv_freq, torch.zeros(1, dtype=torch.float64)))
     k, k_map, index = (x.repeat_interleave(GROUP, dim=0) for x in (k, maps.k_map, maps.freq_index))
     for distance in (0, 1, 7, 100):
         wanted = turned_logits(q, k, inv_freq.expand(len(q), -1), distance)
-        got = turned_logits(q @ maps.q_map, k @ k_map, ladder[index], distance)
+        got = turned_logits(q @ maps.q_map, k @ k_map, inv_freqs[index], distance)
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
 
 
@@ -157,13 +166,13 @@ def test_partial_rope_is_lossless_when_the_others_stand_still_and_have_low_rank(
 
 
 def test_rescaling_changes_no_logit_at_any_distance() -> None:
-    maps = reduce.QKReduction(q_map=normal(KV_HEADS * GROUP, DIM, 4), k_map=normal(KV_HEADS, DIM, 4, seed=1))
-    even = reduce.rescaled(maps)
+    maps = QKReduction(q_map=normal(KV_HEADS * GROUP, DIM, 4), k_map=normal(KV_HEADS, DIM, 4, seed=1))
+    even = rescaled(maps)
     q, k = normal(KV_HEADS * GROUP, 5, DIM, seed=2), normal(KV_HEADS, 5, DIM, seed=3).repeat_interleave(GROUP, dim=0)
-    ladder = torch.tensor([1.0, 0.1], dtype=torch.float64).expand(len(q), -1)
+    inv_freqs = torch.tensor([1.0, 0.1], dtype=torch.float64).expand(len(q), -1)
     for distance in (0, 3, 50):
         before, after = (
-            turned_logits(q @ x.q_map, k @ x.k_map.repeat_interleave(GROUP, dim=0), ladder, distance)
+            turned_logits(q @ x.q_map, k @ x.k_map.repeat_interleave(GROUP, dim=0), inv_freqs, distance)
             for x in (maps, even)
         )
         torch.testing.assert_close(after, before)
@@ -181,14 +190,14 @@ def test_project_is_lossless_when_rotated_queries_or_keys_have_low_rank(low: str
         q = q @ (normal(KV_HEADS, DIM, 4, seed=2) @ normal(KV_HEADS, 4, DIM, seed=3)).repeat_interleave(GROUP, dim=0)
     else:
         k = k @ normal(KV_HEADS, DIM, 4, seed=2) @ normal(KV_HEADS, 4, DIM, seed=3)
-    maps = reduce.project(moment(q), moment(k), 4)
+    maps = project(moment(q), moment(k), 4)
     k, k_map = (x.repeat_interleave(GROUP, dim=0) for x in (k, maps.k_map))
     torch.testing.assert_close((q @ maps.q_map) @ (k @ k_map).mT, q @ k.mT, rtol=0, atol=1e-6)
 
 
 def test_project_at_full_dims_is_lossless() -> None:
     q_cov, k_cov = moment(normal(KV_HEADS * GROUP, 50, DIM)), moment(normal(KV_HEADS, 50, DIM, seed=1))
-    assert logit_error(q_cov, k_cov, reduce.project(q_cov, k_cov, DIM)) < 1e-9
+    assert logit_error(q_cov, k_cov, project(q_cov, k_cov, DIM)) < 1e-9
 
 
 @settings(deadline=None, max_examples=25)
@@ -197,13 +206,13 @@ def test_project_loses_no_more_than_pairs_stride_or_chance(d_qk: int, seed: int)
     colour = normal(KV_HEADS * GROUP, DIM, DIM, seed=seed + 1)
     q_cov = moment(normal(KV_HEADS * GROUP, 50, DIM, seed=seed) @ colour)
     k_cov = moment(normal(KV_HEADS, 50, DIM, seed=seed + 2) @ colour[::GROUP])
-    least = logit_error(q_cov, k_cov, reduce.project(q_cov, k_cov, d_qk))
+    least = logit_error(q_cov, k_cov, project(q_cov, k_cov, d_qk))
     pooled = q_cov.view(KV_HEADS, GROUP, DIM, DIM).sum(1)
     eigenvalues = torch.linalg.eigvals(pooled @ k_cov).real.clamp_min(0).sort(-1, descending=True).values
     assert least == pytest.approx(float(eigenvalues[:, d_qk:].sum()), rel=1e-6)  # Eckart-Young
-    assert least <= logit_error(q_cov, k_cov, reduce.keep_pairs(q_cov, k_cov, d_qk))
+    assert least <= logit_error(q_cov, k_cov, loudest_pairs(q_cov, k_cov, d_qk))
     random_map = torch.linalg.qr(normal(KV_HEADS, DIM, d_qk, seed=seed)).Q
-    chance = reduce.QKReduction(q_map=random_map.repeat_interleave(GROUP, dim=0), k_map=random_map)
+    chance = QKReduction(q_map=random_map.repeat_interleave(GROUP, dim=0), k_map=random_map)
     assert least <= logit_error(q_cov, k_cov, chance)
 
 
@@ -212,7 +221,7 @@ def test_project_does_not_depend_on_the_basis_of_queries_and_keys() -> None:
     basis = normal(DIM, DIM, seed=2) + 3 * torch.eye(DIM)
     inverse = torch.linalg.inv(basis)  # logits don't change under q → Bᵀq, k → B⁻¹k
     other_q, other_k = basis.T @ q_cov @ basis, inverse @ k_cov @ inverse.T
-    first, second = reduce.project(q_cov, k_cov, 4), reduce.project(other_q, other_k, 4)
+    first, second = project(q_cov, k_cov, 4), project(other_q, other_k, 4)
     assert logit_error(other_q, other_k, second) == pytest.approx(logit_error(q_cov, k_cov, first), rel=1e-6)
     for h in range(KV_HEADS * GROUP):
         kept = first.q_map[h] @ first.k_map[h // GROUP].T
@@ -221,7 +230,7 @@ def test_project_does_not_depend_on_the_basis_of_queries_and_keys() -> None:
 
 def test_project_survives_directions_without_energy() -> None:
     q_cov, k_cov = moment(normal(KV_HEADS * GROUP, 50, DIM)), torch.zeros(KV_HEADS, DIM, DIM, dtype=torch.float64)
-    maps = reduce.project(q_cov, k_cov, 4)
+    maps = project(q_cov, k_cov, 4)
     assert maps.q_map.isfinite().all() and maps.k_map.isfinite().all()
 
 
@@ -254,7 +263,7 @@ def test_fold_is_lossless_when_a_groups_frequencies_coincide_and_its_complex_ran
             else:
                 for h in range(g * GROUP, (g + 1) * GROUP):
                     q[h] = complex_rank(q[h], pairs, rank, seed=10 * first + g)
-    maps = reduce.fold(moment(q), moment(k), groups)
+    maps = fold(moment(q), moment(k), groups)
     assert maps.q_map.shape == (2 * GROUP, 12, 8)
     slots = [inv_freq[first] for first, _, rank in groups for _ in range(rank)]
     for h in range(2 * GROUP):
@@ -264,7 +273,7 @@ def test_fold_is_lossless_when_a_groups_frequencies_coincide_and_its_complex_ran
 
 def test_fold_of_single_pairs_changes_no_logit() -> None:
     q, k = normal(1, 20, 8), normal(1, 20, 8, seed=1)
-    maps = reduce.fold(moment(q), moment(k), [(j, 1, 1) for j in range(4)])
+    maps = fold(moment(q), moment(k), [(j, 1, 1) for j in range(4)])
     inv_freq = [1.0, 0.3, 0.1, 0.03]
     got = rotated_logits(q[0] @ maps.q_map[0], k[0] @ maps.k_map[0], inv_freq)
     torch.testing.assert_close(got, rotated_logits(q[0], k[0], inv_freq), rtol=0, atol=1e-8)
@@ -274,13 +283,13 @@ def test_complex_covariance_is_that_of_the_pairs_as_complex_numbers() -> None:
     x = normal(2, 40, 6)
     z = torch.complex(*x.chunk(2, dim=-1))
     wanted = torch.stack([sum(torch.outer(row, row.conj()) for row in z[h]) / 40 for h in range(2)])
-    torch.testing.assert_close(reduce.complex_covariance(moment(x)), wanted)
+    torch.testing.assert_close(complex_covariance(moment(x)), wanted)
 
 
 def test_choose_groups_keeps_every_pair_when_there_are_slots_for_all() -> None:
     q_cov, k_cov = moment(normal(4, 40, 16)), moment(normal(2, 40, 16, seed=1))
     inv_freq = 10000.0 ** (-torch.arange(0, 16, 2) / 16)
-    groups, frequencies = reduce.choose_groups([q_cov], [k_cov], inv_freq, 8, torch.arange(1, 300))
+    groups, frequencies = choose_groups([q_cov], [k_cov], inv_freq, 8, torch.arange(1, 300))
     assert groups == [(j, 1, 1) for j in range(8)]
     torch.testing.assert_close(torch.tensor(frequencies), inv_freq)
 
@@ -291,7 +300,7 @@ def test_choose_groups_finds_the_split_that_costs_nothing() -> None:
         for pairs in ([0, 1], [2, 3, 4], [6, 7]):
             k[g] = complex_rank(k[g], pairs, 1, seed=pairs[0])
     inv_freq = torch.tensor([1.0, 1.0, 0.4, 0.4, 0.4, 0.1, 0.02, 0.02])
-    groups, frequencies = reduce.choose_groups(
+    groups, frequencies = choose_groups(
         [moment(normal(4, 40, 16, seed=1))], [moment(k)], inv_freq, 4, torch.arange(1, 300)
     )
     assert groups == [(0, 2, 1), (2, 3, 1), (5, 1, 1), (6, 2, 1)]
@@ -304,7 +313,7 @@ def test_choose_groups_uses_every_slot_on_neighbours_in_order(slots: int, seed: 
     q_covs = [moment(normal(4, 40, 16, seed=seed + i)) for i in range(2)]
     k_covs = [moment(normal(2, 40, 16, seed=seed + 5 + i)) for i in range(2)]
     inv_freq = 10000.0 ** (-torch.arange(0, 16, 2) / 16)
-    groups, frequencies = reduce.choose_groups(q_covs, k_covs, inv_freq, slots, torch.arange(1, 100))
+    groups, frequencies = choose_groups(q_covs, k_covs, inv_freq, slots, torch.arange(1, 100))
     assert sum(rank for _, _, rank in groups) == slots == len(frequencies)
     assert all(1 <= rank <= size for _, size, rank in groups)
     ends = [0] + [first + size for first, size, _ in groups]
@@ -316,10 +325,10 @@ def test_choose_groups_fills_its_slots_even_when_too_few_pairs_are_alive() -> No
     q, k = normal(4, 40, 16), normal(2, 40, 16, seed=1)
     k.view(2, 40, 2, 8)[..., 2:] = 0
     inv_freq = 10000.0 ** (-torch.arange(0, 16, 2) / 16)
-    groups, frequencies = reduce.choose_groups([moment(q)], [moment(k)], inv_freq, 4, torch.arange(1, 100))
+    groups, frequencies = choose_groups([moment(q)], [moment(k)], inv_freq, 4, torch.arange(1, 100))
     assert groups[:2] == [(0, 1, 1), (1, 1, 1)] and sum(rank for _, _, rank in groups) == 4
     assert all(inv_freq[-1] <= frequency <= inv_freq[0] for frequency in frequencies)
-    maps = reduce.fold(moment(q), moment(k), groups)
+    maps = fold(moment(q), moment(k), groups)
     assert maps.q_map.isfinite().all() and maps.k_map.isfinite().all()
 
 
@@ -330,7 +339,7 @@ def test_value_output_svd_is_lossless_for_low_rank_value_weights() -> None:
     inputs, o_weight = normal(200, 20), normal(10, KV_HEADS * GROUP * DIM, seed=1)
     v_weight = normal(KV_HEADS, DIM, 3, seed=2) @ normal(KV_HEADS, 3, 20, seed=3)
     values = (inputs @ v_weight.mT).repeat_interleave(GROUP, dim=0)  # attention only mixes tokens
-    maps = reduce.value_output_svd(moment(values), o_weight, 3, kv_heads=KV_HEADS)
+    maps = value_output_svd(moment(values), o_weight, 3, kv_heads=KV_HEADS)
     for h, w in enumerate(o_weight.T.split(DIM)):
         kept = values[h] @ maps.v_map[h // GROUP] @ maps.o_map[h // GROUP]
         torch.testing.assert_close(kept @ w, values[h] @ w, rtol=0, atol=1e-6)
@@ -340,7 +349,7 @@ def test_value_output_svd_is_lossless_for_low_rank_output_weights() -> None:
     o_cov = moment(normal(KV_HEADS * GROUP, 50, DIM))
     shared = normal(KV_HEADS, DIM, 3, seed=1).repeat_interleave(GROUP, dim=0)
     o_weight = (shared @ normal(KV_HEADS * GROUP, 3, 10, seed=2)).flatten(0, 1).T
-    assert output_error(o_cov, o_weight, reduce.value_output_svd(o_cov, o_weight, 3, kv_heads=KV_HEADS)) < 1e-12
+    assert output_error(o_cov, o_weight, value_output_svd(o_cov, o_weight, 3, kv_heads=KV_HEADS)) < 1e-12
 
 
 @settings(deadline=None, max_examples=25)
@@ -349,12 +358,12 @@ def test_value_output_svd_loses_no_more_than_stride_or_chance(d_vo: int, seed: i
     values = normal(KV_HEADS, 50, DIM, seed=seed) @ normal(KV_HEADS, DIM, DIM, seed=seed + 1)
     o_cov = moment(values).repeat_interleave(GROUP, dim=0)
     o_weight = normal(10, KV_HEADS * GROUP * DIM, seed=seed + 2)
-    maps = reduce.value_output_svd(o_cov, o_weight, d_vo, kv_heads=KV_HEADS)
+    maps = value_output_svd(o_cov, o_weight, d_vo, kv_heads=KV_HEADS)
     assert maps.v_map.shape == (KV_HEADS, DIM, d_vo) and maps.o_map.shape == (KV_HEADS, d_vo, DIM)
     least = output_error(o_cov, o_weight, maps)
-    assert least <= output_error(o_cov, o_weight, stride_values(d_vo)) + 1e-6
+    assert least <= output_error(o_cov, o_weight, value_stride(DIM, d_vo, kv_heads=KV_HEADS)) + 1e-6
     basis = torch.linalg.qr(normal(KV_HEADS, DIM, d_vo, seed=seed)).Q
-    assert least <= output_error(o_cov, o_weight, reduce.VOReduction(v_map=basis, o_map=basis.mT)) + 1e-6
+    assert least <= output_error(o_cov, o_weight, VOReduction(v_map=basis, o_map=basis.mT)) + 1e-6
 
 
 def test_value_output_svd_does_not_depend_on_the_basis_of_values() -> None:
@@ -363,10 +372,8 @@ def test_value_output_svd_does_not_depend_on_the_basis_of_values() -> None:
     basis = normal(DIM, DIM, seed=2) + 3 * torch.eye(DIM)  # o → o·B, W_O → B⁻¹·W_O
     other_weight = torch.cat([torch.linalg.inv(basis) @ w for w in o_weight.T.split(DIM)]).T
     other_cov = basis.T @ o_cov @ basis
-    first = output_error(o_cov, o_weight, reduce.value_output_svd(o_cov, o_weight, 3, kv_heads=KV_HEADS))
-    second = output_error(
-        other_cov, other_weight, reduce.value_output_svd(other_cov, other_weight, 3, kv_heads=KV_HEADS)
-    )
+    first = output_error(o_cov, o_weight, value_output_svd(o_cov, o_weight, 3, kv_heads=KV_HEADS))
+    second = output_error(other_cov, other_weight, value_output_svd(other_cov, other_weight, 3, kv_heads=KV_HEADS))
     assert second == pytest.approx(first, rel=1e-6)
 
 
@@ -379,8 +386,8 @@ def test_fill_with_identity_maps_copies_the_attention(tiny_teacher: Callable[[st
     whole, spec = student.model.layers[0].self_attn, spec_of(student)
     reduced = LatentAttention(student.config, 0, whole, spec)
     every = torch.eye(16, dtype=torch.float64)
-    qk = reduce.QKReduction(q_map=every.expand(4, -1, -1), k_map=every.expand(2, -1, -1))
-    fill(reduced, whole, qk, reduce.VOReduction(v_map=every.expand(2, -1, -1), o_map=every.expand(2, -1, -1)))
+    qk = QKReduction(q_map=every.expand(4, -1, -1), k_map=every.expand(2, -1, -1))
+    fill(reduced, whole, qk, VOReduction(v_map=every.expand(2, -1, -1), o_map=every.expand(2, -1, -1)))
     for name, parameter in whole.named_parameters():
         assert torch.equal(dict(reduced.named_parameters())[name], parameter), name
 
@@ -396,10 +403,10 @@ def of_one_source(seed: int) -> Tensor:
 def test_heads_of_one_source_are_projected_together_without_loss() -> None:
     """Apart, every head would need all of its DIM dims; together they need as many in all."""
     q, k = normal(KV_HEADS * GROUP, 50, DIM), of_one_source(1)
-    maps = reduce.project(moment(q), moment(k), DIM)
+    maps = project(moment(q), moment(k), DIM)
     apart = k.view(50, KV_HEADS, DIM).transpose(0, 1).repeat_interleave(GROUP, dim=0)
     torch.testing.assert_close((q @ maps.q_map) @ (k @ maps.k_map).mT, q @ apart.mT, rtol=0, atol=1e-6)
-    tail = reduce.project_tail(moment(q), moment(k))  # by dims per head, of which a latent has KV_HEADS times as many
+    tail = project_tail(moment(q), moment(k))  # by dims per head, of which a latent has KV_HEADS times as many
     assert tail.shape == (DIM + 1,) and tail[DIM // 2] < 1e-9 * tail[0] < tail[DIM // 2 - 1]
 
 
@@ -410,25 +417,25 @@ def test_projecting_heads_together_loses_no_more_than_apart(d_qk: int, seed: int
     together = moment(normal(1, 50, KV_HEADS * DIM, seed=seed + 1) @ normal(KV_HEADS * DIM, KV_HEADS * DIM, seed=seed))
     blocks = together[0].unflatten(0, (KV_HEADS, DIM)).unflatten(2, (KV_HEADS, DIM))
     apart = torch.stack([blocks[g, :, g] for g in range(KV_HEADS)])
-    tails = reduce.project_tail(q_cov, together), reduce.project_tail(q_cov, apart)
+    tails = project_tail(q_cov, together), project_tail(q_cov, apart)
     assert tails[0][0] == pytest.approx(float(tails[1][0]))
     assert tails[0][d_qk] <= tails[1][d_qk] * (1 + 1e-9)
 
 
 def test_values_of_one_source_are_reduced_together_without_loss() -> None:
     o, o_weight = of_one_source(0).expand(KV_HEADS * GROUP, -1, -1), normal(20, KV_HEADS * GROUP * DIM, seed=3)
-    maps = reduce.value_output_svd(moment(o), o_weight, DIM, kv_heads=KV_HEADS)
-    part = reduce.own_part(KV_HEADS * GROUP, KV_HEADS, KV_HEADS)
+    maps = value_output_svd(moment(o), o_weight, DIM, kv_heads=KV_HEADS)
+    part = own_part(KV_HEADS * GROUP, KV_HEADS, KV_HEADS)
     for h, w in enumerate(o_weight.T.split(DIM)):
         own = slice(int(part[h]) * DIM, (int(part[h]) + 1) * DIM)
         torch.testing.assert_close((o[h] @ maps.v_map[0] @ maps.o_map[0])[:, own] @ w, o[h, :, own] @ w)
-    tail = reduce.value_output_tail(moment(o), o_weight, kv_heads=KV_HEADS)
+    tail = value_output_tail(moment(o), o_weight, kv_heads=KV_HEADS)
     assert tail.shape == (DIM + 1,) and tail[DIM // 2] < 1e-9 * tail[0] < tail[DIM // 2 - 1]
 
 
 def test_channels_by_frequency_are_those_of_one_head() -> None:
-    assert reduce.by_frequency(4, 2).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]  # of heads (0, 1 | 2, 3) and (4, 5 | 6, 7)
-    assert reduce.by_frequency(8, 1).tolist() == list(range(8))
+    assert by_frequency(4, 2).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]  # of heads (0, 1 | 2, 3) and (4, 5 | 6, 7)
+    assert by_frequency(8, 1).tolist() == list(range(8))
 
 
 def test_pairs_of_one_frequency_are_folded_across_heads_without_loss_at_any_distance() -> None:
@@ -440,12 +447,12 @@ def test_pairs_of_one_frequency_are_folded_across_heads_without_loss_at_any_dist
     k, q = torch.cat((z.real, z.imag), dim=-1), normal(KV_HEADS * GROUP, 20, DIM)
     together = torch.cat(list(k), dim=-1)[None]
     covariances = moment(q), moment(together)
-    groups, frequencies = reduce.choose_groups(
+    groups, frequencies = choose_groups(
         *([x] for x in covariances), torch.tensor(inv_freq), DIM // 2, torch.arange(1, 65)
     )
     assert groups == [(KV_HEADS * j, KV_HEADS, 1) for j in range(DIM // 2)]
     assert frequencies == pytest.approx(inv_freq)
-    maps = reduce.fold(*covariances, groups)
+    maps = fold(*covariances, groups)
     for h in range(KV_HEADS * GROUP):
         found = rotated_logits(q[h] @ maps.q_map[h], together[0] @ maps.k_map[0], inv_freq)
         torch.testing.assert_close(found, rotated_logits(q[h], k[h // GROUP], inv_freq), rtol=0, atol=1e-6)

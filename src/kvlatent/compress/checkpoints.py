@@ -1,0 +1,337 @@
+"""Calibration, planning and conversion of checkpoints on disk: what the commands and recipes call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from kvlatent.compress import budget as budgets
+from kvlatent.compress.config import CalibrateConfig, ConvertConfig, PlanConfig
+from kvlatent.compress.convert import convert_as
+from kvlatent.compress.methods import PRESETS
+from kvlatent.compress.planning import Request, check_source, grouped_heads, method_of, requested
+from kvlatent.compress.statistics import Statistics, calibrate
+from kvlatent.data.blocks import TokenBlocks, batch_size_for
+from kvlatent.data.positions import context_of
+from kvlatent.data.sources import TEACHER_TEXT, read_text
+from kvlatent.errors import UserError
+from kvlatent.files import check_disk, refuse_existing
+from kvlatent.model.card import unmeasured_card
+from kvlatent.model.checkpoints import environment, load_model, save_checkpoint
+from kvlatent.model.graft import check_teacher, dims_by_layer, head_dim_of, heads_per_latent_of, spec_of
+from kvlatent.model.loading import load_config, load_tokenizer, stored_dtype, teacher_name, weight_bytes
+from kvlatent.model.offload import OffloadedLayers, open_offloaded
+from kvlatent.model.spec import bytes_per_token
+
+# --- calibrate -------------------------------------------------------------------------------------------------------
+
+
+def calibrate_checkpoint(
+    model: str, out: Path, asked: CalibrateConfig, *, device: str = "auto", dtype: str = "auto", seed: int = 0
+) -> dict[str, Any]:
+    """Calibrate a teacher on text and write its statistics to one file, together with those of other shards.
+
+    Args:
+        model: The teacher.
+        out: The file to write.
+        asked: The settings.
+        device: Where to compute.
+        dtype: Of the weights.
+        seed: Of the order of the text.
+
+    Raises:
+        UserError: `out` exists, or the model, the text or a file can't be used, or there is nothing to write.
+    """
+    refuse_existing(out)
+    if not (asked.text or asked.merge):
+        raise UserError("nothing to calibrate on: give text (--text), or statistics to merge (--merge)")
+    if asked.offload and TEACHER_TEXT in asked.text:
+        raise UserError("text from the teacher needs it in memory; sample it without --offload, or give other text")
+    config, tokenizer = load_config(model), load_tokenizer(model)
+    check_teacher(config)
+    context, grouped = context_of(config, asked.context), heads_per_latent_of(config, asked.heads_per_latent)
+    shards = [load_statistics(path, config) for path in asked.merge]
+    moments = 3 * config.num_attention_heads + 2 * config.num_key_value_heads
+    if grouped > 1:
+        moments += config.num_attention_heads * grouped**2 + config.num_key_value_heads * grouped
+    check_disk(out, config.num_hidden_layers * moments * head_dim_of(config) ** 2 * 8)
+    began = time.monotonic()
+
+    @lru_cache(maxsize=1)
+    def teacher() -> PreTrainedModel:
+        return load_model(model, device=device, dtype=dtype)[0]
+
+    if asked.text:
+        blocks = read_text(
+            asked.text, tokenizer, tokens=asked.tokens, block_size=asked.block_size, seed=seed, teacher=teacher
+        )
+        about = {
+            "model": teacher_name(model),
+            "text": list(blocks.sources),
+            "fingerprints": sorted(blocks.fingerprints),
+            "record": environment(),
+        }
+        opened = open_offloaded(model, device=device, dtype=dtype) if asked.offload else (teacher(), None)
+        settings: dict[str, Any] = {"context": context, "heads_per_latent": grouped}
+        shards.append(probed_statistics(opened[0], blocks.ids, about=about, offloaded=opened[1], **settings))
+    statistics = reduce(Statistics.merge, shards)
+    statistics.save(out)
+    told = {key: statistics.about.get(key) for key in ("tokens", "text")}
+    return {"out": str(out), **told, "seconds": time.monotonic() - began}
+
+
+def probed_statistics(
+    teacher: PreTrainedModel,
+    ids: Int[Tensor, "blocks block_size"],
+    *,
+    context: int | None,
+    heads_per_latent: int | None = None,
+    about: dict[str, Any],
+    offloaded: OffloadedLayers | None = None,
+) -> Statistics:
+    """Statistics of the teacher on token blocks, and how much each layer matters."""
+    statistics = calibrate(
+        teacher, ids, batch_size=batch_size_for(ids.shape[1]), context=context, heads_per_latent=heads_per_latent,
+        about=about, offloaded=offloaded,
+    )  # fmt: skip
+    statistics.probes = budgets.probe(teacher, statistics, budgets.probe_text(ids), offloaded=offloaded)
+    return statistics
+
+
+def load_statistics(path: Path, config: PreTrainedConfig) -> Statistics:
+    """Read statistics of the model that `config` is of.
+
+    Raises:
+        UserError: There are none, or they are of another model.
+    """
+    statistics = Statistics.load(path)
+    q, k, head_dim = *(statistics.layers[0].sums[name] for name in ("q", "k")), head_dim_of(config)
+    found = len(statistics.layers), len(q), len(k), q.shape[-1]
+    if found != (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, head_dim):
+        raise UserError(f"{path} holds statistics of another model ({statistics.about.get('model', 'unnamed')})")
+    return statistics
+
+
+# --- plan ------------------------------------------------------------------------------------------------------------
+
+
+def plan_checkpoint(
+    model: str, out: Path, asked: PlanConfig, *, device: str = "auto", dtype: str = "auto", seed: int = 0
+) -> dict[str, Any]:
+    """Say how a budget would be spent on a model's layers, and draw it; nothing is converted.
+
+    Args:
+        model: The teacher.
+        out: The figure to write; .png, .svg or .pdf.
+        asked: The settings.
+        device: Where to compute; in float32, as conversion does.
+        dtype: Of the student whose cache bytes are told; `auto` is that of the teacher's checkpoint.
+        seed: Of the order of the text.
+
+    Raises:
+        UserError: `out` exists, or the model, the budget, the text or the statistics can't be used.
+    """
+    from kvlatent.compress.figure import draw  # needs matplotlib, which converting doesn't
+
+    refuse_existing(out)
+    config, tokenizer = load_config(model), load_tokenizer(model)
+    check_teacher(config)
+    total = budgets.total_dims(config, asked.budget)
+    statistics = None if asked.stats is None else load_statistics(asked.stats, config)
+    grouped = grouped_heads(config, PRESETS["best"].default, asked.heads_per_latent, statistics)
+    teacher = load_model(model, device=device, dtype="float32")[0]
+    if statistics is None:
+        blocks = read_text(
+            asked.text, tokenizer, tokens=asked.tokens, block_size=asked.block_size, seed=seed, teacher=lambda: teacher
+        )
+        statistics = budgets.planning_statistics(teacher, blocks.ids, heads_per_latent=grouped)
+    allocation = budgets.spend(teacher, statistics, total)
+    kv_heads, size = config.num_key_value_heads, stored_dtype(config, dtype).itemsize
+    draw(allocation, out, title=f"{model}: {asked.budget:.4g} of the cache", head_dim=head_dim_of(config))
+    return {
+        "model": model,
+        "budget": asked.budget,
+        **asdict(allocation),
+        "expected_loss": allocation.expected_loss,
+        "cache_bytes_per_token": bytes_per_token(allocation.d_qk, allocation.d_vo, kv_heads, size),
+        "teacher_cache_bytes_per_token": bytes_per_token(*dims_by_layer(config), kv_heads, size),
+        "out": str(out),
+    }
+
+
+# --- convert ---------------------------------------------------------------------------------------------------------
+
+
+def convert_checkpoint(
+    model: str, out: Path, asked: ConvertConfig, *, device: str = "auto", dtype: str = "auto", seed: int = 0
+) -> dict[str, Any]:
+    """Convert a teacher to a student and write it to a new folder, with the record that healing and evaluation read.
+
+    Args:
+        model: The teacher.
+        out: The new folder.
+        asked: The settings.
+        device: Where to compute; always in float32.
+        dtype: Of the weights written; `auto` is that of the teacher's checkpoint.
+        seed: Of the order of the text.
+
+    Raises:
+        UserError: `out` exists, or the model, the dims, the text or the statistics can't be used.
+    """
+    refuse_existing(out)
+    config, tokenizer = load_config(model), load_tokenizer(model)
+    check_teacher(config)
+    statistics = None if asked.stats is None else load_statistics(asked.stats, config)
+    target = target_of(config, asked, statistics)
+
+    @lru_cache(maxsize=1)
+    def teacher() -> PreTrainedModel:
+        return load_model(model, device=device, dtype="float32")[0]
+
+    blocks = None
+    if asked.text:
+        blocks = read_text(
+            asked.text, tokenizer, tokens=asked.tokens, block_size=asked.block_size, seed=seed, teacher=teacher
+        )
+    return convert_loaded(
+        teacher(), tokenizer, out, target, name=model, blocks=blocks, statistics=statistics,
+        dtype=stored_dtype(config, dtype),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What `ConvertConfig` asks for, checked against the teacher's config."""
+
+    asked: ConvertConfig
+    request: Request
+    """With all dims, where a budget is yet to be spent on the layers."""
+    total: int | None
+    """d_qk + d_vo of all layers, where that is what is known of them."""
+    context: int
+    """Positions that blocks are spread over."""
+
+
+def target_of(config: PreTrainedConfig, asked: ConvertConfig, statistics: Statistics | None = None) -> Target:
+    """Check all settings of a conversion, once, before anything is loaded.
+
+    Args:
+        config: The teacher's.
+        asked: The settings.
+        statistics: Those that `asked` names.
+
+    Raises:
+        UserError: A request that can't be.
+    """
+    check_teacher(config)
+    if (asked.d_qk is None) != (asked.d_vo is None):
+        raise UserError("d_qk and d_vo go together; give both, or a budget")
+    if (asked.d_qk is None) == (asked.budget is None):
+        raise UserError("give either d_qk and d_vo or a budget, one and not both")
+    total, recipe, method = None, PRESETS[asked.preset], method_of(asked.preset, asked.qk)
+    if asked.d_qk is not None and asked.d_vo is not None:
+        d_qk, d_vo = asked.d_qk, asked.d_vo
+    elif asked.budget is not None and recipe.uniform:
+        d_qk = d_vo = budgets.uniform_dims(config, asked.budget)
+    else:
+        assert asked.budget is not None
+        total, d_qk = budgets.total_dims(config, asked.budget), head_dim_of(config)
+        d_vo = d_qk
+        if method.one_frequency_list:
+            raise UserError(
+                f"{method.name} has one frequency list, so every layer the same d_qk; give --d-qk and --d-vo"
+            )
+    request = requested(
+        config, preset=asked.preset, qk=asked.qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=asked.heads_per_latent,
+        statistics=statistics,
+    )  # fmt: skip
+    if not recipe.calibrated and (asked.stats or asked.text):
+        raise UserError(f"preset {asked.preset} is not calibrated; leave --text and --stats out")
+    check_source(request, given=bool(asked.stats or asked.text))
+    if asked.stats and asked.text and total is None:
+        raise UserError("give either text (--text) or statistics (--stats); both only for best with a --budget")
+    return Target(asked=asked, request=request, total=total, context=context_of(config, asked.context))
+
+
+def convert_loaded(
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    target: Target,
+    *,
+    name: str,
+    blocks: TokenBlocks | None,
+    statistics: Statistics | None = None,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Convert a teacher in memory and write the student to `out`.
+
+    Args:
+        teacher: The teacher, in float32.
+        tokenizer: Its tokenizer.
+        out: The new folder.
+        target: From `target_of`.
+        name: How to find the teacher again.
+        blocks: Calibration text.
+        statistics: Instead of text or, with a budget, what it is spent by.
+        dtype: Of the weights written.
+    """
+    check_disk(out, weight_bytes(teacher, dtype) + 50_000_000)
+    request = target.request
+    if target.total is not None:
+        spent_by = statistics
+        if spent_by is None:
+            assert blocks is not None
+            spent_by = budgets.planning_statistics(teacher, blocks.ids, heads_per_latent=request.heads_per_latent)
+        allocation = budgets.spend(teacher, spent_by, target.total)
+        request = replace(request, d_qk=allocation.d_qk, d_vo=allocation.d_vo)
+    began = time.monotonic()
+    if blocks is None:
+        student = convert_as(request, teacher, statistics=statistics)
+    else:
+        size = batch_size_for(blocks.ids.shape[1])
+        student = convert_as(request, teacher, ids=blocks.ids, batch_size=size, context=target.context)
+    spec = spec_of(student)
+    assert spec is not None
+    by_layer = target.total is not None
+    step: dict[str, Any] = {
+        "verb": "convert",
+        "preset": request.preset,
+        "qk": request.method.name,
+        "d_qk": list(request.d_qk) if by_layer else request.d_qk[0],
+        "d_vo": list(request.d_vo) if by_layer else request.d_vo[0],
+        "heads_per_latent": request.heads_per_latent,
+    }
+    fingerprints: Sequence[str] = ()
+    if blocks is not None:
+        step |= {"text": list(blocks.sources), "tokens": blocks.ids.numel(), "block_size": blocks.ids.shape[1]}
+        step |= {"context": target.context}
+        fingerprints = sorted(blocks.fingerprints)
+    elif statistics is not None:
+        step |= {key: statistics.about[key] for key in ("text", "tokens") if key in statistics.about}
+        fingerprints = statistics.about.get("fingerprints", ())
+    step["seconds"] = time.monotonic() - began
+    record = {
+        "teacher": teacher_name(name),
+        "preset": request.preset,
+        "fingerprints": list(fingerprints),
+        "steps": [step | {"config": target.asked.to_dict(), "record": environment()}],
+    }
+    save_checkpoint(student.to(dtype), tokenizer, out, record=record, card=unmeasured_card(record, spec.to_dict()))
+    kv_heads = teacher.config.num_key_value_heads
+    return {
+        "out": str(out),
+        "layout": spec.layout,
+        **{key: value for key, value in step.items() if key != "verb"},
+        "cache_bytes_per_token": spec.cache_bytes_per_token(kv_heads, dtype.itemsize),
+        "teacher_cache_bytes_per_token": bytes_per_token(*dims_by_layer(teacher.config), kv_heads, dtype.itemsize),
+    }

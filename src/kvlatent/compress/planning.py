@@ -1,0 +1,201 @@
+"""From a request to a plan: what is checked without weights, what holds for all layers, and each layer's maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kvlatent.compress.maps import QKReduction, VOReduction, stride_channels
+from kvlatent.compress.method import Decision, Heads, Layer, Method
+from kvlatent.compress.methods import PRESETS, Recipe
+from kvlatent.compress.methods.stride import STRIDE
+from kvlatent.compress.statistics import LayerStatistics, Statistics
+from kvlatent.compress.values import value_output_svd, value_stride
+from kvlatent.errors import UserError
+from kvlatent.model.attention import LatentAttention
+from kvlatent.model.families import family_of
+from kvlatent.model.graft import check_teacher, head_dim_of, heads_per_latent_of, identity_spec
+from kvlatent.model.spec import LatentSpec, Preset, check_dims
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A student that can be: preset, method, and dims layer by layer, checked against the teacher's config."""
+
+    preset: Preset
+    method: Method
+    heads_per_latent: int
+    d_qk: tuple[int, ...]
+    d_vo: tuple[int, ...]
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the preset promises."""
+        return PRESETS[self.preset]
+
+
+def requested(
+    config: PreTrainedConfig,
+    *,
+    preset: Preset,
+    qk: str | None = None,
+    d_qk: int | Sequence[int],
+    d_vo: int | Sequence[int],
+    heads_per_latent: int | None = None,
+    statistics: Statistics | None = None,
+) -> Request:
+    """Resolve a request; needs no weights, so it can come before loading them.
+
+    Args:
+        config: The teacher's.
+        preset: The recipe.
+        qk: The method; None is the preset's.
+        d_qk: One number, or one per layer.
+        d_vo: Likewise.
+        heads_per_latent: KV heads that are reduced together; None is what the statistics are of or, without them,
+            what `heads_per_latent_of` says, and 1 for methods that reduce every head on its own.
+        statistics: Those that layers will be reduced by.
+
+    Raises:
+        UserError: A teacher, a method or dims that can't be.
+    """
+    check_teacher(config)
+    layers, head_dim = config.num_hidden_layers, head_dim_of(config)
+    keys, values = ((d,) * layers if isinstance(d, int) else tuple(d) for d in (d_qk, d_vo))
+    check_dims(head_dim, keys, values)
+    recipe = PRESETS[preset]
+    method = method_of(preset, qk)
+    if len(keys) != layers:
+        raise UserError(f"d_qk and d_vo must name every one of {layers} layers; got {len(keys)} entries")
+    if recipe.uniform and len({*zip(keys, values, strict=True)}) > 1:
+        raise UserError(f"preset {preset} has the same dims in every layer; different ones need preset best")
+    if method.one_frequency_list and len(set(keys)) > 1:
+        raise UserError(f"{method.name} has one frequency list, so every layer the same d_qk; got {sorted(set(keys))}")
+    for d in set(keys):
+        method.check(head_dim, d)
+    if not recipe.calibrated:
+        stride_channels(head_dim, values[0], "d_vo")
+    grouped = grouped_heads(config, method, heads_per_latent, statistics)
+    return Request(preset=preset, method=method, heads_per_latent=grouped, d_qk=keys, d_vo=values)
+
+
+def check_source(request: Request, *, given: bool) -> None:
+    """Raise `UserError` if a preset that is calibrated has neither text nor statistics."""
+    if request.recipe.calibrated and not given:
+        raise UserError(f"preset {request.preset} is calibrated: give text (--text) or statistics (--stats)")
+
+
+def method_of(preset: Preset, qk: str | None) -> Method:
+    """The method that a preset is asked to reduce queries and keys by, or its own.
+
+    Raises:
+        UserError: The preset doesn't allow it, or there is none of that name.
+    """
+    recipe = PRESETS[preset]
+    if qk is None:
+        return recipe.default
+    if qk not in recipe.methods:
+        raise UserError(f"preset {preset} can't reduce queries and keys by {qk}; {', '.join(recipe.methods)} can")
+    return recipe.methods[qk]
+
+
+def grouped_heads(
+    config: PreTrainedConfig, method: Method, asked: int | None, statistics: Statistics | None = None
+) -> int:
+    """How many KV heads a method reduces together.
+
+    Raises:
+        UserError: The method reduces every head on its own, the model's heads can't be shared so, or the statistics
+            are of other groups.
+    """
+    if asked is None:
+        if not method.groups_heads:
+            return 1
+        return heads_per_latent_of(config) if statistics is None else statistics.heads_per_latent
+    if heads_per_latent_of(config, asked) > 1 and not method.groups_heads:
+        able = " and ".join(name for name, other in PRESETS["best"].methods.items() if other.groups_heads)
+        raise UserError(f"heads share latents with {able} only; {method.name} reduces every head on its own")
+    if statistics is not None and asked not in (1, statistics.heads_per_latent):
+        raise UserError(
+            f"the statistics are of {statistics.heads_per_latent} KV heads per latent, not of {asked}; "
+            "calibrate with --heads-per-latent"
+        )
+    return asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is decided for the whole model before its layers are reduced one by one."""
+
+    spec: LatentSpec
+    method: Method
+    decision: Decision
+    recipe: Recipe
+
+    @property
+    def refits_logits(self) -> bool:
+        """Whether queries and keys lose something that refitting their maps can give back."""
+        return min(self.spec.d_qk) < self.spec.head_dim and self.recipe.calibrated
+
+
+def plan_reduction(teacher: PreTrainedModel, request: Request, statistics: Statistics | None = None) -> Plan:
+    """The spec of a request, and what its method decides for all layers together.
+
+    Args:
+        teacher: A stock model of a supported family.
+        request: From `requested`.
+        statistics: Of the whole model, where the method needs them.
+    """
+    whole, method, recipe = identity_spec(teacher), request.method, request.recipe
+    untouched = min(request.d_qk) == whole.head_dim and request.heads_per_latent == 1 and method.calibrated
+    if untouched:  # all pairs at their own frequencies, for which there is nothing to know
+        method = STRIDE
+    decision = method.plan(
+        Heads(
+            config=teacher.config,
+            head_dim=whole.head_dim,
+            inv_freq=whole.inv_freq,
+            d_qk=request.d_qk,
+            heads_per_latent=request.heads_per_latent,
+            statistics=statistics,
+        )
+    )
+    qk_map = decision.qk_map
+    if untouched or (qk_map == "before_rope" and not family_of(teacher.config).qk_norm):  # a norm needs all of head_dim
+        qk_map = "folded"
+    spec = replace(
+        whole,
+        preset=request.preset,
+        d_qk=request.d_qk,
+        d_vo=request.d_vo,
+        heads_per_latent=request.heads_per_latent,
+        inv_freq=decision.inv_freq,
+        per_head_frequencies=decision.per_head_frequencies,
+        qk_map=qk_map,
+        scale=(request.heads_per_latent * request.d_qk[0]) ** -0.5 if recipe.uniform else whole.scale,
+    )
+    return Plan(spec=spec, method=method, decision=decision, recipe=recipe)
+
+
+def reductions(
+    plan: Plan, index: int, whole: LatentAttention, statistics: LayerStatistics | None
+) -> tuple[QKReduction, VOReduction]:
+    """The head maps of layer `index` under a plan."""
+    spec, head_dim = plan.spec, plan.spec.head_dim
+    layer = Layer(
+        q_heads=whole.q_heads,
+        kv_heads=whole.kv_heads,
+        head_dim=head_dim,
+        d_qk=spec.d_qk[index],
+        heads_per_latent=spec.heads_per_latent,
+        statistics=statistics,
+    )
+    qk = plan.method.reduce(layer, plan.decision)
+    if not plan.recipe.calibrated:
+        return qk, value_stride(head_dim, spec.d_vo[index], kv_heads=whole.kv_heads)
+    qk = replace(qk, q_map=qk.q_map * (head_dim**-0.5 / spec.scale))  # the teacher's logit scale, folded into queries
+    assert statistics is not None
+    outputs, d_vo = statistics.mean("o", heads_per_latent=spec.heads_per_latent), spec.latent_dims[1][index]
+    return qk, value_output_svd(outputs, whole.o_proj.weight, d_vo, kv_heads=whole.kv_heads)
