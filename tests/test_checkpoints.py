@@ -48,7 +48,7 @@ def test_loaded_students_say_exactly_what_saved_ones_said(
     preset: str,
 ) -> None:
     student = tiny_student(name, preset)
-    save_checkpoint(student, byte_tokenizer, tmp_path / "student", record={"steps": 3}, card="# Tiny")
+    save_checkpoint(student, byte_tokenizer, tmp_path / "student", record={"steps": [{"verb": "convert"}]}, card="# Tiny")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
     assert type(loaded) is type(student) and spec_of(loaded) == spec_of(student)
     assert torch.equal(logits(loaded, ids), logits(student, ids))
@@ -56,7 +56,7 @@ def test_loaded_students_say_exactly_what_saved_ones_said(
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     names = {path.name for path in (tmp_path / "student").iterdir()}
     assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"}
-    assert record_of(str(tmp_path / "student")) == {"steps": 3}
+    assert record_of(str(tmp_path / "student")) == {"steps": [{"verb": "convert"}]}
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
