@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from torch import Tensor
@@ -577,14 +577,6 @@ def test_a_full_or_unwritable_disk_is_a_users_error(
 
     monkeypatch.setattr(byte_tokenizer, "save_pretrained", full)
     with pytest.raises(UserError, match=r"can't write .*out: No space left on device"):
-        save_checkpoint(tiny_student("llama"), byte_tokenizer, tmp_path / "out", record={})
-    assert list(tmp_path.iterdir()) == []
-
-    def full_for_safetensors(folder: Path) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(byte_tokenizer, "save_pretrained", full_for_safetensors)
-    with pytest.raises(UserError, match=r"can't write .*out: I/O error: No space left on device"):
         save_checkpoint(tiny_student("llama"), byte_tokenizer, tmp_path / "out", record={})
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from kvlatent.errors import UserError
 
 
@@ -22,8 +20,6 @@ def replaced(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
-    except SafetensorError as error:  # which is no OSError, though a full disk is what it comes from
-        raise UserError(f"can't write {path}: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         with contextlib.suppress(OSError):

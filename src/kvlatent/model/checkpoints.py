@@ -157,7 +157,7 @@ def save_checkpoint(
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        (partial / "README.md").write_text(card)
+        (partial / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")  # names may be any bytes
 
 
 def record_of(model: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers import initialization as init
 
 from kvlatent.errors import UserError
-from kvlatent.files import check_disk, new_folder
+from kvlatent.files import check_disk
 from kvlatent.model.folder import check_all_used, one_line, read_config, read_tokenizer
 
 HASHES = "hashes.json"
@@ -49,7 +49,8 @@ def unpacked(file: Path) -> Path:
     check_disk(folder, size + 50_000_000)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as work:
-        with new_folder(Path(work, "model")) as partial:
+        partial = Path(work, "model")
+        with one_line(f"can't write {folder}"):
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             hashes = {path.name: _hash_of(path, xxhash.xxh3_128) for path in partial.iterdir()}
@@ -57,7 +58,7 @@ def unpacked(file: Path) -> Path:
         if folder.is_dir() and not _intact(folder):
             folder.rename(Path(work, "damaged"))
         try:
-            Path(work, "model").rename(folder)
+            partial.rename(folder)
         except OSError:
             if not folder.is_dir():  # otherwise another process was faster
                 raise

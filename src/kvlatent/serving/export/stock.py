@@ -51,7 +51,8 @@ def export_stock(
         write_both_spellings(partial / "config.json")
         name_tokenizer_for_both(partial / "tokenizer_config.json")
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        (partial / "README.md").write_text(_card(model, record.get("teacher")))
+        card = _card(model, record.get("teacher"))
+        (partial / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")  # names may be any bytes
 
 
 def stock_config(model: PreTrainedModel, dims: int) -> PreTrainedConfig:
