@@ -4,14 +4,19 @@ import errno
 import json
 import os
 import signal
+import tempfile
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
@@ -19,10 +24,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTra
 from kvlatent.compress.convert import convert
 from kvlatent.errors import UserError
 from kvlatent.files import new_folder, refuse_existing
-from kvlatent.model.checkpoints import load_model, pick_device, pick_dtype, record_of, save_checkpoint
+from kvlatent.model import unpacked
+from kvlatent.model.checkpoints import load_model, locate, pick_device, pick_dtype, record_of, save_checkpoint
 from kvlatent.model.families import FAMILIES
 from kvlatent.model.graft import graft, set_spec, spec_of
+from kvlatent.model.loading import load_config, stored_dtype
+from kvlatent.model.offload import open_offloaded
 from kvlatent.model.spec import LatentSpec
+from kvlatent.serving.export.plain import plain_weights
+from kvlatent.serving.export.stock import export_stock
+from kvlatent.serving.info import describe
 
 PRESETS = ["best", "portable", "paper"]
 
@@ -48,7 +59,9 @@ def test_loaded_students_say_exactly_what_saved_ones_said(
     preset: str,
 ) -> None:
     student = tiny_student(name, preset)
-    save_checkpoint(student, byte_tokenizer, tmp_path / "student", record={"steps": 3}, card="# Tiny")
+    save_checkpoint(
+        student, byte_tokenizer, tmp_path / "student", record={"steps": [{"verb": "convert"}]}, card="# Tiny"
+    )
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
     assert type(loaded) is type(student) and spec_of(loaded) == spec_of(student)
     assert torch.equal(logits(loaded, ids), logits(student, ids))
@@ -56,7 +69,7 @@ def test_loaded_students_say_exactly_what_saved_ones_said(
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     names = {path.name for path in (tmp_path / "student").iterdir()}
     assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"}
-    assert record_of(str(tmp_path / "student")) == {"steps": 3}
+    assert record_of(str(tmp_path / "student")) == {"steps": [{"verb": "convert"}]}
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
@@ -179,11 +192,11 @@ def write_gguf(teacher: PreTrainedModel, path: Path) -> None:
         *((f"mlp.{p}_proj", f"ffn_{p}") for p in ("gate", "up", "down")),
     ):
         names |= {f"model.layers.{i}.{part}": f"blk.{i}.{short}" for i in range(config.num_hidden_layers)}
-    for name, short in names.items():
-        weight = state[f"{name}.weight"]
-        if short.endswith(("attn_q", "attn_k")):  # (heads, halves, pairs, …) → (heads, pairs, halves, …)
-            weight = weight.reshape(-1, 2, 8, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
-        writer.add_tensor(f"{short}.weight", weight)
+    for stored, value in state.items():
+        name, part = stored.rsplit(".", 1)
+        if names[name].endswith(("attn_q", "attn_k")):  # (heads, halves, pairs, …) → (heads, pairs, halves, …)
+            value = value.reshape(-1, 2, 8, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+        writer.add_tensor(f"{names[name]}.{part}", np.ascontiguousarray(value))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -211,6 +224,82 @@ def test_gguf_file_loads_converts_and_is_unpacked_once(
     load_model(str(tmp_path / "tiny.gguf"), device="cpu")
     assert "unpacking" not in capsys.readouterr().err
     assert len(list((tmp_path / "cache" / "kvlatent").iterdir())) == 1
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "kvlatent"
+
+
+def test_biases_of_a_gguf_file_are_read_and_other_tensors_refused(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path, cache: Path
+) -> None:
+    teacher = tiny_teacher("llama-biases")
+    write_gguf(teacher, tmp_path / "biases.gguf")
+    loaded, _ = load_model(str(tmp_path / "biases.gguf"), device="cpu")
+    torch.testing.assert_close(logits(loaded, ids), logits(teacher, ids), rtol=0, atol=1e-4)
+    (tmp_path / "other.gguf").write_bytes(
+        (tmp_path / "biases.gguf").read_bytes().replace(b"blk.1.attn_q.bias", b"blk.1.attn_x.bias")
+    )
+    with pytest.raises(UserError, match=r"lacks 1 weights of its architecture, blk\.1\.attn_q\.bias among them"):
+        load_model(str(tmp_path / "other.gguf"), device="cpu")
+
+
+def test_a_replaced_gguf_file_is_another_model_whatever_its_name_and_size(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path, cache: Path
+) -> None:
+    first, second = tiny_teacher("llama"), tiny_teacher("llama")
+    second.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    (tmp_path / "elsewhere").mkdir()
+    for teacher, file in ((first, "model.gguf"), (second, "model.gguf"), (first, "elsewhere/model.gguf")):
+        write_gguf(teacher, tmp_path / file)
+        loaded, _ = load_model(str(tmp_path / file), device="cpu")
+        torch.testing.assert_close(logits(loaded, ids), logits(teacher, ids), rtol=0, atol=1e-4)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_damage_in_the_cache_is_noticed_and_mended(
+    tiny_teacher: Callable[[str], PreTrainedModel], tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_gguf(tiny_teacher("llama"), tmp_path / "model.gguf")
+    folder = Path(locate(str(tmp_path / "model.gguf")))
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert locate(str(tmp_path / "model.gguf")) == str(folder)
+    assert (folder / "model.safetensors").read_bytes() == whole
+    (folder / "config.json").unlink()
+    locate(str(tmp_path / "model.gguf"))
+    assert (folder / "config.json").is_file()
+    assert capsys.readouterr().err.count("is damaged; unpacking model.gguf again") == 2
+    assert list(cache.iterdir()) == [folder]
+
+
+def test_first_uses_at_once_all_succeed(
+    tiny_teacher: Callable[[str], PreTrainedModel], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(tiny_teacher("llama"), tmp_path / "model.gguf")
+    read, together = unpacked._read, threading.Barrier(3)
+
+    def read_together(file: Path) -> Any:
+        with lock:  # importing model classes is not for threads
+            found = read(file)
+        together.wait()
+        return found
+
+    lock = threading.Lock()
+    monkeypatch.setattr(unpacked, "_read", read_together)
+    with ThreadPoolExecutor(3) as pool:
+        folders = set(pool.map(locate, [str(tmp_path / "model.gguf")] * 3))
+    assert [str(path) for path in cache.iterdir()] == list(folders)
+
+
+def test_without_a_home_directory_the_cache_is_where_temporary_files_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])  # KeyError, as for a user that has no entry
+    assert unpacked._cache() == Path(tempfile.gettempdir(), "kvlatent")
+    refused("~/model", "no such folder: ~/model")
 
 
 def test_a_broken_gguf_file_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,12 +340,10 @@ def test_truncated_weights_are_refused(folder: Path) -> None:
 
 def test_missing_weights_are_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    refused(folder, f"can't load {folder}: ")
+    refused(folder, r"student holds no model\.safetensors")
 
 
 def test_incomplete_weights_are_refused(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.self_attn.k_map"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -276,6 +363,12 @@ def test_foreign_specs_are_refused(folder: Path) -> None:
     refused(folder, "spec is incomplete")
     edit_config(folder, latent=latent | {"d_qk": [7, 7]})
     refused(folder, "d_qk must be even")
+    edit_config(folder, latent=latent | {"inv_freq": {"a": 1}})
+    refused(folder, "spec is damaged: inv_freq")
+    edit_config(folder, latent=latent | {"scale": "1"})
+    refused(folder, "spec is damaged: scale")
+    edit_config(folder, latent=[])
+    refused(folder, "spec is damaged")
     edit_config(folder, latent=None)
     refused(folder, "needs its latent spec")
 
@@ -293,6 +386,146 @@ def test_impossible_devices_and_dtypes_are_refused() -> None:
         pick_dtype("int8", torch.device("cpu"))
     assert pick_dtype("auto", torch.device("cpu")) == torch.float32
     assert pick_dtype("auto", torch.device("cuda")) == torch.bfloat16
+
+
+# --- a stranger's folder
+
+
+@pytest.fixture
+def stock(
+    tiny_teacher: Callable[[str], PreTrainedModel], byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> Path:
+    tiny_teacher("llama").save_pretrained(tmp_path / "stock")
+    byte_tokenizer.save_pretrained(tmp_path / "stock")
+    return tmp_path / "stock"
+
+
+def refused_by_all(folder: Path, message: str) -> None:
+    refused(folder, message)
+    with pytest.raises(UserError, match=message):
+        open_offloaded(str(folder), device="cpu")
+
+
+def edit_weights(folder: Path, **changes: Tensor) -> None:
+    tensors = load_file(folder / "model.safetensors") | changes
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_head_of_its_own_survives_a_config_that_says_tied(
+    stock: Path, byte_tokenizer: PreTrainedTokenizerFast, ids: Tensor, tmp_path: Path
+) -> None:
+    edit_config(stock, tie_word_embeddings=True)
+    wanted = logits(AutoModelForCausalLM.from_pretrained(stock), ids)
+    teacher, _ = load_model(str(stock), device="cpu")
+    offloaded, layers = open_offloaded(str(stock), device="cpu")
+    assert torch.equal(logits(teacher, ids), wanted)
+    assert torch.equal(offloaded.lm_head.weight, teacher.lm_head.weight) and "lm_head.weight" in layers.files
+    own = AutoModelForCausalLM.from_pretrained(stock)  # not by way of us
+    assert "lm_head.weight" in dict(plain_weights(own, d_qk=16, d_vo=16))
+    save_checkpoint(graft(own), byte_tokenizer, tmp_path / "student", record={})
+    torch.testing.assert_close(logits(load_model(str(tmp_path / "student"))[0], ids), wanted, rtol=0, atol=1e-4)
+    edit_weights(stock, **{"lm_head.weight": load_file(stock / "model.safetensors")["model.embed_tokens.weight"]})
+    for model in (load_model(str(stock), device="cpu")[0], open_offloaded(str(stock), device="cpu")[0]):
+        assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
+
+
+def test_tensors_without_a_place_are_refused(stock: Path) -> None:
+    edit_weights(stock, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})  # of old: the config's
+    load_model(str(stock), device="cpu")
+    open_offloaded(str(stock), device="cpu")
+    edit_weights(stock, **{"model.layers.0.self_attn.q_proj.weight_scale_inv": torch.ones(1, 1)})
+    refused_by_all(stock, r"holds 1 tensors .* no place for, model\.layers\.0\.self_attn\.q_proj\.weight_scale_inv")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_are_refused(stock: Path, value: float) -> None:
+    edit_weights(stock, **{"model.norm.weight": torch.full((64,), value)})
+    refused_by_all(stock, r"model\.norm\.weight holds values that are not finite")
+
+
+def test_adapters_beside_the_weights_are_refused(stock: Path) -> None:
+    (stock / "adapter_config.json").write_text("{}")
+    refused_by_all(stock, "holds an adapter")
+
+
+def test_pickles_are_not_read(stock: Path) -> None:
+    torch.save(load_file(stock / "model.safetensors"), stock / "pytorch_model.bin")
+    (stock / "model.safetensors").unlink()
+    refused_by_all(stock, r"holds no model\.safetensors; pickles .* may run code")
+
+
+@pytest.mark.parametrize("where", ["../elsewhere.safetensors", "{}/elsewhere.safetensors", "sub/x.safetensors", 3, []])
+def test_an_index_names_files_beside_it(stock: Path, tmp_path: Path, where: object) -> None:
+    (stock / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    name = where.format(tmp_path) if isinstance(where, str) else where
+    names = load_file(tmp_path / "elsewhere.safetensors")
+    (stock / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, name)}))
+    refused_by_all(stock, "names no files beside it")
+
+
+CODE = {"AutoConfig": "code.XConfig", "AutoModelForCausalLM": "code.X", "AutoTokenizer": ["code.T", "code.T"]}
+
+
+def test_code_in_a_folder_is_not_run_nor_asked_about_nor_passed_on(
+    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (stock / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for name in ("config.json", "tokenizer_config.json"):
+        path = stock / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": CODE}))
+    teacher, tokenizer = load_model(str(stock), device="cpu")
+    student = convert(teacher, preset="paper", d_qk=8, d_vo=8)
+    save_checkpoint(student, tokenizer, tmp_path / "student", record={})
+    export_stock(student, tokenizer, tmp_path / "exported", record={})
+    for folder in (tmp_path / "student", tmp_path / "exported"):
+        assert not any("auto_map" in path.read_text() for path in folder.glob("*.json"))
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    edit_config(stock, model_type="stranger")
+    refused(stock, "can't load")
+    with pytest.raises(UserError):
+        describe(str(stock))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attn_implementation": "kernels-community/flash-attn2"}, "names a kernel to download"),
+        ({"transformers_weights": "../other.safetensors"}, "has transformers_weights"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"vocab_size": -1}, "vocab_size"),
+        ({"num_key_value_heads": 3}, "can't be right: 4 query heads, 3 KV heads"),
+        ({"head_dim": 15}, "head_dim"),
+        ({"rms_norm_eps": "much"}, "rms_norm_eps"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": {}}}, "rope"),
+        ({"latent": {"d_qk": 4}}, "has a latent spec, but llama models have none"),
+    ],
+)
+def test_configs_that_cant_be_right_are_refused(stock: Path, changes: dict[str, Any], message: str) -> None:
+    edit_config(stock, **changes)
+    refused(stock, message)
+    with pytest.raises(UserError, match=message):
+        describe(str(stock))
+
+
+@pytest.mark.parametrize(
+    "record", ['{"steps": 3}', '{"fingerprints": [1]}', "[]", "[" * 100_000, "\xff", '{"teacher": {}}']
+)
+def test_damaged_records_are_refused(tmp_path: Path, record: str) -> None:
+    (tmp_path / "kvlatent.json").write_text(record, encoding="latin-1")
+    with pytest.raises(UserError, match=r"kvlatent\.json is damaged: "):
+        record_of(str(tmp_path))
+
+
+def test_weights_are_written_as_they_are_stored_where_the_config_says_nothing(
+    tiny_teacher: Callable[[str], PreTrainedModel], tmp_path: Path
+) -> None:
+    tiny_teacher("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    del fields["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert stored_dtype(load_config(str(tmp_path)), "auto") == torch.bfloat16
 
 
 # --- whole or not at all

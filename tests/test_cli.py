@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -109,6 +110,21 @@ def test_wrong_arguments_exit_with_2(argv: list[str], capsys: pytest.CaptureFixt
         cli.main(argv)
     assert end.value.code == 2
     assert capsys.readouterr().out == ""
+
+
+def test_a_path_may_begin_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.parse(["convert", "smollm2", "--out=~/x"]).out == tmp_path / "x"
+    merged = cli.parse(["calibrate", "smollm2", "--out", "~/s", "--merge", "~/a", "b"])
+    assert (merged.out, merged.merge) == (tmp_path / "s", (tmp_path / "a", Path("b")))
+
+
+def test_names_of_any_bytes_are_shown(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    name = tmp_path / os.fsdecode(b"model-\xff")
+    shutil.copytree(folder / "student", name)
+    assert answer(capsys, ["info", str(name)])["model"] == str(name)  # JSON spells a lone surrogate as Python does
+    assert cli.main(["info", str(name)]) == 0
+    assert "model-\\udcff" in capsys.readouterr().out
 
 
 def test_every_command_takes_the_common_options() -> None:

@@ -79,7 +79,9 @@ def _main(argv: Sequence[str] | None) -> int:
         return 130
     if os.environ.get("RANK", "0") != "0":  # a launcher started several processes: the first one speaks
         return 0
-    print(json.dumps(result, indent=2, ensure_ascii=False) if command.common.json else command.table(result))
+    answer = json.dumps(result, indent=2, ensure_ascii=False) if command.common.json else command.table(result)
+    encoding = sys.stdout.encoding or "utf-8"
+    print(answer.encode(encoding, "backslashreplace").decode(encoding))  # names may be any bytes, and terminals ASCII
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,6 +44,10 @@ class Common:
 class Command:
     """A verb's arguments."""
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, _at_home(value))
+
     def run(self) -> dict[str, Any]:
         """Do it, and return what --json prints."""
         raise NotImplementedError
@@ -54,3 +59,10 @@ class Command:
     def how_to_resume(self) -> str:
         """What to tell who interrupted it."""
         return "nothing was written"
+
+
+def _at_home(value: Any) -> Any:
+    """A path, or each of several, with `~` replaced: no shell does so in `--out=~/x`."""
+    if isinstance(value, tuple):
+        return tuple(map(_at_home, value))
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value

@@ -169,7 +169,7 @@ def read_recipe(path: Path) -> Recipe:
 
 def _write_text(path: Path, text: str) -> None:
     with replaced(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may be any bytes
 
 
 def _write_json(path: Path, data: Any) -> None:

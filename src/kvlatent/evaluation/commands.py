@@ -179,7 +179,7 @@ def benchmark_models(
             result |= {"memory_gib": memory, "n_max": n_max}
         if folder is not None:
             (folder / "bench.json").write_text(json.dumps(result, indent=2))
-            (folder / "bench.html").write_text(bench_page(result))
+            (folder / "bench.html").write_text(bench_page(result), encoding="utf-8", errors="backslashreplace")
             result |= {"out": str(out)}
     return result
 

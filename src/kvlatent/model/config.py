@@ -9,6 +9,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from kvlatent.model.families import FAMILIES, PREFIX, Family
 
+OF_THE_CLASS = ("model_type", "architectures", "transformers_version", "auto_map")
+"""Entries of a config that say which code it is for; a model of another class doesn't take them over."""
+
 
 def _config_class(model_type: str, family: Family) -> type[PreTrainedConfig]:
     """Derive `KVLatent<Family>Config` from the stock config; its `latent` holds `LatentSpec.to_dict()`."""

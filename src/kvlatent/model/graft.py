@@ -23,8 +23,9 @@ from kvlatent.kernels.cpu_linear import lean
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.cache import LatentCache, write_in_place
 from kvlatent.model.compatibility import CACHE, CACHE_NAMES
-from kvlatent.model.config import CONFIGS
+from kvlatent.model.config import CONFIGS, OF_THE_CLASS
 from kvlatent.model.families import FAMILIES, PREFIX, Family, family_of
+from kvlatent.model.folder import head_is_tied
 from kvlatent.model.rope import LatentRotaryEmbedding
 from kvlatent.model.spec import LatentSpec
 
@@ -193,8 +194,9 @@ def graft(teacher: PreTrainedModel, *, share: bool = False) -> PreTrainedModel:
     check_teacher(teacher.config)
     model_type = teacher.config.model_type
     fields = copy.deepcopy(teacher.config.to_dict())
-    for key in ("model_type", "architectures", "transformers_version"):
+    for key in OF_THE_CLASS:
         fields.pop(key, None)
+    fields["tie_word_embeddings"] = head_is_tied(teacher)
     spec = identity_spec(teacher)
     config = CONFIGS[model_type](**fields, latent=spec.to_dict())
     config._attn_implementation = "sdpa"

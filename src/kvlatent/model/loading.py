@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlatent.errors import UserError
 from kvlatent.model.checkpoints import locate, pick_dtype
-from kvlatent.model.families import family_of
+from kvlatent.model.folder import one_line, read_config, read_tokenizer, weights_dtype
 
 
 def load_config(model: str) -> PreTrainedConfig:
     """Read the config of a supported model.
 
     Raises:
-        UserError: Nothing of that name, or not a supported architecture.
+        UserError: Nothing of that name, not a supported architecture, or nonsense.
     """
-    config: PreTrainedConfig = _loaded(model, AutoConfig)
-    family_of(config)
-    return config
+    source = locate(model)
+    with one_line(f"can't load {model}"):
+        return read_config(source)
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -36,26 +29,22 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: There is none.
     """
-    return _loaded(model, AutoTokenizer)
-
-
-def _loaded(model: str, kind: Any) -> Any:
     source = locate(model)
-    try:
-        return kind.from_pretrained(source)
-    except Exception as error:  # transformers and the hub raise many kinds
-        raise UserError(f"can't load {model}: {' '.join(str(error).split())[:300]}") from None
+    with one_line(f"can't load {model}"):
+        return read_tokenizer(source)
 
 
 def teacher_name(model: str) -> str:
     """`model` such that it means the same from any working directory."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     return str(path.resolve()) if path.exists() else model
 
 
 def stored_dtype(config: PreTrainedConfig, dtype: str) -> torch.dtype:
     """The dtype that weights are written in: as asked, or as the model read has them."""
-    return (config.dtype or torch.float32) if dtype == "auto" else pick_dtype(dtype, torch.device("cpu"))
+    if dtype != "auto":
+        return pick_dtype(dtype, torch.device("cpu"))
+    return config.dtype or weights_dtype(config._name_or_path)  # older configs don't say
 
 
 def weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,23 +9,24 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 
-from kvlatent.errors import UserError
 from kvlatent.model.checkpoints import locate, pick_device, pick_dtype
-from kvlatent.model.families import family_of
+from kvlatent.model.folder import check_all_used, check_finite, one_line, read_config, weight_files
 
 LAYERS = "model.layers."
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
 class OffloadedLayers:
     """Where the weights of the decoder layers lie, and where they are wanted."""
 
+    model: str
+    """As it was named."""
     files: dict[str, Path]
     """File by tensor name."""
     device: torch.device
@@ -36,12 +36,12 @@ class OffloadedLayers:
         """Read one tensor.
 
         Raises:
-            UserError: The checkpoint lacks it.
+            UserError: It can't be read, or isn't finite.
         """
-        if name not in self.files:
-            raise UserError(f"the checkpoint lacks {name}")
-        with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        with one_line(f"can't read {name} of {self.model}"), safe_open(self.files[name], framework="pt") as file:
+            found: Tensor = file.get_tensor(name)
+        check_finite(self.model, name, found)
+        return found
 
     @contextmanager
     def visiting(self, layer: nn.Module, index: int) -> Iterator[None]:
@@ -70,29 +70,20 @@ def open_offloaded(model: str, *, device: str = "auto", dtype: str = "auto") -> 
         UserError: Nothing of that name, an unsupported architecture, or no safetensors.
     """
     place, source = pick_device(device), locate(model)
-    try:
-        config = AutoConfig.from_pretrained(source)
-        family_of(config)
-        folder = Path(source)
-        if not folder.is_dir():
-            folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        else:
-            with safe_open(folder / "model.safetensors", framework="pt") as file:
-                files = dict.fromkeys(file.keys(), folder / "model.safetensors")
-        layers = OffloadedLayers(files, place, pick_dtype(dtype, place))
+    with one_line(f"can't open {model}"):
+        config = read_config(source)
+        layers = OffloadedLayers(model, weight_files(source), place, pick_dtype(dtype, place))
+        if config.tie_word_embeddings and HEAD in layers.files:  # the files are right: it may be one of its own
+            config.tie_word_embeddings = torch.equal(layers.tensor(HEAD), layers.tensor(EMBEDDINGS))
         with torch.device("meta"), init.no_init_weights():
             teacher = AutoModelForCausalLM.from_config(config, dtype=layers.dtype)
             teacher.tie_weights()  # so that what is tied comes, and is stored, once
-        for name, _ in list(teacher.named_parameters()):
+        wanted = {name for name, _ in teacher.named_parameters()}
+        stored = {name for name in layers.files if not name.endswith("rotary_emb.inv_freq")}  # follows from the config
+        check_all_used(model, missing=wanted - stored, unused=stored - wanted - {HEAD})
+        for name in wanted:
             if not name.startswith(LAYERS):
                 layers.put(teacher, name, name)
-    except UserError:
-        raise
-    except Exception as error:  # transformers, safetensors and the hub raise many kinds
-        raise UserError(f"can't open {model}: {' '.join(str(error).split())[:300]}") from None
     teacher.tie_weights()  # to the tensor that came
     rotary = teacher.model.rotary_emb
     teacher.model.rotary_emb = type(rotary)(config).to(place)  # its buffers aren't in the files

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
-from kvlatent.errors import UserError
+from kvlatent.errors import UserError, first_error
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 Preset = Literal["best", "portable", "paper"]
 """How heads are reduced: our measured best, one shared frequency list for stock engines, or the paper's own recipe."""
@@ -112,14 +117,34 @@ class LatentSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LatentSpec:
-        """Read `to_dict`'s form; unknown or missing entries are refused."""
+        """Read `to_dict`'s form; unknown, missing and impossible entries are refused."""
+        from pydantic import ValidationError  # the command line's help needs this module, and not that one
+
+        if not isinstance(data, Mapping):
+            raise UserError(f"the checkpoint's latent spec is damaged: got {str(data)[:60]!r}")
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(data) - known):
             raise UserError(f"unknown entries in the checkpoint's latent spec: {', '.join(unknown)}")
         try:
-            return cls(**data)
-        except TypeError as error:
-            raise UserError(f"the checkpoint's latent spec is incomplete: {error}") from None
+            entries = _entries().model_validate_json(json.dumps(dict(data)))
+        except ValidationError as error:
+            missing = error.errors()[0]["type"] == "missing"
+            wrong = "incomplete" if missing else "damaged"
+            raise UserError(f"the checkpoint's latent spec is {wrong}: {first_error(error)}") from None
+        return cls(**entries.model_dump())
+
+
+@cache
+def _entries() -> type[BaseModel]:
+    """The entries of a spec with their types, to check files by."""
+    from pydantic import ConfigDict, create_model
+
+    types = get_type_hints(LatentSpec)
+    entries: dict[str, Any] = {
+        field.name: (types[field.name], ... if field.default is MISSING else field.default)
+        for field in fields(LatentSpec)
+    }
+    return create_model("Entries", __config__=ConfigDict(strict=True, allow_inf_nan=False), **entries)
 
 
 def bytes_per_token(d_qk: Sequence[int], d_vo: Sequence[int], kv_heads: int, element_size: int) -> int:

@@ -191,13 +191,12 @@ def _opener() -> urllib.request.OpenerDirector:
 @contextmanager
 def gguf_of(source: str, *, dtype: str) -> Iterator[Path]:
     """A GGUF file of the model for as long as it is served; refused layouts raise `UserError` with the reason."""
-    from transformers import AutoConfig
-
     from kvlatent.model.checkpoints import load_model
+    from kvlatent.model.loading import load_config
     from kvlatent.serving.engines import check_gguf
     from kvlatent.serving.export.gguf import FileType, export_gguf
 
-    check_gguf(AutoConfig.from_pretrained(source))  # before its weights are read
+    check_gguf(load_config(source))  # before its weights are read
     kinds: dict[str, FileType] = {"auto": "f16", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
         model, tokenizer = load_model(source, device="cpu", dtype="float32")
@@ -248,12 +247,11 @@ def serve(
     options: dict[str, Any] = {"host": host, "port": port, "announce": ready}
     with contextlib.ExitStack() as stack:
         if chosen == "vllm":
-            from transformers import AutoConfig
-
             from kvlatent.model.checkpoints import pick_device, pick_dtype
+            from kvlatent.model.loading import load_config
             from kvlatent.serving.engines import check_vllm
 
-            check_vllm(AutoConfig.from_pretrained(source))
+            check_vllm(load_config(source))
             device = pick_device()
             kind = str(pick_dtype(dtype, device)).removeprefix("torch.")
             eager = device.type == "cpu"  # where compiling takes a C++ compiler, and minutes before the first answer

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.errors import UserError
 from kvlatent.files import new_file
+from kvlatent.model.folder import head_is_tied
 from kvlatent.model.graft import cached_heads
 from kvlatent.serving.engines import check_gguf, gguf_dims, window_of
 from kvlatent.serving.export.plain import frequency_factors, plain_weights, rope_theta
@@ -126,7 +127,7 @@ def _llama_tensors(model: PreTrainedModel, d_qk: int, d_vo: int) -> Iterator[tup
 def _step35_tensors(model: PreTrainedModel, d_qk: int, d_vo: int) -> Iterator[tuple[str, Tensor]]:
     """Tensors under llama.cpp's names, an lm_head in any case, and a last layer that adds zero."""
     yield from _tensors(model, d_qk, d_vo, gguf.MODEL_ARCH.STEP35)
-    if model.config.tie_word_embeddings:
+    if head_is_tied(model):
         yield "output.weight", model.get_input_embeddings().weight.detach()
     hidden, layer = model.config.hidden_size, f"blk.{model.config.num_hidden_layers}"
     shapes: dict[str, tuple[int, ...]] = {

@@ -34,10 +34,7 @@ def plain_weights(model: PreTrainedModel, *, d_qk: int, d_vo: int) -> Iterator[t
     assert spec.qk_map == "folded" and not spec.per_head_frequencies
     to_scale = spec.scale * spec.rope_scaling**2 * d_qk**0.5
     keys, values = spec.latent_dims
-    tied = model.config.tie_word_embeddings
-    for name, parameter in model.named_parameters():
-        if tied and name == "lm_head.weight":
-            continue
+    for name, parameter in model.named_parameters():  # a head that is the embeddings comes once, as these
         parts = name.split(".")
         layer = int(parts[2]) if parts[1] == "layers" else 0
         module, value = parts[-2], parameter.detach()

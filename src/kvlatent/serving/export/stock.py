@@ -14,7 +14,9 @@ from transformers import initialization as init
 
 from kvlatent.files import new_folder
 from kvlatent.model.checkpoints import RECORD
+from kvlatent.model.config import OF_THE_CLASS
 from kvlatent.model.families import PREFIX, family_of
+from kvlatent.model.folder import head_is_tied
 from kvlatent.model.graft import cached_dims, cached_heads
 from kvlatent.model.spec import bytes_per_token
 from kvlatent.serving.engines import check_stock, stock_dims
@@ -40,7 +42,7 @@ def export_stock(
     weights = dict(plain_weights(model, d_qk=dims, d_vo=dims))
     size = sum(value.numel() * value.element_size() for value in weights.values())
     stock = _stock_shape(stock_config(model, dims))
-    stock.load_state_dict(weights, assign=True, strict=not stock.config.tie_word_embeddings)
+    stock.load_state_dict(weights, assign=True, strict=not head_is_tied(model))
     stock.tie_weights()
     stock.generation_config = copy.deepcopy(model.generation_config)
     with new_folder(out, needed_bytes=size + 50_000_000) as partial:
@@ -49,7 +51,8 @@ def export_stock(
         write_both_spellings(partial / "config.json")
         name_tokenizer_for_both(partial / "tokenizer_config.json")
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        (partial / "README.md").write_text(_card(model, record.get("teacher")))
+        card = _card(model, record.get("teacher"))
+        (partial / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")  # names may be any bytes
 
 
 def stock_config(model: PreTrainedModel, dims: int) -> PreTrainedConfig:
@@ -57,10 +60,11 @@ def stock_config(model: PreTrainedModel, dims: int) -> PreTrainedConfig:
     old = model.config
     model_type = old.model_type.removeprefix(PREFIX)
     fields = old.to_dict()
-    for key in ("model_type", "architectures", "transformers_version", "latent", "rope_parameters"):
+    for key in (*OF_THE_CLASS, "latent", "rope_parameters"):
         fields.pop(key, None)
     factors = frequency_factors(model, d_qk=dims).tolist()
     fields |= {"head_dim": dims, "num_key_value_heads": cached_heads(old)}
+    fields["tie_word_embeddings"] = head_is_tied(model)
     fields["rope_parameters"] = _longrope(factors, old.max_position_embeddings, rope_theta(model))
     module = import_module(f"transformers.models.{model_type}.configuration_{model_type}")
     config: PreTrainedConfig = getattr(module, f"{family_of(old).name}Config")(**fields)

@@ -1,0 +1,146 @@
+"""GGUF files, dequantized once into the user's cache and checked by content: what is reused is what was read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+import xxhash
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import initialization as init
+
+from kvlatent.errors import UserError
+from kvlatent.files import check_disk
+from kvlatent.model.folder import check_all_used, one_line, read_config, read_tokenizer
+
+HASHES = "hashes.json"
+"""Of every other file in an unpacked folder."""
+BIASES = {"attn_q.bias": "attention_bias", "ffn_gate.bias": "mlp_bias"}
+"""Config entry that says a Llama has biases, by a tensor that only such files have."""
+
+
+def unpacked(file: Path) -> Path:
+    """The float32 safetensors folder of a GGUF file; made at the first use and again when it is damaged.
+
+    Processes that come first at the same time all unpack, and take the folder of whoever is done first.
+
+    Raises:
+        UserError: The file can't be read, or its model is not supported.
+    """
+    folder = _cache() / f"{file.stem[:80]}-{_hash_of(file, hashlib.sha256)[:16]}"
+    if folder.is_dir():
+        if _intact(folder):
+            return folder
+        print(f"{folder} is damaged; unpacking {file.name} again", file=sys.stderr)
+    else:
+        print(f"unpacking {file.name} into {folder}", file=sys.stderr)
+    with one_line(f"can't read {file} as GGUF"):
+        model, tokenizer = _read(file)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    check_disk(folder, size + 50_000_000)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as work:
+        partial = Path(work, "model")
+        with one_line(f"can't write {folder}"):
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            hashes = {path.name: _hash_of(path, xxhash.xxh3_128) for path in partial.iterdir()}
+            (partial / HASHES).write_text(json.dumps(hashes, indent=2) + "\n")
+        if folder.is_dir() and not _intact(folder):
+            folder.rename(Path(work, "damaged"))
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was faster
+                raise
+    return folder
+
+
+def _cache() -> Path:
+    """`$XDG_CACHE_HOME/kvlatent`, by default under the home directory, or where temporary files go without one."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return (cache if cache.is_absolute() else Path(tempfile.gettempdir())) / "kvlatent"
+
+
+def _intact(folder: Path) -> bool:
+    """Whether the files of an unpacked folder are those that were written."""
+    try:
+        hashes = json.loads((folder / HASHES).read_text())
+        return {path.name for path in folder.iterdir()} == {*hashes, HASHES} and all(
+            _hash_of(folder / name, xxhash.xxh3_128) == value for name, value in hashes.items()
+        )
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False
+
+
+def _hash_of(path: Path, kind: Callable[[], Any]) -> str:
+    about = path.stat()
+    return _hash(path.resolve(), about.st_size, about.st_mtime_ns, kind)
+
+
+@lru_cache
+def _hash(path: Path, size: int, mtime_ns: int, kind: Callable[[], Any]) -> str:
+    """Hash a file once per process; size and time tell whether it is still the same."""
+    found = kind()
+    with path.open("rb") as file:
+        while part := file.read(2**24):
+            found.update(part)
+    return found.hexdigest()
+
+
+def _read(file: Path) -> tuple[Any, Any]:
+    """Model in float32 and tokenizer of a GGUF file."""
+    where = {"gguf_file": file.name}
+    config = read_config(str(file.parent), **where)
+    reader = gguf.GGUFReader(file)
+    _check_rope(reader, file)
+    names = {tensor.name for tensor in reader.tensors}
+    for tensor, entry in BIASES.items():
+        if config.model_type == "llama" and f"blk.0.{tensor}" in names:
+            setattr(config, entry, True)
+    wanted = _tensor_names(config)
+    check_all_used(str(file), missing=wanted - names, unused=names - wanted - {"rope_freqs.weight"})
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, config=config, dtype=torch.float32, trust_remote_code=False, **where
+    )
+    model.hf_quantizer = None  # else save_pretrained refuses
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model, read_tokenizer(str(file.parent), **where)
+
+
+def _check_rope(reader: gguf.GGUFReader, file: Path) -> None:
+    """Raise `UserError` if the file changes rotary frequencies in a way that transformers ignores."""
+    own = any(tensor.name == "rope_freqs.weight" and (tensor.data != 1).any() for tensor in reader.tensors)
+    scaled = [
+        name
+        for name, field in reader.fields.items()
+        if name.endswith("rope.scaling.type")
+        if field.contents() != "none"
+    ]
+    if own or scaled:
+        raise UserError(
+            f"{file} has frequencies of its own ({'rope_freqs' if own else scaled[0]}), which transformers ignores; "
+            f"llama.cpp reads them (llama-server -m {file.name}), and kvlatent the folder that it was exported from"
+        )
+
+
+def _tensor_names(config: PreTrainedConfig) -> set[str]:
+    """What llama.cpp calls the tensors of a model."""
+    kind = {"qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}.get(
+        config.model_type, gguf.MODEL_ARCH.LLAMA
+    )
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    with torch.device("meta"), init.no_init_weights():
+        shape = AutoModelForCausalLM.from_config(config)
+        shape.tie_weights()
+    return {names.get_name(name, try_suffixes=(".weight", ".bias")) for name, _ in shape.named_parameters()}
