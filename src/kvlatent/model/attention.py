@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
-from kvlatent.kernels import cpu_decode, cpu_rotary, cuda_decode
-from kvlatent.kernels.cpu_linear import DecodeLinear, together
+from kvlatent.kernels import cpu_decode, cuda_decode
+from kvlatent.kernels.cpu_linear import together
 from kvlatent.model.compatibility import WITHOUT_EFFECT, refuse_unknown
 from kvlatent.model.rope import rotate
 from kvlatent.model.spec import LatentSpec
@@ -59,7 +58,7 @@ class LatentAttention(nn.Module):
         def linear(name: str, inputs: int, outputs: int) -> nn.Linear:
             old = getattr(stock, name)
             where = {"device": old.weight.device, "dtype": old.weight.dtype}
-            return DecodeLinear(inputs, outputs, bias=old.bias is not None, **where)
+            return nn.Linear(inputs, outputs, bias=old.bias is not None, **where)
 
         hidden = config.hidden_size
         folded = spec.qk_map == "folded"
@@ -108,11 +107,6 @@ class LatentAttention(nn.Module):
         v = v.unflatten(-1, (self.latents, -1)).transpose(1, 2)
         q_map, k_map = (self.q_map, self.k_map) if self.qk_map == "after_rope" else (None, None)
         q_map = None if whole_queries else q_map
-        if cpu_rotary.fits(q, q_map) and cpu_rotary.fits(k, k_map):
-            turn = partial(cpu_rotary.rotate_one, cos=cos, sin=sin, freq_index=self.freq_index)
-            if k_map is None or self.heads_per_latent == 1:
-                return turn(q, reduction=q_map), turn(k, reduction=k_map), v
-            return turn(q, reduction=q_map), _reduced(turn(k), k_map), v
         if self.freq_index is None:
             cos, sin = cos[:, None], sin[:, None]  # (batch, 1, seq, pairs)
         else:
@@ -174,7 +168,7 @@ class LatentAttention(nn.Module):
         out = latent_attention(q, k, v, mask=attention_mask, scale=self.scale)
         if self.o_map is not None and v_back is None:
             out = _reduced(out, self.o_map)
-        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+        return together(out.transpose(1, 2).flatten(2), self.o_proj)[0], None
 
 
 def check_implementation(config: PreTrainedConfig) -> None:

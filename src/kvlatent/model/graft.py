@@ -21,7 +21,7 @@ from transformers import (
 from transformers import initialization as init
 
 from kvlatent.errors import UserError
-from kvlatent.kernels.cpu_linear import lean
+from kvlatent.kernels.cpu_linear import GatedFFN
 from kvlatent.model.attention import LatentAttention, check_implementation
 from kvlatent.model.cache import LatentCache, write_in_place
 from kvlatent.model.compatibility import CACHE, CACHE_NAMES
@@ -60,7 +60,8 @@ class KVLatentForCausalLM:
             raise UserError(f"the latent spec names {len(spec.d_qk)} layers; the model has {config.num_hidden_layers}")
         check_implementation(config)
         set_spec(self, spec)
-        lean(self)  # type: ignore[arg-type]
+        for layer in self.model.layers:  # type: ignore[attr-defined]
+            layer.mlp = GatedFFN(layer.mlp)
         self.model.register_forward_pre_hook(  # type: ignore[attr-defined]
             _give_cache, with_kwargs=True
         )
