@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 TENSOR_MODULES = [
-    "model.attention", "model.rope", "kernels.cpu_decode", "kernels.cpu_linear", "kernels.cpu_rotary",
+    "model.attention", "model.rope", "kernels.cpu_decode", "kernels.cpu_linear",
     "kernels.cuda_decode", "compress.linear_algebra", "compress.maps", "compress.methods.fold",
     "compress.methods.pairs", "compress.methods.partial", "compress.methods.project", "compress.values",
     "compress.refit", "healing.losses",

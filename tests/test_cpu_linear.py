@@ -1,6 +1,7 @@
-"""Linear layers of a decode step on a CPU against float64, where they are used, and what stays `nn.Linear`'s."""
+"""Linear layers of a decode step on a CPU against float64, where they are used, and that they stay `nn.Linear`."""
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvlatent.kernels import cpu_decode, cpu_linear
-from kvlatent.kernels.cpu_linear import MOST_ROWS, DecodeLinear, few_rows, fits, lean, together
+from kvlatent.kernels.cpu_linear import MOST_ROWS, GatedFFN, few_rows, fits, together
 from kvlatent.model.graft import graft
 
 pytestmark = pytest.mark.skipif(not cpu_decode.available(), reason="no llvmlite, or another OpenMP than GNU's")
@@ -22,9 +23,9 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
-def linear(weight: Tensor, bias: Tensor | None = None) -> DecodeLinear:
+def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     """A layer with the given parameters, frozen."""
-    layer = DecodeLinear(weight.shape[1], len(weight), bias=bias is not None, dtype=weight.dtype).requires_grad_(False)
+    layer = nn.Linear(weight.shape[1], len(weight), bias=bias is not None, dtype=weight.dtype).requires_grad_(False)
     layer.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
     return layer
 
@@ -103,23 +104,26 @@ def test_what_does_not_fit_stays_with_torch() -> None:
         assert not fits(x, weight)
 
 
-def test_a_lean_model_keeps_parameters_gradients_and_prefill() -> None:
-    plain = nn.Sequential(nn.Linear(128, 160), nn.SiLU(), nn.Linear(160, 128, bias=False))
-    plain[0].extra = 1
-    before = {name: value.clone() for name, value in plain.state_dict().items()}
-    x = numbers(2, 1, 128).requires_grad_()
-    wanted = torch.autograd.grad(plain(x).sum(), [x, *plain.parameters()])
-    long = plain(numbers(2, 5, 128))
-    lean(plain)
-    assert [type(module) for module in plain] == [DecodeLinear, nn.SiLU, DecodeLinear]
-    assert plain[0].extra == 1
-    assert list(plain.state_dict()) == list(before)
-    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
-    for got, gradient in zip(torch.autograd.grad(plain(x).sum(), [x, *plain.parameters()]), wanted, strict=True):
-        assert torch.equal(got, gradient)
-    assert torch.equal(plain(numbers(2, 5, 128)), long)
+class StockFFN(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(128, 160), nn.Linear(128, 160), nn.Linear(160, 128)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_a_gated_ffn_keeps_parameters_gradients_and_prefill() -> None:
+    stock = StockFFN()
+    own = GatedFFN(stock)
+    assert list(own.state_dict()) == list(stock.state_dict())
+    x, long = numbers(2, 1, 128).requires_grad_(), numbers(2, 5, 128)
+    gradients = [torch.autograd.grad(ffn(x).sum(), [x, *ffn.parameters()]) for ffn in (own, stock)]
+    assert all(map(torch.equal, *gradients))
+    assert torch.equal(own(long), stock(long))
     with torch.no_grad():
-        torch.testing.assert_close(plain(x), plain(x.expand(2, 2, 128))[:, :1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(own(x), stock(x), rtol=1e-4, atol=1e-5)
 
 
 def test_layers_of_one_input_are_one_call_unless_something_wants_to_see_each() -> None:
@@ -130,7 +134,7 @@ def test_layers_of_one_input_are_one_call_unless_something_wants_to_see_each() -
     for change in (
         lambda layer: layer.register_forward_hook(lambda module, args, out: seen.append(out)),
         lambda layer: layer.register_forward_pre_hook(lambda module, args: seen.append(args[0])),
-        lambda layer: setattr(layer, "forward", lambda x: seen.append(x) or DecodeLinear.forward(layer, x)),
+        lambda layer: setattr(layer, "forward", lambda x: seen.append(x) or nn.Linear.forward(layer, x)),
     ):
         first = copy.deepcopy(layers[0])
         change(first)
@@ -139,31 +143,47 @@ def test_layers_of_one_input_are_one_call_unless_something_wants_to_see_each() -
         assert len(seen) == 1
 
 
-def test_subclasses_of_linear_are_left_alone() -> None:
-    class Own(nn.Linear):
-        pass
+def test_subclasses_of_linear_compute_as_they_are(calls: list[tuple[int, ...]]) -> None:
+    class Twice(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
 
-    model = nn.Sequential(Own(8, 8))
-    lean(model)
-    assert type(model[0]) is Own
+    layer, x = Twice(128, 131).requires_grad_(False), numbers(2, 1, 128)
+    assert torch.equal(together(x, layer)[0], 2 * F.linear(x, layer.weight, layer.bias))
+    assert calls == []
+
+
+def test_quantizers_find_every_layer_of_a_student(
+    tiny_teacher: Callable[[str], PreTrainedModel], tiny_student: Callable[..., PreTrainedModel], ids: Tensor
+) -> None:
+    """They look for the very type; a student has as many of it as its teacher."""
+    student, teacher = tiny_student("llama-biases"), tiny_teacher("llama-biases")
+    plain, stock = (sum(type(module) is nn.Linear for module in model.modules()) for model in (student, teacher))
+    assert plain == stock == 1 + 7 * 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small = torch.ao.quantization.quantize_dynamic(student, {nn.Linear}, dtype=torch.qint8)
+    assert sum("quantized" in type(module).__module__ for module in small.modules()) == plain
+    with torch.no_grad():
+        got, wanted = (model(ids[:1], use_cache=False).logits for model in (small, student))
+    assert torch.cosine_similarity(got.flatten(), wanted.flatten(), dim=0) > 0.98
 
 
 @torch.no_grad()
-def test_every_linear_layer_of_a_decode_step_takes_the_kernel(
+def test_every_linear_layer_inside_a_decoder_layer_takes_the_kernel_in_a_decode_step(
     tiny_student: Callable[..., PreTrainedModel], ids: Tensor, calls: list[tuple[int, ...]]
 ) -> None:
     student = tiny_student("llama-biases")
     cache = student(ids[:3, :-1], use_cache=True).past_key_values
     assert calls == []  # a prefill has more than one position
     got = student(ids[:3, -1:], past_key_values=cache).logits[:, -1]
-    layers = sum(isinstance(module, DecodeLinear) for module in student.modules())
-    assert layers == 1 + 7 * 2  # the head; q, k, v, o and three of the MLP in two layers
-    assert len(calls) == layers and all(shape[:2] == (3, 1) for shape in calls)
+    assert len(calls) == 7 * 2  # q, k, v, o and three of the FFN in two layers
+    assert all(shape[:2] == (3, 1) for shape in calls)
     torch.testing.assert_close(got, student(ids[:3]).logits[:, -1], rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
-def test_a_grafted_teacher_decodes_lean_too(
+def test_a_grafted_teacher_decodes_with_the_kernel_too(
     tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, calls: list[tuple[int, ...]]
 ) -> None:
     teacher = tiny_teacher("qwen2-mha-tied")
@@ -171,15 +191,13 @@ def test_a_grafted_teacher_decodes_lean_too(
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     got, wanted = own.generate(ids[:2, :9], **options), teacher.generate(ids[:2, :9], **options)
     assert torch.equal(got, wanted)
-    assert len(calls) == 6 * 1 + 5 * 14  # the head reads one position of the prefill as well
+    assert len(calls) == 5 * 14  # the prefill gives the first of six tokens
     assert own.lm_head.weight is own.model.embed_tokens.weight
 
 
 @torch.no_grad()
-def test_a_compiled_layer_is_traced_as_plain_linear(calls: list[tuple[int, ...]]) -> None:
-    layer = nn.Sequential(nn.Linear(128, 131))
-    lean(layer)
-    x = numbers(2, 1, 128)
-    traced = torch.compile(layer, backend="eager", fullgraph=True)
-    torch.testing.assert_close(traced(x), F.linear(x, layer[0].weight, layer[0].bias))
+def test_a_compiled_ffn_is_traced_as_plain_linears(calls: list[tuple[int, ...]], compilable: None) -> None:
+    ffn, x = GatedFFN(StockFFN()), numbers(2, 1, 128)
+    traced = torch.compile(ffn, backend="eager", fullgraph=True)
+    torch.testing.assert_close(traced(x), ffn.down_proj(ffn.act_fn(ffn.gate_proj(x)) * ffn.up_proj(x)))
     assert calls == []

@@ -1,5 +1,6 @@
 """Grafts equal their teachers; reduced models say the same cached and uncached, and their caches really are smaller."""
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,11 +11,21 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+import kvlatent
 from kvlatent.errors import UserError
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.cache import cache_bytes
+from kvlatent.model.config import CONFIGS, KVLatentLlamaConfig
 from kvlatent.model.families import FAMILIES
-from kvlatent.model.graft import CONFIGS, MODELS, graft, head_dim_of, identity_spec, set_spec, spec_of
+from kvlatent.model.graft import (
+    MODELS,
+    KVLatentLlamaForCausalLM,
+    graft,
+    head_dim_of,
+    identity_spec,
+    set_spec,
+    spec_of,
+)
 from kvlatent.model.spec import LatentSpec
 
 PRESETS = ["best", "apart", "portable", "paper"]
@@ -246,9 +257,35 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
-def test_importing_kvlatent_imports_neither_torch_nor_transformers() -> None:
-    code = "import sys, kvlatent; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
-    assert run_python(code).strip() == "[]"
+def test_the_help_of_our_own_program_imports_neither_torch_nor_transformers() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "kvlatent", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "convert" in done.stdout
+    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "kvlatent.cli" in imported and not imported & {"torch", "transformers", "numpy"}
+
+
+def test_our_own_programs_register_when_they_come_to_checkpoints(tmp_path: Path) -> None:
+    KVLatentLlamaConfig().save_pretrained(tmp_path)
+    code = f"""
+import sys
+sys.argv = ["/usr/bin/kvlatent"]
+import kvlatent
+assert "torch" not in sys.modules
+from kvlatent.model.loading import load_config
+print(type(load_config({str(tmp_path)!r})).__name__)
+"""
+    assert run_python(code).strip() == "KVLatentLlamaConfig"
+
+
+def test_registering_again_changes_nothing() -> None:
+    kvlatent.register()
+    assert AutoModelForCausalLM._model_mapping[KVLatentLlamaConfig] is KVLatentLlamaForCausalLM
+
+
+def test_classes_are_found_by_name_as_pickle_wants() -> None:
+    for kind in (*CONFIGS.values(), *MODELS.values()):
+        assert pickle.loads(pickle.dumps(kind)) is kind
 
 
 @pytest.mark.parametrize(

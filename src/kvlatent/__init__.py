@@ -1,34 +1,38 @@
 """kvlatent: a smaller KV cache for pretrained decoder LLMs, by smaller per-head key and value dims.
 
-Importing it makes `AutoConfig` and `AutoModelForCausalLM` know converted checkpoints. Nothing heavy is imported here:
-their classes are loaded when one is first asked for.
+Importing it makes `AutoConfig` and `AutoModelForCausalLM` know converted checkpoints, which imports transformers and
+torch. Only kvlatent's own programs, `kvlatent` and `python -m kvlatent…`, leave that to the moment when they load a
+model, so that their help answers at once.
 """
 
+import sys
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import PurePath
 from typing import Any
-
-from wrapt import register_post_import_hook
 
 __version__ = version("kvlatent")
 
-
-class _RegisteredConfigs(dict[str, Any]):
-    """What `AutoConfig.register` fills, except that asking for one of our model types registers ours first.
-
-    Registering at import would be simpler, but transformers imports its Auto classes in the middle of importing its
-    models, where the stock classes that ours derive from don't exist yet.
-    """
-
-    def __contains__(self, model_type: object) -> bool:
-        if str(model_type).startswith("kvlatent_"):
-            import_module("kvlatent.model.graft")
-        return super().__contains__(model_type)
+PUBLIC = {"register": "kvlatent.model.registration"}
+"""The public API: the module that each name is imported from when it is first used."""
+__all__ = sorted(PUBLIC)
 
 
-def _teach(configuration_auto: Any) -> None:
-    configs = configuration_auto.CONFIG_MAPPING
-    configs._extra_content = _RegisteredConfigs(configs._extra_content)
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(PUBLIC[name]), name)
 
 
-register_post_import_hook(_teach, "transformers.models.auto.configuration_auto")
+def __dir__() -> list[str]:
+    return sorted([*globals(), *PUBLIC])
+
+
+def _in_own_program() -> bool:
+    """Whether Python was started to run a program of this package; while `-m` looks for one, `argv[0]` is `-m`."""
+    started = sys.argv[0] if sys.argv else ""
+    return started == "-m" or PurePath(started).stem == "kvlatent"
+
+
+if not _in_own_program():
+    import_module("kvlatent.model.registration").register()

@@ -1,4 +1,4 @@
-"""What a model makes of far text: the share of far gain that a student keeps, and retrieval of pairs and of several keys.
+"""What a model makes of far text: the share of far gain that it keeps, and retrieval of pairs and of several keys.
 
 Average perplexity is nearly blind to far tokens, which are what a cache is for: most tokens are predicted as well from
 the last hundred. So students are judged by the tokens that need more, with a teacher that forgets all that is far as
@@ -8,7 +8,6 @@ the row to beat.
 from __future__ import annotations
 
 import math
-import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from kvlatent.errors import UserError
 from kvlatent.evaluation.perplexity import _evaluation_mode, _token_nll
@@ -79,7 +78,9 @@ def far_baseline(teacher: PreTrainedModel, ids: Int[Tensor, "blocks seq"], *, ba
         UserError: The blocks hold nothing far.
     """
     if ids.shape[1] <= 2 * NEAR:
-        raise UserError(f"far text begins {NEAR} tokens back: give blocks of more than {2 * NEAR} tokens (--block-size)")
+        raise UserError(
+            f"far text begins {NEAR} tokens back: give blocks of over {2 * NEAR} (--block-size)"
+        )
     return FarBaseline(
         whole=token_losses(teacher, ids, batch_size=batch_size),
         near_only=token_losses(teacher, ids, near=NEAR, batch_size=batch_size),

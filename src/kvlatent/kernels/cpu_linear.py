@@ -8,10 +8,8 @@ are read in place and once, so nothing is packed, stored twice or changed about 
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -27,20 +25,14 @@ AHEAD_BYTES = 32 * 1024
 """Size of a tile up to which the next one is asked for; the processor reads longer rows ahead by itself."""
 
 
-class DecodeLinear(nn.Linear):
-    """`nn.Linear`, computed by `few_rows` where that is faster; parameters, state and gradients are `nn.Linear`'s."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Multiply; one position per sequence on a CPU takes the short way."""
-        if input.shape[-2:-1] == (1,) and fits(input, self.weight):
-            return few_rows(input, self)[0]
-        return F.linear(input, self.weight, self.bias)
-
-
 def together(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """What layers of the same input give, in one call where all of them take the short way and nothing hooks them."""
+    """What layers of the same input give; in one call of `few_rows` where all are plain and rows are few.
+
+    Layers keep their type, so that whatever looks for `nn.Linear` finds it; one that is quantized, hooked or wrapped is
+    called as it is.
+    """
     if x.shape[-2:-1] == (1,):
-        plain = [layer for layer in layers if type(layer) is DecodeLinear and not _hooked(layer)]
+        plain = [layer for layer in layers if type(layer) is nn.Linear and not _hooked(layer)]
         if len(plain) == len(layers) and all(fits(x, layer.weight) for layer in plain):
             return few_rows(x, *plain)
     return [layer(x) for layer in layers]
@@ -50,32 +42,19 @@ def _hooked(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
 
-class DecodeFFN(nn.Module):
-    """Mixed into a gated FFN, whose `gate_proj` and `up_proj` read the same rows."""
+class GatedFFN(nn.Module):
+    """Takes the place of a stock gated FFN, with its layers and parameter names; a decode step reads weights once."""
 
-    gate_proj: nn.Module
-    up_proj: nn.Module
-    down_proj: nn.Module
-    act_fn: nn.Module
+    def __init__(self, stock: nn.Module) -> None:
+        """Hold the layers of `stock`."""
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = stock.gate_proj, stock.up_proj, stock.down_proj
+        self.act_fn = stock.act_fn
 
     def forward(self, x: Tensor) -> Tensor:
         """The stock module's forward."""
         gate, up = together(x, self.gate_proj, self.up_proj)
-        return self.down_proj(self.act_fn(gate) * up)
-
-
-def lean(model: nn.Module) -> None:
-    """Let every plain `nn.Linear` of a model be a `DecodeLinear`, and every gated FFN a `DecodeFFN`."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = DecodeLinear
-        elif hasattr(module, "gate_proj") and not isinstance(module, DecodeFFN):
-            module.__class__ = _gated(type(module))  # type: ignore[arg-type]  # mypy: a class of modules has no hash
-
-
-@cache
-def _gated(stock: type[nn.Module]) -> type[nn.Module]:
-    return type(stock.__name__, (DecodeFFN, stock), {"__module__": stock.__module__})
+        return together(self.act_fn(gate) * up, self.down_proj)[0]
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:

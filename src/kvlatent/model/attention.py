@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
-from kvlatent.kernels import cpu_decode, cpu_rotary, cuda_decode
-from kvlatent.kernels.cpu_linear import DecodeLinear, together
+from kvlatent.kernels import cpu_decode, cuda_decode
+from kvlatent.kernels.cpu_linear import together
 from kvlatent.model.compatibility import WITHOUT_EFFECT, refuse_unknown
 from kvlatent.model.rope import rotate
 from kvlatent.model.spec import LatentSpec
@@ -55,12 +54,13 @@ class LatentAttention(nn.Module):
         self.latents = self.kv_heads // self.heads_per_latent
         self.scale, self.qk_map = spec.scale, spec.qk_map
         cached_keys, cached_values = (dims[layer_idx] for dims in spec.latent_dims)
+        self.cached_keys = cached_keys
         rotated = spec.head_dim if spec.qk_map == "after_rope" else cached_keys
 
         def linear(name: str, inputs: int, outputs: int) -> nn.Linear:
             old = getattr(stock, name)
             where = {"device": old.weight.device, "dtype": old.weight.dtype}
-            return DecodeLinear(inputs, outputs, bias=old.bias is not None, **where)
+            return nn.Linear(inputs, outputs, bias=old.bias is not None, **where)
 
         hidden = config.hidden_size
         folded = spec.qk_map == "folded"
@@ -113,11 +113,6 @@ class LatentAttention(nn.Module):
         maps_follow = self.qk_map == "after_rope" and not self.window
         q_map, k_map = (self.q_map, self.k_map) if maps_follow else (None, None)
         q_map = None if whole_queries else q_map
-        if cpu_rotary.fits(q, q_map) and cpu_rotary.fits(k, k_map):
-            turn = partial(cpu_rotary.rotate_one, cos=cos, sin=sin, freq_index=self.freq_index)
-            if k_map is None or self.heads_per_latent == 1:
-                return turn(q, reduction=q_map), turn(k, reduction=k_map), v
-            return turn(q, reduction=q_map), _reduced(turn(k), k_map), v
         if self.freq_index is None:
             cos, sin = cos[:, None], sin[:, None]  # (batch, 1, seq, pairs)
         else:
@@ -170,9 +165,10 @@ class LatentAttention(nn.Module):
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
         is_causal: bool | None = None,
+        output_attentions: bool | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
-        """Attend; same contract as the stock module, except that attention weights are never returned.
+        """Attend; same contract as the stock module, except that there are no attention weights to return.
 
         Args:
             hidden_states: The layer's normalised input, (batch, seq, hidden).
@@ -181,15 +177,19 @@ class LatentAttention(nn.Module):
             cache: Where keys and values go, as transformers passes it since 5.24.
             past_key_values: The same, as transformers passed it before.
             is_causal: As stock attention takes it; this one is always causal.
+            output_attentions: Whether attention weights are wanted.
             others: Arguments without effect here.
 
         Raises:
             TypeError: An argument that this module doesn't know.
-            ValueError: Attention that isn't causal was asked for.
+            ValueError: Attention that isn't causal, or its weights, or another implementation was asked for.
         """
         refuse_unknown(self, (name for name in others if name not in WITHOUT_EFFECT))
         if is_causal is False:
             raise ValueError("latent attention is causal; is_causal=False is not supported")
+        if output_attentions or self.config.output_attentions:
+            raise ValueError("latent attention never forms attention weights, so output_attentions can't return them")
+        check_implementation(self.config)
         cache = past_key_values if cache is None else cache
         queries = hidden_states.shape[1]
         if self.window:
@@ -204,7 +204,14 @@ class LatentAttention(nn.Module):
         out = latent_attention(q, k, v, mask=attention_mask, scale=self.scale)
         if self.o_map is not None and v_back is None:
             out = _reduced(out, self.o_map)
-        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+        return together(out.transpose(1, 2).flatten(2), self.o_proj)[0], None
+
+
+def check_implementation(config: PreTrainedConfig) -> None:
+    """Raise `ValueError` for an `attn_implementation` whose masks `LatentAttention` can't read."""
+    asked = config._attn_implementation
+    if asked not in (None, "sdpa", "eager"):
+        raise ValueError(f"latent attention runs as attn_implementation sdpa or eager, not as {asked}")
 
 
 def side_by_side(

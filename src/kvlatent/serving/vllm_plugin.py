@@ -12,8 +12,9 @@ def register() -> None:
     """Teach vLLM, and transformers in its process, the classes of converted models; vLLM calls it in every process."""
     from vllm import ModelRegistry
 
-    import kvlatent  # noqa: F401 (registers with AutoConfig)
+    from kvlatent.model import registration
 
+    registration.register()
     for family in FAMILIES.values():
         name = f"KVLatent{family.name}ForCausalLM"
         ModelRegistry.register_model(name, f"kvlatent.serving.vllm_model:{name}")
