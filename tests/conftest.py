@@ -26,7 +26,7 @@ TENSOR_MODULES = [
 ]  # fmt: skip
 jaxtyping.install_import_hook([f"kvlatent.{name}" for name in TENSOR_MODULES], "beartype.beartype")
 
-from kvlatent.compress.convert import convert  # noqa: E402
+from windowless import convert  # noqa: E402
 from kvlatent.model.families import FAMILIES  # noqa: E402
 
 gc.freeze()  # accelerate collects garbage after every stage: spare it the walk through all that was imported

@@ -24,6 +24,7 @@ from kvlatent.model.attention import LatentAttention
 from kvlatent.model.graft import graft, head_dim_of
 from kvlatent.model.layers import layer_arguments
 from kvlatent.model.offload import OffloadedLayers
+from kvlatent.model.window import ALL_FAR, Near
 
 PROBE_SHARE = 0.5
 """A probe keeps this share of one layer's key dims, or of its value dims, and everything else."""
@@ -33,6 +34,8 @@ PLAN_TOKENS = 4096
 """Without statistics, a budget is spent by those of this much of the calibration text."""
 PROBE_TOKENS = (2048, 4096)
 """How much layers matter is measured on an eighth of the text, within these limits; less is too few documents."""
+MOST_CONTEXT = 8192
+"""A budget counts at the model's positions, or at so many tokens if those are more."""
 PIECE = 512
 """Both are taken evenly from all of the text, in pieces of this many tokens, read as if they began a context."""
 
@@ -61,13 +64,36 @@ def step_of(head_dim: int) -> int:
     return max(2, head_dim // 16)
 
 
-def total_dims(config: PreTrainedConfig, budget: float) -> int:
+def far_share(config: PreTrainedConfig, budget: float, near: Near, at_context: int | None = None) -> float:
+    """The share of far tokens' bytes that remains of a budget when tokens met whole are paid for.
+
+    Args:
+        config: The teacher's.
+        budget: Share of the cache bytes of a sequence that is kept.
+        near: Tokens met whole.
+        at_context: Tokens of that sequence; None is the model's positions, or `MOST_CONTEXT` if those are more.
+
+    Raises:
+        UserError: Whole tokens alone cost more than the budget.
+    """
+    tokens = at_context or min(config.max_position_embeddings, MOST_CONTEXT)
+    whole = min(tokens, sum(near))
+    if whole >= budget * tokens and near.window:
+        raise UserError(
+            f"a window of {near.window} tokens and {near.sinks} sinks alone takes {whole / tokens:.3g} of the cache of "
+            f"{tokens} tokens; give a larger budget than {budget}, or a shorter --window"
+        )
+    return budget if not near.window else (budget * tokens - whole) / (tokens - whole)
+
+
+def total_dims(config: PreTrainedConfig, budget: float, near: Near = ALL_FAR) -> int:
     """d_qk + d_vo of all layers that a share of the cache bytes pays for; every KV head of a layer costs the same.
 
     Raises:
         UserError: The budget is not a share, or leaves less than a step per layer for keys and for values.
     """
     _check_share(budget)
+    budget = far_share(config, budget, near)
     head_dim, layers = head_dim_of(config), config.num_hidden_layers
     step = step_of(head_dim)
     total = int(budget * 2 * head_dim * layers + 1e-9) // step * step
@@ -107,7 +133,7 @@ def plan(teacher: PreTrainedModel, statistics: Statistics, budget: float) -> All
     Raises:
         UserError: The budget can't be, or the statistics were never probed.
     """
-    return spend(teacher, statistics, total_dims(teacher.config, budget))
+    return spend(teacher, statistics, total_dims(teacher.config, budget, statistics.near))
 
 
 def spend(teacher: PreTrainedModel, statistics: Statistics, total: int) -> Allocation:
@@ -143,11 +169,15 @@ def spend(teacher: PreTrainedModel, statistics: Statistics, total: int) -> Alloc
 
 
 def planning_statistics(
-    teacher: PreTrainedModel, ids: Int[Tensor, "blocks block_size"], *, heads_per_latent: int | None = None
+    teacher: PreTrainedModel,
+    ids: Int[Tensor, "blocks block_size"],
+    *,
+    heads_per_latent: int | None = None,
+    near: Near = ALL_FAR,
 ) -> Statistics:
     """What a budget is spent by where there are no statistics yet: those of some of the calibration text."""
     pieces, size = _pieces(ids, PLAN_TOKENS), batch_size_for(PIECE)
-    statistics = calibrate(teacher, pieces, batch_size=size, heads_per_latent=heads_per_latent, about={})
+    statistics = calibrate(teacher, pieces, batch_size=size, heads_per_latent=heads_per_latent, near=near, about={})
     statistics.probes = probe(teacher, statistics, probe_text(ids))
     return statistics
 
@@ -222,6 +252,8 @@ def probe(
                 d_qk=d_qk,
                 d_vo=d_vo,
                 heads_per_latent=statistics.heads_per_latent,
+                window=statistics.near.window,
+                sinks=statistics.near.sinks,
             ),
         )
         for d_qk, d_vo in ((narrow, head_dim), (head_dim, narrow))

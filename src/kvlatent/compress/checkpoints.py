@@ -18,7 +18,7 @@ from kvlatent.compress import budget as budgets
 from kvlatent.compress.config import CalibrateConfig, ConvertConfig, PlanConfig
 from kvlatent.compress.convert import convert_as
 from kvlatent.compress.methods import PRESETS
-from kvlatent.compress.planning import Request, check_source, grouped_heads, method_of, requested
+from kvlatent.compress.planning import Request, check_source, grouped_heads, method_of, near_of, requested
 from kvlatent.compress.statistics import Statistics, calibrate
 from kvlatent.data.blocks import TokenBlocks, batch_size_for
 from kvlatent.data.positions import context_of
@@ -31,6 +31,7 @@ from kvlatent.model.graft import check_teacher, dims_by_layer, head_dim_of, head
 from kvlatent.model.loading import load_config, load_tokenizer, stored_dtype, teacher_name, weight_bytes
 from kvlatent.model.offload import OffloadedLayers, open_offloaded
 from kvlatent.model.spec import bytes_per_token
+from kvlatent.model.window import ALL_FAR, Near
 
 # --- calibrate -------------------------------------------------------------------------------------------------------
 
@@ -59,6 +60,7 @@ def calibrate_checkpoint(
     config, tokenizer = load_config(model), load_tokenizer(model)
     check_teacher(config)
     context, grouped = context_of(config, asked.context), heads_per_latent_of(config, asked.heads_per_latent)
+    near = near_of("best", PRESETS["best"].default, asked.window, asked.sinks)
     shards = [load_statistics(path, config) for path in asked.merge]
     moments = 3 * config.num_attention_heads + 2 * config.num_key_value_heads
     if grouped > 1:
@@ -81,7 +83,7 @@ def calibrate_checkpoint(
             "record": environment(),
         }
         opened = open_offloaded(model, device=device, dtype=dtype) if asked.offload else (teacher(), None)
-        settings: dict[str, Any] = {"context": context, "heads_per_latent": grouped}
+        settings: dict[str, Any] = {"context": context, "heads_per_latent": grouped, "near": near}
         shards.append(probed_statistics(opened[0], blocks.ids, about=about, offloaded=opened[1], **settings))
     statistics = reduce(Statistics.merge, shards)
     statistics.save(out)
@@ -95,13 +97,14 @@ def probed_statistics(
     *,
     context: int | None,
     heads_per_latent: int | None = None,
+    near: Near = ALL_FAR,
     about: dict[str, Any],
     offloaded: OffloadedLayers | None = None,
 ) -> Statistics:
     """Statistics of the teacher on token blocks, and how much each layer matters."""
     statistics = calibrate(
         teacher, ids, batch_size=batch_size_for(ids.shape[1]), context=context, heads_per_latent=heads_per_latent,
-        about=about, offloaded=offloaded,
+        near=near, about=about, offloaded=offloaded,
     )  # fmt: skip
     statistics.probes = budgets.probe(teacher, statistics, budgets.probe_text(ids), offloaded=offloaded)
     return statistics
@@ -145,15 +148,16 @@ def plan_checkpoint(
     refuse_existing(out)
     config, tokenizer = load_config(model), load_tokenizer(model)
     check_teacher(config)
-    total = budgets.total_dims(config, asked.budget)
     statistics = None if asked.stats is None else load_statistics(asked.stats, config)
     grouped = grouped_heads(config, PRESETS["best"].default, asked.heads_per_latent, statistics)
+    near = near_of("best", PRESETS["best"].default, asked.window, asked.sinks, statistics)
+    total = budgets.total_dims(config, asked.budget, near)
     teacher = load_model(model, device=device, dtype="float32")[0]
     if statistics is None:
         blocks = read_text(
             asked.text, tokenizer, tokens=asked.tokens, block_size=asked.block_size, seed=seed, teacher=lambda: teacher
         )
-        statistics = budgets.planning_statistics(teacher, blocks.ids, heads_per_latent=grouped)
+        statistics = budgets.planning_statistics(teacher, blocks.ids, heads_per_latent=grouped, near=near)
     allocation = budgets.spend(teacher, statistics, total)
     kv_heads, size = config.num_key_value_heads, stored_dtype(config, dtype).itemsize
     draw(allocation, out, title=f"{model}: {asked.budget:.4g} of the cache", head_dim=head_dim_of(config))
@@ -244,7 +248,8 @@ def target_of(config: PreTrainedConfig, asked: ConvertConfig, statistics: Statis
         d_qk = d_vo = budgets.uniform_dims(config, asked.budget)
     else:
         assert asked.budget is not None
-        total, d_qk = budgets.total_dims(config, asked.budget), head_dim_of(config)
+        near = near_of(asked.preset, method, asked.window, asked.sinks, statistics)
+        total, d_qk = budgets.total_dims(config, asked.budget, near), head_dim_of(config)
         d_vo = d_qk
         if method.one_frequency_list:
             raise UserError(
@@ -252,7 +257,7 @@ def target_of(config: PreTrainedConfig, asked: ConvertConfig, statistics: Statis
             )
     request = requested(
         config, preset=asked.preset, qk=asked.qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=asked.heads_per_latent,
-        statistics=statistics,
+        window=asked.window, sinks=asked.sinks, statistics=statistics,
     )  # fmt: skip
     if not recipe.calibrated and (asked.stats or asked.text):
         raise UserError(f"preset {asked.preset} is not calibrated; leave --text and --stats out")
@@ -291,7 +296,8 @@ def convert_loaded(
         spent_by = statistics
         if spent_by is None:
             assert blocks is not None
-            spent_by = budgets.planning_statistics(teacher, blocks.ids, heads_per_latent=request.heads_per_latent)
+            settings: dict[str, Any] = {"heads_per_latent": request.heads_per_latent, "near": request.near}
+            spent_by = budgets.planning_statistics(teacher, blocks.ids, **settings)
         allocation = budgets.spend(teacher, spent_by, target.total)
         request = replace(request, d_qk=allocation.d_qk, d_vo=allocation.d_vo)
     began = time.monotonic()
@@ -310,6 +316,8 @@ def convert_loaded(
         "d_qk": list(request.d_qk) if by_layer else request.d_qk[0],
         "d_vo": list(request.d_vo) if by_layer else request.d_vo[0],
         "heads_per_latent": request.heads_per_latent,
+        "window": request.near.window,
+        "sinks": request.near.sinks,
     }
     fingerprints: Sequence[str] = ()
     if blocks is not None:

@@ -26,6 +26,8 @@ def convert(
     d_qk: int | Sequence[int],
     d_vo: int | Sequence[int],
     heads_per_latent: int | None = None,
+    window: int | None = None,
+    sinks: int | None = None,
     statistics: Statistics | None = None,
     ids: Int[Tensor, "blocks block_size"] | None = None,
     batch_size: int = 4,
@@ -45,6 +47,8 @@ def convert(
         d_vo: Value/output dims per head, likewise.
         heads_per_latent: KV heads that are reduced together and cached as one latent, for the same bytes; None is what
             the statistics are of or `heads_per_latent_of` says if the method can group heads, else 1.
+        window: Newest tokens that queries meet whole; None is what the statistics are for, or the preset's.
+        sinks: First tokens that queries meet whole, likewise.
         statistics: From `calibrate`.
         ids: Calibration text as token blocks.
         batch_size: Blocks per forward.
@@ -56,7 +60,7 @@ def convert(
     """
     request = requested(
         teacher.config, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=heads_per_latent,
-        statistics=statistics,
+        window=window, sinks=sinks, statistics=statistics,
     )  # fmt: skip
     return convert_as(request, teacher, statistics=statistics, ids=ids, batch_size=batch_size, context=context)
 
@@ -76,7 +80,13 @@ def convert_as(
     if request.method.needs_statistics and statistics is None:
         assert ids is not None
         statistics = calibrate(
-            teacher, ids, batch_size=batch_size, context=context, heads_per_latent=request.heads_per_latent, about={}
+            teacher,
+            ids,
+            batch_size=batch_size,
+            context=context,
+            heads_per_latent=request.heads_per_latent,
+            near=request.near,
+            about={},
         )
     plan = plan_reduction(teacher, request, statistics)
     if ids is None or not request.recipe.calibrated:

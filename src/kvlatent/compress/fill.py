@@ -14,7 +14,7 @@ def fill(reduced: LatentAttention, whole: LatentAttention, qk: QKReduction, vo: 
     heads_and_maps = (
         (reduced.q_proj, whole.q_proj, qk.q_map if reduced.qk_map == "folded" else None),
         (reduced.k_proj, whole.k_proj, qk.k_map if reduced.qk_map == "folded" else None),
-        (reduced.v_proj, whole.v_proj, vo.v_map),
+        (reduced.v_proj, whole.v_proj, vo.v_map if reduced.v_map is None else None),
     )
     for new, old, head_map in heads_and_maps:
         for name, parameter in new.named_parameters():
@@ -34,6 +34,8 @@ def fill(reduced: LatentAttention, whole: LatentAttention, qk: QKReduction, vo: 
         reduced.o_proj.weight.copy_(whole.o_proj.weight)
     if reduced.o_proj.bias is not None:
         reduced.o_proj.bias.copy_(whole.o_proj.bias)
+    if reduced.v_map is not None:
+        reduced.v_map.copy_(vo.v_map)
     if reduced.q_map is not None and reduced.k_map is not None:
         reduced.q_map.copy_(qk.q_map)
         reduced.k_map.copy_(qk.k_map)

@@ -19,6 +19,7 @@ from kvlatent.data.positions import block_starts, positions_in_blocks
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.layers import input_and_output, input_of, layer_arguments
 from kvlatent.model.rope import LatentRotaryEmbedding
+from kvlatent.model.window import Near
 
 RIDGE = 3.0
 """Pull of refitted weights towards the old ones, in units of the inputs' mean squared norm."""
@@ -53,6 +54,7 @@ def convert_in_order(
     outputs and, up to `KEEP_BYTES`, its FFN activations.
     """
     device, spec = student.device, plan.spec
+    near = Near(spec.window, spec.sinks)
     batches = ids.split(batch_size)
     size = ids.shape[1]
     starts = block_starts(len(ids), size, context).to(device).split(batch_size)
@@ -66,7 +68,10 @@ def convert_in_order(
     from_start = rotations[0][0][:1], rotations[0][1][:1]
     generator = torch.Generator().manual_seed(0)
     of_block = min(size, -(-LOGIT_QUERIES // len(ids)))
-    rows_of_batch = [torch.randperm(size, generator=generator)[:of_block].sort().values.to(device) for _ in batches]
+    first = min(near.window, size - of_block)  # queries before it meet nothing far
+    rows_of_batch = [
+        (torch.randperm(size - first, generator=generator)[:of_block].sort().values + first).to(device) for _ in batches
+    ]
     student_states = [student.model.embed_tokens(batch.to(device)).cpu() for batch in batches]
     teacher_states = list(student_states)
     for index, layer in enumerate(tqdm(student.model.layers, unit="layer", desc="convert")):
@@ -77,6 +82,7 @@ def convert_in_order(
         for state, kwargs, rows in zip(student_states, arguments, rows_of_batch, strict=True):
             x = layer.input_layernorm(state.to(device))
             settings: dict[str, Any] = {"rope_scaling": spec.rope_scaling, "heads_per_latent": spec.heads_per_latent}
+            settings["near"] = near
             stats.update(whole, x, kwargs, **settings)
             if plan.refits_logits:
                 rotated = spec.qk_map == "after_rope"
@@ -87,6 +93,12 @@ def convert_in_order(
             qk = rescaled(refit_logits(samples, qk, turn=turn, scale=spec.scale, strength=LOGIT_RIDGE))
         layer.self_attn = LatentAttention(student.config, index, whole, spec)
         fill(layer.self_attn, whole, qk, vo)
+
+        if near.window:
+            for b, state in enumerate(student_states):
+                moved = {**arguments[b], "position_embeddings": rotations[b]}
+                student_states[b] = layer(state.to(device), **moved).cpu()
+            continue
 
         # W_O: with the student's head outputs, give the teacher's residual stream after attention.
         ridge, outputs = Ridge(layer.self_attn.o_proj), list[Tensor]()

@@ -102,5 +102,7 @@ class Method:
     """Whether `plan` needs statistics of the whole model before the first layer is reduced."""
     one_frequency_list: bool = False
     """Whether all heads of all layers rotate by one list, so that every layer has the same d_qk."""
+    takes_window: bool = False
+    """Whether its maps can serve far tokens alone, beside a window of whole ones: they come after RoPE."""
     groups_heads: bool = False
     """Whether it can reduce several KV heads together, into one latent."""

@@ -18,6 +18,7 @@ from kvlatent.model.attention import LatentAttention
 from kvlatent.model.families import family_of
 from kvlatent.model.graft import check_teacher, head_dim_of, heads_per_latent_of, identity_spec
 from kvlatent.model.spec import LatentSpec, Preset, check_dims
+from kvlatent.model.window import ALL_FAR, Near
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,8 @@ class Request:
     preset: Preset
     method: Method
     heads_per_latent: int
+    near: Near
+    """Tokens met whole."""
     d_qk: tuple[int, ...]
     d_vo: tuple[int, ...]
 
@@ -44,6 +47,8 @@ def requested(
     d_qk: int | Sequence[int],
     d_vo: int | Sequence[int],
     heads_per_latent: int | None = None,
+    window: int | None = None,
+    sinks: int | None = None,
     statistics: Statistics | None = None,
 ) -> Request:
     """Resolve a request; needs no weights, so it can come before loading them.
@@ -56,6 +61,8 @@ def requested(
         d_vo: Likewise.
         heads_per_latent: KV heads that are reduced together; None is what the statistics are of or, without them,
             what `heads_per_latent_of` says, and 1 for methods that reduce every head on its own.
+        window: Newest tokens met whole; None is what the statistics are for or, without them, what `near_of` says.
+        sinks: First tokens met whole, likewise.
         statistics: Those that layers will be reduced by.
 
     Raises:
@@ -78,7 +85,8 @@ def requested(
     if not recipe.calibrated:
         stride_channels(head_dim, values[0], "d_vo")
     grouped = grouped_heads(config, method, heads_per_latent, statistics)
-    return Request(preset=preset, method=method, heads_per_latent=grouped, d_qk=keys, d_vo=values)
+    near = near_of(preset, method, window, sinks, statistics)
+    return Request(preset=preset, method=method, heads_per_latent=grouped, near=near, d_qk=keys, d_vo=values)
 
 
 def check_source(request: Request, *, given: bool) -> None:
@@ -99,6 +107,37 @@ def method_of(preset: Preset, qk: str | None) -> Method:
     if qk not in recipe.methods:
         raise UserError(f"preset {preset} can't reduce queries and keys by {qk}; {', '.join(recipe.methods)} can")
     return recipe.methods[qk]
+
+
+def near_of(
+    preset: Preset, method: Method, window: int | None, sinks: int | None, statistics: Statistics | None = None
+) -> Near:
+    """The tokens that a student meets whole: as asked, as the statistics are for, or as the preset has it.
+
+    Raises:
+        UserError: The preset or the method has no window, or the statistics are for another one.
+    """
+    recipe = PRESETS[preset]
+    able = method.takes_window and not recipe.uniform
+    usual = (recipe.near if statistics is None else statistics.near) if able else ALL_FAR
+    if window == 0:
+        usual = ALL_FAR
+    near = Near(usual.window if window is None else window, usual.sinks if sinks is None else sinks)
+    if near.window < 0 or near.sinks < 0 or (near.sinks and not near.window):
+        raise UserError(
+            f"window and sinks are counts of tokens, sinks only beside a window; got {near.window} and {near.sinks}"
+        )
+    if near.window and not able:
+        raise UserError(
+            f"preset {preset} with method {method.name} has no window of whole tokens: take preset best with project, "
+            "or --window 0"
+        )
+    if statistics is not None and near != statistics.near:
+        raise UserError(
+            f"the statistics are for a window of {statistics.near.window} tokens and {statistics.near.sinks} sinks, "
+            f"not of {near.window} and {near.sinks}; calibrate with --window and --sinks"
+        )
+    return near
 
 
 def grouped_heads(
@@ -149,7 +188,8 @@ def plan_reduction(teacher: PreTrainedModel, request: Request, statistics: Stati
         statistics: Of the whole model, where the method needs them.
     """
     whole, method, recipe = identity_spec(teacher), request.method, request.recipe
-    untouched = min(request.d_qk) == whole.head_dim and request.heads_per_latent == 1 and method.calibrated
+    alone = request.heads_per_latent == 1 and not request.near.window
+    untouched = min(request.d_qk) == whole.head_dim and alone and method.calibrated
     if untouched:  # all pairs at their own frequencies, for which there is nothing to know
         method = STRIDE
     decision = method.plan(
@@ -171,6 +211,8 @@ def plan_reduction(teacher: PreTrainedModel, request: Request, statistics: Stati
         d_qk=request.d_qk,
         d_vo=request.d_vo,
         heads_per_latent=request.heads_per_latent,
+        window=request.near.window,
+        sinks=request.near.sinks,
         inv_freq=decision.inv_freq,
         per_head_frequencies=decision.per_head_frequencies,
         qk_map=qk_map,

@@ -25,6 +25,7 @@ from kvlatent.model.graft import graft, heads_per_latent_of
 from kvlatent.model.layers import layer_arguments
 from kvlatent.model.offload import OffloadedLayers
 from kvlatent.model.rope import rotate
+from kvlatent.model.window import ALL_FAR, Near
 
 NAMES = ("q", "k", "q_unrotated", "k_unrotated", "o")
 """The moments kept of each layer: queries, keys (per KV head), both again before RoPE, and head outputs."""
@@ -52,11 +53,13 @@ class LayerStatistics:
         *,
         rope_scaling: float,
         heads_per_latent: int = 1,
+        near: Near = ALL_FAR,
     ) -> None:
         """Add one batch, seen by an unreduced attention.
 
         Rotated keys count with the attention they get and are centered on each query's mean key: to second order, the
-        KL between softmaxes is half the variance of the logit error under the attention.
+        KL between softmaxes is half the variance of the logit error under the attention. Beside a window only far
+        attention counts, since there are no other errors, and keys are centered on the far part of the mean key.
 
         Args:
             attention: The layer's attention, all dims kept.
@@ -64,17 +67,20 @@ class LayerStatistics:
             kwargs: The layer's other arguments: position embeddings and mask.
             rope_scaling: Multiplier inside cos and sin.
             heads_per_latent: KV heads that are reduced together.
+            near: Tokens that the student will meet whole.
         """
         cos, sin = kwargs["position_embeddings"]
         q, k, v = (t.float() for t in attention.queries_keys_values(x, cos, sin))
         keys, values = (side_by_side(t, heads_per_latent) for t in (k, v))
         mask = kwargs.get("attention_mask")
-        mean_key, out, received = _attend(q, k, torch.cat((keys, values), dim=-1), mask=mask, scale=attention.scale)
+        both = torch.cat((keys, values), dim=-1)
+        mean_key, out, received, given = _attend(q, k, both, mask=mask, scale=attention.scale, near=near)
         k_centered = _centered(k, _own(mean_key, heads_per_latent, attention.group_size), received)
         unscale = 1 / rope_scaling**2
         q_unrotated, k_unrotated = (rotate(t, cos[:, None], -sin[:, None]) * unscale for t in (q, k))
         own_out = _own(out, heads_per_latent, attention.group_size)
-        of_heads = moment(q), k_centered, moment(q_unrotated), moment(k_unrotated), moment(own_out)
+        met = q * given[..., None] if near.window else q
+        of_heads = moment(q, met), k_centered, moment(q_unrotated), moment(k_unrotated), moment(own_out)
         moments = dict(zip(NAMES, of_heads, strict=True))
         if heads_per_latent > 1:
             received = received.unflatten(1, (-1, heads_per_latent)).sum(2)
@@ -106,8 +112,8 @@ def _own(x: Tensor, heads_per_latent: int, group_size: int) -> Tensor:
 
 
 def _attend(
-    q: Tensor, k: Tensor, both: Tensor, *, mask: Tensor | None, scale: float, rows: int = 128
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, both: Tensor, *, mask: Tensor | None, scale: float, near: Near = ALL_FAR, rows: int = 128
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attend causally, `rows` queries at a time, so that memory and time go to visible keys only.
 
     Args:
@@ -116,15 +122,17 @@ def _attend(
         both: Keys and values that are averaged, (batch, latents, seq, 2·dim).
         mask: True where a query may look; None is at itself and all before.
         scale: Multiplier of the logits.
+        near: Tokens whose attention is left out.
         rows: Queries at a time.
 
     Returns:
-        Mean key and mean value of each query, (batch, q_heads, seq, dim), and the attention that each key receives
-        from its group, (batch, kv_heads, seq).
+        Mean key and mean value of each query, (batch, q_heads, seq, dim), the attention that each key receives from its
+        group, (batch, kv_heads, seq), and that each query gives, (batch, q_heads, seq).
     """
     (batch, kv_heads, seq, _), latents, parts = k.shape, both.shape[1], []
     grouped = q.unflatten(1, (kv_heads, -1))
-    received = k.new_zeros(batch, kv_heads, seq)
+    received, given = k.new_zeros(batch, kv_heads, seq), list[Tensor]()
+    at = torch.arange(seq, device=k.device)
     for start in range(0, seq, rows):
         end = min(start + rows, seq)
         logits = (grouped[..., start:end, :].flatten(2, 3) @ k[:, :, :end].mT).mul_(scale)
@@ -133,11 +141,15 @@ def _attend(
         else:
             visible = mask[..., start:end, :end]
         logits = logits.unflatten(2, (-1, end - start)).masked_fill_(~visible[:, :, None], -torch.inf)
-        probs = logits.softmax(-1).flatten(2, 3)
+        probs = logits.softmax(-1)
+        if near.window:
+            probs = probs * near.far(at[start:end], at[:end])
+        given.append(probs.sum(-1))
+        probs = probs.flatten(2, 3)
         received[..., :end] += probs.sum(2)
         parts.append((probs.reshape(batch, latents, -1, end) @ both[:, :, :end]).unflatten(2, (-1, end - start)))
     mean_key, out = torch.cat(parts, dim=3).flatten(1, 2).chunk(2, dim=-1)
-    return mean_key, out, received
+    return mean_key, out, received, torch.cat(given, dim=3).flatten(1, 2)
 
 
 @torch.no_grad()
@@ -150,6 +162,7 @@ def sample_logits(
     rotated: bool,
     rope_scaling: float,
     heads_per_latent: int = 1,
+    near: Near = ALL_FAR,
 ) -> LogitSamples:
     """Logits of an unreduced attention between the queries at `rows` and all keys, for `refit.refit_logits`.
 
@@ -161,6 +174,7 @@ def sample_logits(
         rotated: Return queries and keys after RoPE, for maps that come after it; otherwise before.
         rope_scaling: Multiplier inside cos and sin.
         heads_per_latent: KV heads whose keys are returned side by side.
+        near: Tokens whose logits don't count.
     """
     cos, sin = kwargs["position_embeddings"]
     q, k, _ = (t.float() for t in attention.queries_keys_values(x, cos, sin))
@@ -172,6 +186,8 @@ def sample_logits(
     grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
     logits = (grouped @ k.mT).mul_(attention.scale).unflatten(2, (-1, len(rows))).flatten(1, 2)
     probs = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+    if near.window:
+        probs = probs * near.far(rows, torch.arange(k.shape[2], device=k.device))
     if not rotated:
         unscale = 1 / rope_scaling**2
         q = rotate(q, cos[:, None, rows], -sin[:, None, rows]) * unscale
@@ -188,6 +204,11 @@ class Statistics:
     """Model, sources, tokens and fingerprints of the text."""
     probes: Float[Tensor, "2 layers"] | None = None
     """From `budget.probe`: what narrow keys [0] or values [1] of one layer alone cost, in nats per token."""
+
+    @property
+    def near(self) -> Near:
+        """The tokens that students of these statistics meet whole."""
+        return Near(*self.about.get("near", ()))
 
     @property
     def heads_per_latent(self) -> int:
@@ -233,6 +254,8 @@ class Statistics:
         """Raise `UserError`, naming what is wrong, unless these are finite moments of alike layers of one model."""
         if not self.layers or not all(type(layer.tokens) is int and layer.tokens > 0 for layer in self.layers):
             raise UserError("it names no layers, or no tokens for them")
+        if isinstance(self.about, dict) and not all(type(x) is int and x >= 0 for x in self.about.get("near", [])):
+            raise UserError("what it says of the window is damaged")
         lists = (self.about.get(key, []) for key in ("text", "fingerprints")) if isinstance(self.about, dict) else [0]
         if not all(isinstance(x, list) and all(isinstance(item, str) for item in x) for x in lists):
             raise UserError("what it says of its text is damaged")
@@ -258,6 +281,8 @@ class Statistics:
             raise UserError(
                 f"can't merge statistics of {self.heads_per_latent} and {other.heads_per_latent} KV heads per latent"
             )
+        if self.near != other.near:
+            raise UserError(f"can't merge statistics for windows of {self.near.window} and {other.near.window} tokens")
         layers = [
             LayerStatistics({n: a.sums[n] + b.sums[n] for n in a.sums}, a.tokens + b.tokens)
             for a, b in zip(self.layers, other.layers, strict=True)
@@ -281,6 +306,7 @@ def calibrate(
     batch_size: int = 4,
     context: int | None = None,
     heads_per_latent: int | None = None,
+    near: Near = ALL_FAR,
     about: dict[str, Any],
     offloaded: OffloadedLayers | None = None,
 ) -> Statistics:
@@ -295,12 +321,18 @@ def calibrate(
         batch_size: Blocks per forward.
         context: Positions that the blocks are spread over, if more than a block's.
         heads_per_latent: KV heads that may be reduced together; None is what `heads_per_latent_of` says.
+        near: Tokens that students will meet whole: the statistics are then of far attention only.
         about: Stored with the statistics.
         offloaded: From `offload.open_offloaded`, with its teacher.
 
     Raises:
-        UserError: Activations aren't finite.
+        UserError: Activations aren't finite, or the blocks hold nothing far.
     """
+    if near.window and ids.shape[1] <= sum(near):
+        raise UserError(
+            f"blocks of {ids.shape[1]} tokens hold nothing beyond a window of {near.window} and {near.sinks} sinks; "
+            "give longer ones (--block-size), or a shorter --window"
+        )
     model, grouped = graft(teacher), heads_per_latent_of(teacher.config, heads_per_latent)
     layers, scaling = model.model.layers, model.model.rotary_emb.scaling
     statistics = [LayerStatistics() for _ in layers]
@@ -309,7 +341,7 @@ def calibrate(
     def through(index: int, arguments: list[dict[str, Any]], hidden: Tensor) -> Tensor:
         layer, kwargs = layers[index], arguments[index]
         x, moments = layer.input_layernorm(hidden), statistics[index]
-        moments.update(layer.self_attn, x, kwargs, rope_scaling=scaling, heads_per_latent=grouped)
+        moments.update(layer.self_attn, x, kwargs, rope_scaling=scaling, heads_per_latent=grouped, near=near)
         return layer(hidden, **kwargs)
 
     with torch.no_grad(), tqdm(total=ids.numel() * len(layers), unit="tok", unit_scale=True, desc="calibrate") as bar:
@@ -328,7 +360,7 @@ def calibrate(
                     for b, hidden in enumerate(waiting):
                         waiting[b] = through(index, of_batches[b], hidden.to(model.device)).cpu()
                         bar.update(hidden.shape[0] * hidden.shape[1])
-    found = Statistics(statistics, {**about, "tokens": ids.numel()})
+    found = Statistics(statistics, {**about, "tokens": ids.numel(), **({"near": list(near)} if near.window else {})})
     try:
         found.check()
     except UserError as error:

@@ -78,9 +78,7 @@ def far_baseline(teacher: PreTrainedModel, ids: Int[Tensor, "blocks seq"], *, ba
         UserError: The blocks hold nothing far.
     """
     if ids.shape[1] <= 2 * NEAR:
-        raise UserError(
-            f"far text begins {NEAR} tokens back: give blocks of over {2 * NEAR} (--block-size)"
-        )
+        raise UserError(f"far text begins {NEAR} tokens back: give blocks of over {2 * NEAR} (--block-size)")
     return FarBaseline(
         whole=token_losses(teacher, ids, batch_size=batch_size),
         near_only=token_losses(teacher, ids, near=NEAR, batch_size=batch_size),

@@ -21,6 +21,23 @@ ROWS = 128
 """Queries that meet their keys at a time: memory grows with the context, not with its square."""
 
 
+class Near(NamedTuple):
+    """Tokens that are met whole; without any, all are far."""
+
+    window: int = 0
+    """Newest tokens, the query's own included."""
+    sinks: int = 0
+    """First tokens of a sequence."""
+
+    def far(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Whether a query at each of `rows` meets each of `columns` through latents, (rows, columns)."""
+        return (rows[:, None] - columns >= self.window) & (columns >= self.sinks)
+
+
+ALL_FAR = Near()
+"""No window: every token goes through latents."""
+
+
 class FarMaps(NamedTuple):
     """How one layer's far tokens are reduced: all maps after RoPE."""
 

@@ -16,6 +16,7 @@ from kvlatent.compress.methods.partial import PARTIAL
 from kvlatent.compress.methods.project import PROJECT
 from kvlatent.compress.methods.stride import STRIDE
 from kvlatent.model.spec import Preset
+from kvlatent.model.window import ALL_FAR, Near
 
 METHODS: dict[str, Method] = {
     method.name: method for method in (STRIDE, AWARE, MATCHED, PAIRS_MODEL, PAIRS_LAYER, PAIRS, PARTIAL, FOLD, PROJECT)
@@ -30,6 +31,8 @@ class Recipe:
     default: Method
     calibrated: bool = True
     """Whether text decides; otherwise it is the paper's recipe to the letter: values by stride, its own logit scale."""
+    near: Near = ALL_FAR
+    """Tokens that students meet whole unless asked otherwise, where the method can."""
     uniform: bool = False
     """Whether all layers have the same dims and rotate by one list, as stock engines need it."""
 
@@ -44,7 +47,7 @@ class Recipe:
 
 
 PRESETS: dict[Preset, Recipe] = {
-    "best": Recipe(default=PROJECT),
+    "best": Recipe(default=PROJECT, near=Near(window=64, sinks=4)),
     "portable": Recipe(default=FOLD, uniform=True),
     "paper": Recipe(default=AWARE, uniform=True, calibrated=False),
 }

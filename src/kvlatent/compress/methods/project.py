@@ -51,4 +51,4 @@ def project_tail(q_cov: Tensor, k_cov: Tensor) -> Tensor:
     return dropped[:: k_cov.shape[1] // q_cov.shape[1]]
 
 
-PROJECT = Method(name="project", plan=plan, reduce=reduce, groups_heads=True)
+PROJECT = Method(name="project", plan=plan, reduce=reduce, groups_heads=True, takes_window=True)
