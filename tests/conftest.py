@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 TENSOR_MODULES = [
-    "model.attention", "model.rope", "kernels.cpu_decode", "kernels.cpu_linear",
+    "model.attention", "model.rope", "kernels.attention", "kernels.cpu_decode", "kernels.cpu_linear",
     "kernels.cuda_decode", "compress.reduce", "compress.refit", "healing.losses",
 ]  # fmt: skip
 jaxtyping.install_import_hook([f"kvlatent.{name}" for name in TENSOR_MODULES], "beartype.beartype")
