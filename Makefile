@@ -15,7 +15,10 @@ export MALLOC_TOP_PAD_ = 1000000000
 # Models and text come from pip packages; no hub at run time.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test test-all test-engines lint docs bench clean
+NEWEST := transformers accelerate peft datasets
+OLDEST := transformers==5.19.0 accelerate==1.10.0 peft==0.18.0 datasets==4.0.0
+
+.PHONY: demo test test-all test-engines test-latest test-oldest lint docs bench clean
 
 demo: $(READY)  ## SmolLM2-135M to half its KV cache, measured; again: resumes or reuses
 	$(BIN)/kvlatent run recipes/demo.yaml --out runs/demo
@@ -28,6 +31,13 @@ test-all: $(READY)  ## with slow, gpu and network tests
 
 test-engines: $(ENGINES_READY) $(TRANSFORMERS_4_READY)  ## vLLM (CPU), transformers 4 and SmolLM2 in llama.cpp; 5 GB
 	TRANSFORMERS_4=$(TRANSFORMERS_4)/python $(ENGINES)/python -m pytest -m engines -n 0
+
+# torch is pinned: it is the release that comes as a CPU build.
+test-latest test-oldest: test-%:  ## the contract tests on the newest or oldest libraries that the ranges admit
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install torch==2.13.0
+	.venv-$*/bin/pip install --upgrade $(if $(filter latest,$*),$(NEWEST),$(OLDEST)) beartype hypothesis pytest -e .
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -m contract
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvlatent.model.attention import PATHS
+from kvlatent.kernels.attention import PATHS
 
 SHAPES = {  # name: kv_heads, group_size, (d_qk, d_vo) ...
     "SmolLM2-135M": (3, 3, [(64, 64), (32, 32), (16, 48), (32, 64)]),

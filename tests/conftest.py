@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 TENSOR_MODULES = [
-    "model.attention", "model.rope", "kernels.cpu_decode", "kernels.cpu_linear",
+    "model.attention", "model.rope", "model.window", "kernels.attention", "kernels.cpu_decode", "kernels.cpu_linear",
     "kernels.cuda_decode", "compress.linear_algebra", "compress.maps", "compress.methods.fold",
     "compress.methods.pairs", "compress.methods.partial", "compress.methods.project", "compress.values",
     "compress.refit", "healing.losses",
@@ -27,6 +27,7 @@ TENSOR_MODULES = [
 jaxtyping.install_import_hook([f"kvlatent.{name}" for name in TENSOR_MODULES], "beartype.beartype")
 
 from windowless import convert  # noqa: E402
+
 from kvlatent.model.families import FAMILIES  # noqa: E402
 
 gc.freeze()  # accelerate collects garbage after every stage: spare it the walk through all that was imported

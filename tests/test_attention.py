@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from kvlatent.kernels import cuda_decode
-from kvlatent.model.attention import OWN_KERNELS, LatentAttention, choose_path, latent_attention, taking_back_pays
+from kvlatent.kernels.attention import OWN_KERNELS, choose_path, latent_attention
+from kvlatent.model.attention import LatentAttention, taking_back_pays
 from kvlatent.model.graft import set_spec, spec_of
 from kvlatent.model.rope import LatentRotaryEmbedding
 from kvlatent.model.spec import LatentSpec

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from kvlatent.errors import UserError
+from kvlatent.model import compatibility
+from kvlatent.model.attention import LatentAttention
 from kvlatent.model.compatibility import CACHE, CACHE_NAMES, WITHOUT_EFFECT
 
 
@@ -120,3 +122,34 @@ def test_prefix_tuning_is_refused_with_the_reason(tiny_student: Callable[..., Pr
     tuned = get_peft_model(tiny_student("llama", "paper"), config)
     with pytest.raises(UserError, match="prefix tuning"):
         tuned(input_ids=ids[:2], labels=ids[:2])
+
+
+def lose(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let attention lose these arguments, as when a release passes them under other names."""
+    attend = LatentAttention.forward
+
+    def forgetful(self: LatentAttention, *args: object, **kwargs: object) -> object:
+        return attend(self, *args, **{name: value for name, value in kwargs.items() if name not in names})
+
+    monkeypatch.setattr(LatentAttention, "forward", forgetful)
+
+
+@pytest.mark.parametrize(
+    ("lost", "what"), [((), None), (CACHE_NAMES, "with its cache"), (("attention_mask",), "with left padding")]
+)
+def test_a_release_that_was_not_tested_is_checked_at_load(
+    tiny_student: Callable[..., PreTrainedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lost: tuple[str, ...],
+    what: str | None,
+) -> None:
+    tiny_student("qwen3").save_pretrained(tmp_path)
+    lose(monkeypatch, *lost)
+    AutoModelForCausalLM.from_pretrained(tmp_path)  # a tested release is not checked
+    monkeypatch.setattr(compatibility, "TESTED", ("5.1", "5.2"))
+    if what is None:
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    else:
+        with pytest.raises(UserError, match=f"transformers {transformers.__version__}.*{what}"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -16,9 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvlatent.kernels import cuda_decode
+from kvlatent.kernels import attention, cuda_decode
 from kvlatent.kernels.cuda_decode import decode_attention, split
-from kvlatent.model import attention
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

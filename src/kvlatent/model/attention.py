@@ -1,16 +1,15 @@
-"""LatentAttention, the one attention module of all families, and the choice of how attention is computed."""
+"""LatentAttention, the one attention module of all families."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
-from kvlatent.kernels import cpu_decode, cuda_decode
+from kvlatent.kernels.attention import latent_attention
 from kvlatent.kernels.cpu_linear import together
 from kvlatent.model.compatibility import WITHOUT_EFFECT, refuse_unknown
 from kvlatent.model.rope import rotate
@@ -245,110 +244,3 @@ def _to_heads(
     """What every query head meets of its latent."""
     by_latent = back.to(x.dtype).unflatten(0, (x.shape[1], -1)).transpose(1, 2)  # (latents, latent, group, head_dim)
     return (x @ by_latent.flatten(2)).unflatten(3, by_latent.shape[2:]).permute(0, 1, 3, 2, 4).flatten(1, 2)
-
-
-def latent_attention(
-    q: Float[Tensor, "batch q_heads q_len d_qk"],
-    k: Float[Tensor, "batch key_heads kv_len d_qk"],
-    v: Float[Tensor, "batch value_heads kv_len d_vo"],
-    *,
-    scale: float,
-    mask: Bool[Tensor, "mask_batch 1 q_len kv_len"] | Float[Tensor, "mask_batch 1 q_len kv_len"] | None = None,
-) -> Float[Tensor, "batch q_heads q_len d_vo"]:
-    """Attend causally with grouped heads (KV-Latent, arXiv:2507.11273, Eq. 1), d_qk and d_vo independent.
-
-    Args:
-        q: Rotated queries.
-        k: Rotated keys, as cached; for several queries, their heads and those of the values need not be as many.
-        v: Values, as cached.
-        scale: Logit multiplier; the paper uses `d_qk ** -0.5`, our presets keep the teacher's `head_dim ** -0.5`.
-        mask: True (or 0.0) where a query may look, False (or -inf) elsewhere. Without one, a single query sees all
-            keys and several see the causal triangle.
-
-    Returns:
-        Per-head outputs before `o_proj`, in the dtype and device of `q`.
-
-    Raises:
-        ValueError: `q_heads` is not a multiple of `key_heads` and `value_heads`.
-    """
-    for x in (k, v):
-        if q.shape[1] % x.shape[1]:
-            raise ValueError(f"{q.shape[1]} query heads can't share {x.shape[1]} key/value heads evenly")
-    if torch.compiler.is_compiling() and own_kernel(q, k, v, mask) is not None:
-        return _opaque(q, k, v, scale, mask)
-    return PATHS[choose_path(q, k, v, mask)](q, k, v, scale=scale, mask=mask)
-
-
-def choose_path(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
-    """Name the path of `PATHS` that fits phase, device, dtypes, kind of mask, and whether gradients are wanted.
-
-    | phase | device | when | path |
-    |---|---|---|---|
-    | decode (one query) | CPU | no gradients, float32, bfloat16 or float16 cache, boolean mask or none | `kernel` |
-    | decode | CUDA | likewise | `triton` |
-    | decode | any | otherwise, and where llvmlite or Triton is missing | `grouped` |
-    | prefill, training, several queries | any | always | `flash` |
-    """
-    own = own_kernel(q, k, v, mask)
-    if own is not None and own[1].available():
-        return own[0]
-    return "flash" if q.shape[2] > 1 else "grouped"
-
-
-def own_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[str, Any] | None:
-    """Path and module of the decode kernel that takes these tensors, whether it is available here or not."""
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if q.shape[2] > 1 or gradients or (mask is not None and mask.dtype != torch.bool):
-        return None
-    path, home = OWN_KERNELS.get(q.device.type, ("grouped", None))
-    return (path, home) if home is not None and k.dtype in home.STORED and v.dtype in home.STORED else None
-
-
-@torch.library.custom_op(
-    "kvlatent::decode_attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask) -> Tensor",
-)
-def _opaque(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """A decode kernel as one node of a graph that torch.compile makes; it can't look inside."""
-    return PATHS[choose_path(q, k, v, mask)](q, k, v, scale=scale, mask=mask)
-
-
-@_opaque.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    return q.new_empty(*q.shape[:3], v.shape[-1])
-
-
-def _grouped(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:
-    """One query: read the cache once per KV head instead of repeating it per query head."""
-    batch, q_heads, _, d_qk = q.shape
-    grouped = q.view(batch, k.shape[1], -1, d_qk)
-    logits = (grouped @ k.transpose(-1, -2)).float() * scale  # (batch, kv_heads, group, kv_len)
-    if mask is not None:
-        logits = torch.where(mask, logits, -torch.inf) if mask.dtype == torch.bool else logits + mask
-    return (logits.softmax(-1).to(v.dtype) @ v).view(batch, q_heads, 1, -1)
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:
-    """PyTorch's flash attention, which wants equal dims: zeros change nothing."""
-    d_qk, d_vo = q.shape[-1], v.shape[-1]
-    if mask is None:  # of a longer buffer, no query sees what is behind the last one
-        k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) if q.shape[1] > x.shape[1] else x for x in (k, v))
-    width = max(d_qk, d_vo)
-    if q.device.type == "cuda":
-        width = -(-width // 8) * 8  # other widths fall to a path that holds all logits
-    q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
-    return out[..., :d_vo]
-
-
-OWN_KERNELS: dict[str, tuple[str, Any]] = {"cpu": ("kernel", cpu_decode), "cuda": ("triton", cuda_decode)}
-"""Path of the decode kernel by device, and its module."""
-PATHS = {
-    "kernel": cpu_decode.decode_attention,
-    "triton": cuda_decode.decode_attention,
-    "grouped": _grouped,
-    "flash": _flash,
-}
-"""Ways to compute the same attention."""

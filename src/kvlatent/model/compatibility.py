@@ -9,8 +9,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 
+import torch
 import transformers
+from packaging.version import Version
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaModel
+
+from kvlatent.errors import UserError
 
 TESTED = ("5.19", "5.24")
 """Oldest and newest release of transformers that the contract tests ran on (`make test-oldest`, `make test-latest`)."""
@@ -41,3 +47,42 @@ def refuse_unknown(module: object, names: Iterable[str]) -> None:
             f"{type(module).__name__} was given the argument {name!r}, which it doesn't know. transformers "
             f"{transformers.__version__} is installed; kvlatent is tested with {TESTED[0]} to {TESTED[1]}"
         )
+
+
+def is_tested() -> bool:
+    """Whether the installed release of transformers lies in the tested range."""
+    oldest, newest = (Version(release).release for release in TESTED)
+    return oldest <= Version(transformers.__version__).release[:2] <= newest
+
+
+@torch.no_grad()
+def check_itself(model: PreTrainedModel) -> None:
+    """Compare a few tokens cached with uncached, and whole with left-padded.
+
+    Raises:
+        UserError: They differ, so the installed release of transformers does something that kvlatent doesn't know.
+    """
+    ids = torch.arange(1, 9, device=model.device)[None] % model.config.vocab_size
+    whole = model(ids, use_cache=False).logits
+    output = model(ids[:, :5], use_cache=True)
+    pieces = [output.logits]
+    for token in ids[:, 5:].split(1, dim=1):
+        output = model(token, use_cache=True, **{CACHE: output[CACHE]})
+        pieces.append(output.logits)
+    padding = torch.zeros_like(ids[:, :3])
+    mask = torch.cat((padding, torch.ones_like(ids)), dim=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = model(
+        torch.cat((padding, ids), dim=1), attention_mask=mask, position_ids=positions, use_cache=False
+    ).logits
+    for what, logits in (("with its cache", torch.cat(pieces, dim=1)), ("with left padding", padded[:, 3:])):
+        if not _close(logits, whole):
+            raise UserError(
+                f"with transformers {transformers.__version__}, this model computes something else {what}; kvlatent is "
+                f"tested with {TESTED[0]} to {TESTED[1]}: install one of these"
+            )
+
+
+def _close(got: Tensor, wanted: Tensor) -> bool:
+    """Whether logits are equal but for the rounding of any dtype."""
+    return bool((got - wanted).abs().max() <= 0.05 * wanted.abs().max())

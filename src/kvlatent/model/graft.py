@@ -24,7 +24,7 @@ from kvlatent.errors import UserError
 from kvlatent.kernels.cpu_linear import GatedFFN
 from kvlatent.model.attention import LatentAttention, check_implementation
 from kvlatent.model.cache import LatentCache, write_in_place
-from kvlatent.model.compatibility import CACHE, CACHE_NAMES
+from kvlatent.model.compatibility import CACHE, CACHE_NAMES, check_itself, is_tested
 from kvlatent.model.config import (
     CONFIGS,
     OF_THE_CLASS,
@@ -67,6 +67,18 @@ class KVLatentForCausalLM:
         self.model.register_forward_pre_hook(  # type: ignore[attr-defined]
             _give_cache, with_kwargs=True
         )
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as the stock class does; with a release of transformers that wasn't tested, check what came.
+
+        Raises:
+            UserError: The check failed.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        if not is_tested():
+            check_itself(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
