@@ -6,6 +6,8 @@ What a model calls is `latent_attention`; device, dtypes, mask and number of que
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,6 +73,72 @@ def own_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[st
         return None
     path, home = OWN_KERNELS.get(q.device.type, ("grouped", None))
     return (path, home) if home is not None and k.dtype in home.STORED and v.dtype in home.STORED else None
+
+
+Part = tuple[
+    Float[Tensor, "batch q_heads 1 d_vo"], Float[Tensor, "batch q_heads 1 1"], Float[Tensor, "batch q_heads 1 1"]
+]
+"""What a segment of a context gives a query: output (batch, q_heads, 1, d_vo), largest logit times
+log2(e) and sum of the weights relative to it, both (batch, q_heads, 1, 1)."""
+
+
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None) -> Part:
+    """Attend with one query per sequence to one segment of its context; `merged` then joins the segments.
+
+    Args:
+        q: Rotated queries, (batch, q_heads, 1, d_qk).
+        k: Keys of the segment, in any order, (batch, heads, tokens, d_qk).
+        v: Values, likewise.
+        scale: Logit multiplier.
+        mask: True where a query may look; None is everywhere.
+    """
+    own = own_kernel(q, k, v, mask)
+    if own is not None and torch.compiler.is_compiling():
+        return _opaque_segment(q, k, v, scale, mask)
+    return _segment(q, k, v, scale, mask)
+
+
+def merged(parts: Sequence[Part]) -> Float[Tensor, "batch q_heads 1 d_vo"]:
+    """The attention over several segments under one softmax, from what each gave alone."""
+    top = torch.stack([largest for _, largest, _ in parts]).amax(0).clamp_min(torch.finfo(torch.float32).min)
+    shares = [weight * torch.exp2(largest - top) for _, largest, weight in parts]
+    total = torch.stack(shares).sum(0).clamp_min(torch.finfo(torch.float32).tiny)
+    out = torch.stack([part * (share / total) for (part, _, _), share in zip(parts, shares, strict=True)]).sum(0)
+    return out.to(parts[0][0].dtype)
+
+
+def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Part:
+    own = own_kernel(q, k, v, mask)
+    if own is not None and own[1].available():
+        return own[1].decode_segment(q, k, v, scale=scale, mask=mask)
+    batch, q_heads, _, d_qk = q.shape
+    logits = (q.view(batch, k.shape[1], -1, d_qk) @ k.mT).float() * (scale * math.log2(math.e))
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    if k.shape[2] == 0:
+        logits = logits.new_full((*logits.shape[:3], 1), -torch.inf)
+        v = v.new_zeros(*v.shape[:2], 1, v.shape[3])
+    largest = logits.amax(-1, keepdim=True)
+    weights = torch.exp2(logits - largest.clamp_min(torch.finfo(torch.float32).min))
+    weight = weights.sum(-1, keepdim=True)
+    out = (weights / weight.clamp_min(torch.finfo(torch.float32).tiny)).to(v.dtype) @ v
+    return tuple(x.view(batch, q_heads, 1, -1) for x in (out, largest, weight))  # type: ignore[return-value]
+
+
+@torch.library.custom_op(
+    "kvlatent::decode_segment",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask) -> (Tensor, Tensor, Tensor)",
+)
+def _opaque_segment(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Part:
+    """A segment's decode kernel as one node of a graph that torch.compile makes."""
+    return _segment(q, k, v, scale, mask)
+
+
+@_opaque_segment.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Part:
+    one = q.new_empty(*q.shape[:3], 1, dtype=torch.float32)
+    return q.new_empty(*q.shape[:3], v.shape[-1]), one, torch.empty_like(one)
 
 
 @torch.library.custom_op(

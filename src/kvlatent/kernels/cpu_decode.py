@@ -49,7 +49,23 @@ def decode_attention(
     scale: float,
     mask: Bool[Tensor, "mask_batch 1 1 kv_len"] | None = None,
 ) -> Float[Tensor, "batch q_heads 1 d_vo"]:
-    """Attend with one query per sequence. Logits, softmax and sums are float32 whatever the cache's dtype.
+    """Attend with one query per sequence; see `decode_segment`."""
+    return decode_segment(q, k, v, scale=scale, mask=mask)[0]
+
+
+def decode_segment(
+    q: Float[Tensor, "batch q_heads 1 d_qk"],
+    k: Float[Tensor, "batch kv_heads kv_len d_qk"],
+    v: Float[Tensor, "batch kv_heads kv_len d_vo"],
+    *,
+    scale: float,
+    mask: Bool[Tensor, "mask_batch 1 1 kv_len"] | None = None,
+) -> tuple[
+    Float[Tensor, "batch q_heads 1 d_vo"], Float[Tensor, "batch q_heads 1 1"], Float[Tensor, "batch q_heads 1 1"]
+]:
+    """Attend with one query per sequence, to all keys or to one segment of them.
+
+    Logits, softmax and sums are float32 whatever the cache's dtype.
 
     Args:
         q: Rotated queries.
@@ -58,6 +74,10 @@ def decode_attention(
         scale: Logit multiplier.
         mask: True where a query may look, one row per sequence or for all. Blocks of keys that a sequence doesn't see
             aren't read. A query that sees nothing gets zeros.
+
+    Returns:
+        The output; the largest logit, times log2(e); and the sum of the weights relative to that: by the last two,
+        outputs over several segments can be merged. Both are float32.
     """
     from kvlatent.kernels.cpu_kernel import BLOCKS, Kernel, build
 
@@ -72,14 +92,15 @@ def decode_attention(
     parts = 1 if threads == 1 else max(1, min(length // LEAST_PART, -(-PARTS_PER_THREAD * threads // pairs)))
     part = -(-length // (parts * BLOCKS[0])) * BLOCKS[0]
     partial = torch.empty(pairs * parts * group_size * (d_vo + 2))
-    out = torch.empty(batch, q_heads, 1, d_vo)
+    out, sums = torch.empty(batch, q_heads, 1, d_vo), torch.empty(batch, q_heads, 1, 2)
     mask_at = mask_stride = 0
     if mask is not None:
         mask = mask.contiguous()
         mask_at, mask_stride = mask.data_ptr(), 0 if len(mask) == 1 else length
     call = (ctypes.c_int64 * len(Kernel.fields))(
         rows.data_ptr(), k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3], mask_at, mask_stride,
-        kv_heads, length, parts, part, pairs * parts, partial.data_ptr(), out.data_ptr(), 0,
+        kv_heads, length, parts, part, pairs * parts, partial.data_ptr(), out.data_ptr(), sums.data_ptr(), 0,
     )  # fmt: skip
     run(call, threads)
-    return out.to(q.dtype)
+    largest, weight = sums.split(1, dim=-1)
+    return out.to(q.dtype), largest, weight

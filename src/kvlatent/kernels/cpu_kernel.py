@@ -42,7 +42,7 @@ class Kernel(Writer):
 
     fields = (
         *("q", "k", "k_batch", "k_head", "k_token", "v", "v_batch", "v_head", "v_token", "mask", "mask_batch"),
-        *("heads", "length", "parts", "part", "items", "partial", "out", "next"),
+        *("heads", "length", "parts", "part", "items", "partial", "out", "sums", "next"),
     )
     """Addresses, strides in elements, and sizes."""
 
@@ -249,7 +249,7 @@ class Kernel(Writer):
                 self._store(total, self._vector(output, offset, FLOAT, lanes))
 
     def _merge(self) -> None:
-        """Merge the parts of every query head by their maxima and sums."""
+        """Merge the parts of every query head by their maxima and sums, which are told as well."""
         b = self.b
         parts, partial, out = (self._field(name) for name in ("parts", "partial", "out"))
         zero = FLOAT(0.0)
@@ -271,6 +271,9 @@ class Kernel(Writer):
                 for values, total in zip(self._read(place, self.v_pieces, FLOAT), totals, strict=True):
                     added.append(self._multiply_add(values, self._splat(share, values.type.count), total))
                 hand(added)
+            kept = self._at(self._field("sums"), b.mul(r, LONG(2)), FLOAT)
+            b.store(top, kept)
+            b.store(weight, b.gep(kept, [LONG(1)]))
             safe = b.select(b.fcmp_ordered(">", weight, zero), b.fdiv(FLOAT(1.0), weight), zero)
             place = self._at(out, b.mul(r, LONG(self.d_vo)), FLOAT)
             for (offset, lanes), total in zip(self.v_pieces, totals, strict=True):

@@ -70,7 +70,23 @@ def decode_attention(
     scale: float,
     mask: Bool[Tensor, "mask_batch 1 1 kv_len"] | None = None,
 ) -> Float[Tensor, "batch q_heads 1 d_vo"]:
-    """Attend with one query per sequence. Logits, softmax and sums are float32 whatever the cache's dtype.
+    """Attend with one query per sequence; see `decode_segment`."""
+    return decode_segment(q, k, v, scale=scale, mask=mask)[0]
+
+
+def decode_segment(
+    q: Float[Tensor, "batch q_heads 1 d_qk"],
+    k: Float[Tensor, "batch kv_heads kv_len d_qk"],
+    v: Float[Tensor, "batch kv_heads kv_len d_vo"],
+    *,
+    scale: float,
+    mask: Bool[Tensor, "mask_batch 1 1 kv_len"] | None = None,
+) -> tuple[
+    Float[Tensor, "batch q_heads 1 d_vo"], Float[Tensor, "batch q_heads 1 1"], Float[Tensor, "batch q_heads 1 1"]
+]:
+    """Attend with one query per sequence, to all keys or to one segment of them.
+
+    Logits, softmax and sums are float32 whatever the cache's dtype.
 
     float32 caches are multiplied in float32, not TF32.
 
@@ -81,6 +97,10 @@ def decode_attention(
         scale: Logit multiplier.
         mask: True where a query may look, one row per sequence or for all. What lies before the first key that a
             sequence sees, and behind the last, isn't read. A query that sees nothing gets zeros.
+
+    Returns:
+        The output; the largest logit, times log2(e); and the sum of the weights relative to that: by the last two,
+        outputs over several segments can be merged. Both are float32.
     """
     from triton import next_power_of_2
 
@@ -96,7 +116,8 @@ def decode_attention(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     seen = q if mask is None else mask.contiguous().view(torch.uint8)
     out = torch.empty(batch, q_heads, 1, d_vo, dtype=q.dtype, device=q.device)
-    partial = best = total = out
+    partial, (largest, weight) = out, torch.empty(2, batch, q_heads, 1, 1, dtype=torch.float32, device=q.device)
+    best, total = largest, weight
     if parts > 1:
         partial = torch.empty(pairs, parts, group_size, d_vo, dtype=torch.float32, device=q.device)
         best, total = torch.empty(2, pairs, parts, group_size, dtype=torch.float32, device=q.device)
@@ -111,7 +132,7 @@ def decode_attention(
         )  # fmt: skip
         if parts > 1:
             merge[(batch * q_heads,)](
-                partial, best, total, out, parts,
+                partial, best, total, out, largest, weight, parts,
                 GROUP=group_size, D_VO=d_vo, WIDE_VO=wide_vo, MOST=MOST_PARTS, num_warps=4,
             )  # fmt: skip
-    return out
+    return out, largest, weight

@@ -50,7 +50,7 @@ def attend(
 
     Writes the part's unnormalised output to `out` (batch × kv_heads, parts, GROUP, D_VO), the largest logit of every
     query head to `best` and the sum of its weights, relative to that, to `total`, both (batch × kv_heads, parts,
-    GROUP), all float32, logits in powers of two. A part that is WHOLE, the only one, writes the final output alone;
+    GROUP), all float32, logits in powers of two. A part that is WHOLE, the only one, writes the final output;
     zeros where nothing was seen.
     """
     pair = tl.program_id(0).to(tl.int64)
@@ -104,9 +104,8 @@ def attend(
     at = (pair * parts + tl.program_id(1)) * GROUP + member
     if WHOLE:
         outputs = outputs / tl.where(weight == 0.0, 1.0, weight)[:, None]
-    else:
-        tl.store(best + at, largest, mask=member < GROUP)
-        tl.store(total + at, weight, mask=member < GROUP)
+    tl.store(best + at, largest, mask=member < GROUP)
+    tl.store(total + at, weight, mask=member < GROUP)
     tl.store(
         out + at[:, None] * D_VO + vo[None, :],
         outputs.to(out.dtype.element_ty),
@@ -120,13 +119,18 @@ def merge(
     best,
     total,
     out,
+    largest_at,
+    weight_at,
     parts,
     GROUP: tl.constexpr,
     D_VO: tl.constexpr,
     WIDE_VO: tl.constexpr,
     MOST: tl.constexpr,
 ):
-    """Merge the parts of one query head's context into `out` (batch × q_heads, D_VO); zeros where nothing was seen."""
+    """Merge the parts of one query head's context into `out` (batch × q_heads, D_VO); zeros where nothing was seen.
+
+    The largest logit goes to `largest_at`, and the sum of the weights relative to it to `weight_at`.
+    """
     query = tl.program_id(0).to(tl.int64)
     pair, member = query // GROUP, query % GROUP
     number, vo = tl.arange(0, MOST), tl.arange(0, WIDE_VO)
@@ -138,5 +142,7 @@ def merge(
     outputs = tl.load(
         partial + at[:, None] * D_VO + vo[None, :], mask=(number < parts)[:, None] & (vo < D_VO)[None, :], other=0.0
     )
+    tl.store(largest_at + query, peak)
+    tl.store(weight_at + query, weight)
     merged = tl.sum(outputs * share[:, None], axis=0) / tl.where(weight == 0.0, 1.0, weight)
     tl.store(out + query * D_VO + vo, merged.to(out.dtype.element_ty), mask=vo < D_VO)

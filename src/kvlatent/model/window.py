@@ -17,6 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kvlatent.kernels.attention import merged, segment_attention
+
 ROWS = 128
 """Queries that meet their keys at a time: memory grows with the context, not with its square."""
 
@@ -239,10 +241,8 @@ def decode(
     q: Float[Tensor, "batch q_heads 1 head_dim"], near: Segment, far: Segment, maps: FarMaps, *, scale: float
 ) -> Float[Tensor, "batch q_heads 1 head_dim"]:
     """Attend with one query per sequence to what is whole and what is not, both in any order."""
-    logits = []
-    for query, segment in ((q, near), (q @ maps.q, far)):
-        met = _logits(query, segment.k) * scale
-        logits.append(met if segment.mask is None else met.masked_fill(~segment.mask, _LOWEST))
-    sizes = [x.shape[-1] for x in logits]
-    p_near, p_far = torch.cat(logits, dim=-1).softmax(-1).to(q.dtype).split(sizes, dim=-1)
-    return _weighted(p_near, near.v) + _weighted(p_far, far.v) @ maps.o
+    whole = segment_attention(q, near.k, near.v, scale=scale, mask=near.mask)
+    if far.k.shape[2] == 0:
+        return whole[0]
+    out, largest, weight = segment_attention(q @ maps.q, far.k, far.v, scale=scale, mask=far.mask)
+    return merged([whole, (out @ maps.o, largest, weight)])
