@@ -32,13 +32,13 @@ def root(
 def test_what_plan_shows_is_what_convert_does(root: Path, tmp_path: Path, heads_per_latent: int | None) -> None:
     """On the same text, of which both plan on pieces, and on the same statistics."""
     teacher, text = str(root / "teacher"), (str(root / "text.txt"),)
-    common: dict[str, Any] = {"budget": 0.4, "heads_per_latent": heads_per_latent}
+    common: dict[str, Any] = {"budget": 0.4, "heads_per_latent": heads_per_latent, "window": 0}
     read: dict[str, Any] = {"text": text, "tokens": 6144, "block_size": 64}
     shown = plan_checkpoint(teacher, tmp_path / "a.png", PlanConfig(**common, **read))
     made = convert_checkpoint(teacher, tmp_path / "a", ConvertConfig(**common, **read))
     assert made["d_qk"] == list(shown["d_qk"]) and made["d_vo"] == list(shown["d_vo"])
     stats = tmp_path / "stats"
-    settings = CalibrateConfig(text=text, tokens=1024, block_size=64, heads_per_latent=heads_per_latent)
+    settings = CalibrateConfig(text=text, tokens=1024, block_size=64, heads_per_latent=heads_per_latent, window=0)
     calibrate_checkpoint(teacher, stats, settings)
     shown = plan_checkpoint(teacher, tmp_path / "b.png", PlanConfig(**common, stats=stats))
     made = convert_checkpoint(teacher, tmp_path / "b", ConvertConfig(**common, stats=stats))
@@ -46,7 +46,7 @@ def test_what_plan_shows_is_what_convert_does(root: Path, tmp_path: Path, heads_
 
 
 def test_the_record_keeps_what_was_asked_for(root: Path, tmp_path: Path) -> None:
-    asked = ConvertConfig(budget=0.5, text=(str(root / "text.txt"),), tokens=512, block_size=32)
+    asked = ConvertConfig(budget=0.5, text=(str(root / "text.txt"),), tokens=512, block_size=32, window=0)
     convert_checkpoint(str(root / "teacher"), tmp_path / "student", asked)
     step = json.loads((tmp_path / "student" / RECORD).read_text())["steps"][0]
     stored = step["config"]
@@ -74,7 +74,7 @@ def test_the_record_keeps_what_was_asked_for(root: Path, tmp_path: Path) -> None
 def test_requests_that_can_not_be_are_refused_before_anything_is_loaded(
     tiny_teacher: Callable[[str], PreTrainedModel], changes: dict[str, Any], said: str
 ) -> None:
-    asked = ConvertConfig(budget=0.5, text=("text",))
+    asked = ConvertConfig(budget=0.5, text=("text",), window=0)
     target_of(tiny_teacher("llama").config, asked)
     with pytest.raises(UserError, match=said):
         target_of(tiny_teacher("llama").config, replace(asked, **changes))
