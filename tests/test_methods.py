@@ -1,6 +1,7 @@
 """Head reductions: lossless where that is exactly known, no worse than simpler ones elsewhere, and invariant."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import reference
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvlatent.compress.convert import convert
 from kvlatent.compress.fill import fill
 from kvlatent.compress.linear_algebra import complex_covariance, pair_scores
 from kvlatent.compress.maps import (
@@ -21,6 +23,7 @@ from kvlatent.compress.maps import (
     select,
     stride_channels,
 )
+from kvlatent.compress.methods import METHODS, PRESETS
 from kvlatent.compress.methods.fold import choose_groups, fold
 from kvlatent.compress.methods.pairs import loudest_pairs
 from kvlatent.compress.methods.partial import partial_rope
@@ -456,3 +459,91 @@ def test_pairs_of_one_frequency_are_folded_across_heads_without_loss_at_any_dist
     for h in range(KV_HEADS * GROUP):
         found = rotated_logits(q[h] @ maps.q_map[h], together[0] @ maps.k_map[0], inv_freq)
         torch.testing.assert_close(found, rotated_logits(q[h], k[h // GROUP], inv_freq), rtol=0, atol=1e-6)
+
+
+# --- all of them
+
+
+def test_every_method_has_its_page_and_presets_take_what_keeps_their_promise() -> None:
+    headings = [line for line in Path("docs/methods.md").read_text().splitlines() if line.startswith("##")]
+    assert all(any(f"`{name}`" in line for line in headings) for name in METHODS)
+    assert {name: (recipe.default.name, list(recipe.methods)) for name, recipe in PRESETS.items()} == {
+        "best": ("project", list(METHODS)),
+        "portable": ("fold", ["stride", "aware", "matched", "pairs-model", "fold"]),
+        "paper": ("aware", ["stride", "aware", "matched"]),
+    }
+
+
+KEEPING = [name for name in METHODS if name not in ("aware", "matched")]
+"""Methods that at full dims have nothing to do; the paper's list replaces frequencies even there, or isn't defined."""
+
+
+def relative_error(student: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor) -> float:
+    with torch.no_grad():
+        got, wanted = student(ids).logits, teacher(ids).logits
+    return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("preset, qk", [("portable", None), *(("best", qk) for qk in KEEPING)])
+def test_full_dims_are_the_teacher_whatever_the_text(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str, preset: str, qk: str | None
+) -> None:
+    teacher = tiny_teacher(name)
+    for text in (ids[:2, :8], torch.full((4, 24), 7)):  # fewer tokens than dims; one token again and again
+        student = convert(teacher, preset=preset, qk=qk, d_qk=16, d_vo=16, ids=text)
+        assert relative_error(student, teacher, ids[6:]) < 1e-3
+
+
+SILENT = {
+    "keys and values of a head": ("self_attn.k_proj", "self_attn.v_proj"),
+    "a query head": ("self_attn.q_proj",),
+    "queries": ("self_attn.q_proj",),
+    "values": ("self_attn.v_proj",),
+    "a layer, as LLaMA-Pro adds them": ("self_attn.o_proj", "mlp.down_proj"),
+    "the gate": ("mlp.gate_proj",),
+    "channels of the FFN": ("mlp.up_proj",),
+}
+"""Matrices of layer 0 that are zero, in their first 16 rows where only a part is meant."""
+
+
+@pytest.mark.parametrize("what", SILENT)
+@pytest.mark.parametrize("name, preset", [("llama-mha-tied", "best"), ("llama", "portable"), ("qwen3", "best")])
+def test_silent_weights_are_converted_and_keep_what_there_is(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str, preset: str, what: str
+) -> None:
+    teacher = tiny_teacher(name)
+    for path in SILENT[what]:
+        rows = slice(16) if what.startswith(("a query", "keys", "channels")) else slice(None)
+        teacher.model.layers[0].get_submodule(path).weight[rows] = 0
+    assert relative_error(convert(teacher, preset=preset, d_qk=16, d_vo=16, ids=ids), teacher, ids[6:]) < 1e-3
+    half = convert(teacher, preset=preset, d_qk=8, d_vo=8, ids=ids)
+    assert all(bool(parameter.isfinite().all()) for parameter in half.parameters())
+    assert bool(half(ids).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("qk", [name for name, method in METHODS.items() if method.calibrated])
+def test_every_method_converts_a_silent_head(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, qk: str
+) -> None:
+    teacher = tiny_teacher("llama")
+    for layer in teacher.model.layers:
+        layer.self_attn.q_proj.weight[:32] = 0  # both queries of a KV head
+        layer.self_attn.k_proj.weight[:16] = 0
+    for d in (8, 16):
+        student = convert(teacher, qk=qk, d_qk=d, d_vo=d, ids=ids)
+        assert all(bool(parameter.isfinite().all()) for parameter in student.parameters())
+    assert relative_error(student, teacher, ids[6:]) < 1e-3
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor
+) -> None:
+    teacher = tiny_teacher("llama")
+    teacher.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    for source in ({"preset": "paper"}, {"ids": ids}):
+        with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"):
+            convert(teacher, d_qk=8, d_vo=8, **source)
+    teacher.model.layers[0].self_attn.k_proj.weight[0, 0] = float("inf")
+    with pytest.raises(UserError, match=r"layers\.0\.\w+ holds NaN or infinity"):
+        calibrate(teacher, ids, about={})

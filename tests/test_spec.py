@@ -44,7 +44,7 @@ def test_json_form_loses_nothing(half_qk: int, d_vo: list[int], scale: float) ->
         ({"d_vo": (0, 4)}, "d_vo must be between 1"),
         ({"d_qk": (8,)}, "must name every layer; got 1 and 2"),
         ({"d_qk": (), "d_vo": ()}, "must name every layer"),
-        ({"preset": "better"}, "preset must be one of best, portable, paper; got 'better'"),
+        ({"preset": "better"}, "preset must be one of best, portable, paper, none; got 'better'"),
         ({"qk_map": "sideways"}, "qk_map must be one of folded, before_rope, after_rope"),
         ({"inv_freq": (1.0, 0.5)}, "2 frequencies rotates 4 dims; the layers rotate \\[8\\]"),
         ({"d_qk": (8, 6)}, "the layers rotate \\[6, 8\\]"),

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import reference
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -168,6 +170,53 @@ def test_foreign_missing_and_truncated_files_are_refused(
     for path in (foreign, cut, text, tmp_path / "missing.safetensors", tmp_path):
         with pytest.raises(UserError, match="holds no calibration statistics of kvlatent"):
             Statistics.load(path)
+
+
+def poisoned(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[..., 0] = float("nan")
+    return x
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tokens": "[1]"}, "not those of so many layers"),
+        ({"tokens": "[]"}, "not those of so many layers"),
+        ({"tokens": "[5, -5]"}, "no tokens"),
+        ({"tokens": '"ab"'}, "no tokens"),
+        ({"tokens": "7"}, "len"),
+        ({"tokens": "[" * 100_000}, ""),
+        ({"about": "[]"}, "damaged"),
+        ({"about": '{"text": 3}'}, "damaged"),
+        ({"about": '{"fingerprints": [1]}'}, "damaged"),
+        ({"layers.1.q": None}, "not those of so many layers"),
+        ({"extra": torch.zeros(2)}, "not those of so many layers"),
+        ({"layers.1.q": torch.zeros(4, 8, 8, dtype=torch.float64)}, "layers.1.q has a wrong shape"),
+        ({"layers.0.k": torch.zeros(16)}, "layers.0.k has a wrong shape"),
+        ({"layers.0.q": torch.zeros(16)}, ""),
+        ({"layers.0.o": torch.zeros(4, 16, 16)}, "layers.0.o has a wrong shape or dtype"),
+        ({"layers.1.k_unrotated": poisoned}, "layers.1.k_unrotated holds NaN"),
+        ({"probes": torch.zeros(2, 3)}, "probes have a wrong shape"),
+        ({"probes": torch.full((2, 2), torch.nan)}, "probes have a wrong shape, or hold NaN"),
+    ],
+)
+def test_damaged_files_give_one_line(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    path = tmp_path / "stats.safetensors"
+    calibrate(tiny_teacher("llama"), ids[:1], about={}).save(path)
+    with safe_open(path, framework="pt") as file:
+        meta, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, value in changes.items():
+        if isinstance(value, str):
+            meta[name] = value
+        else:
+            tensors[name] = value(tensors[name]) if callable(value) and not isinstance(value, Tensor) else value
+    save_file({name: x for name, x in tensors.items() if x is not None}, path, metadata=meta)
+    with pytest.raises(UserError, match="holds no calibration statistics of kvlatent") as refused:
+        Statistics.load(path)
+    assert said in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-mha-tied", "mistral"])

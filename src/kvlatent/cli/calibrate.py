@@ -20,10 +20,10 @@ class Calibrate(Command):
     """The teacher."""
     out: Annotated[Path, arg(metavar="STATS")]
     """The file to write."""
-    asked: OmitArgPrefixes[CalibrateConfig] = field(default_factory=CalibrateConfig)
+    calibration: OmitArgPrefixes[CalibrateConfig] = field(default_factory=CalibrateConfig)
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
         from kvlatent.compress.checkpoints import calibrate_checkpoint
 
-        return calibrate_checkpoint(self.model, self.out, self.asked, **self.common.place())
+        return calibrate_checkpoint(self.model, self.out, self.calibration, **self.common.place())

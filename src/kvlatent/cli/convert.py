@@ -20,16 +20,16 @@ class Convert(Command):
     """The teacher."""
     out: Folder
     """The new folder."""
-    asked: OmitArgPrefixes[ConvertConfig] = field(default_factory=ConvertConfig)
+    conversion: OmitArgPrefixes[ConvertConfig] = field(default_factory=ConvertConfig)
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
         from kvlatent.compress.checkpoints import convert_checkpoint
 
-        asked = self.asked
-        if asked.d_qk is None and asked.d_vo is None and asked.budget is None:
-            asked = replace(asked, budget=0.5)
-        return convert_checkpoint(self.model, self.out, asked, **self.common.place())
+        conversion = self.conversion
+        if conversion.d_qk is None and conversion.d_vo is None and conversion.budget is None:
+            conversion = replace(conversion, budget=0.5)
+        return convert_checkpoint(self.model, self.out, conversion, **self.common.place())
 
     def table(self, result: dict[str, Any]) -> str:
         return pairs({key: span(value) if isinstance(value, list) else value for key, value in result.items()})

@@ -21,13 +21,13 @@ class Plan(Command):
     """The teacher."""
     out: Annotated[Path, arg(metavar="PLOT")] = Path("plan.png")
     """The plot to write: .png, .svg or .pdf."""
-    asked: OmitArgPrefixes[PlanConfig]
+    planning: OmitArgPrefixes[PlanConfig]
     common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
         from kvlatent.compress.checkpoints import plan_checkpoint
 
-        return plan_checkpoint(self.model, self.out, self.asked, **self.common.place())
+        return plan_checkpoint(self.model, self.out, self.planning, **self.common.place())
 
     def table(self, result: dict[str, Any]) -> str:
         columns = [result[key] for key in ("d_qk", "d_vo", "qk_loss", "vo_loss")]

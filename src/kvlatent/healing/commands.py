@@ -37,7 +37,7 @@ from kvlatent.model.checkpoints import (
 )
 from kvlatent.model.graft import spec_in, spec_of
 from kvlatent.model.loading import load_config, load_tokenizer, stored_dtype, weight_bytes
-from kvlatent.model.spec import Preset
+from kvlatent.model.spec import Origin
 
 
 def healing_blocks(config: HealConfig, block_size: int, processes: int) -> int:
@@ -154,7 +154,7 @@ def teacher_dtype(device: str) -> str:
     return "bfloat16" if multiplies_bfloat16(pick_device(device)) else "float32"
 
 
-def heal_config(preset: Preset, changes: dict[str, Any], seed: int) -> HealConfig:
+def heal_config(preset: Origin, changes: dict[str, Any], seed: int) -> HealConfig:
     """The settings of a healing: the preset's, with `changes` where they aren't None.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from kvlatent.model.spec import Preset
+from kvlatent.model.spec import Origin
 
 Loss = Literal["kl", "ntp", "mix"]
 Part = Literal["attention", "maps", "norms"]
@@ -69,7 +69,7 @@ class HealConfig:
     """Of LoRA's start and of nothing else: the blocks come in a fixed order."""
 
     @classmethod
-    def for_preset(cls, preset: Preset, *, loss: Loss = "kl", **changes: Any) -> HealConfig:
+    def for_preset(cls, preset: Origin, *, loss: Loss = "kl", **changes: Any) -> HealConfig:
         """Defaults that go with a conversion preset, with `changes` applied (None means no change)."""
         config = cls(loss=loss)
         if preset == "paper":

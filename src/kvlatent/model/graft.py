@@ -230,7 +230,7 @@ def identity_spec(teacher: PreTrainedModel) -> LatentSpec:
     config, rotary = teacher.config, teacher.model.rotary_emb
     head_dim = head_dim_of(config)
     return LatentSpec(
-        preset="best",
+        preset="none",
         head_dim=head_dim,
         d_qk=(head_dim,) * config.num_hidden_layers,
         d_vo=(head_dim,) * config.num_hidden_layers,

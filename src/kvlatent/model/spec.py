@@ -15,13 +15,8 @@ if TYPE_CHECKING:
 
 Preset = Literal["best", "portable", "paper"]
 """How heads are reduced: our measured best, one shared frequency list for stock engines, or the paper's own recipe."""
-QK = Literal["stride", "aware", "matched", "pairs-model", "pairs-layer", "pairs", "partial", "fold", "project"]
-"""How queries and keys are reduced, and what they rotate by.
-
-Every r-th rotary pair at its own frequencies (stride) or at the paper's frequency-aware list (aware); the pairs that
-own that list (matched); the pairs with the most logit energy, chosen for the model, per layer, or per KV head (pairs);
-rotation only for the pairs that need it most, per KV head, and joint SVD of the others (partial); neighbours merged
-into one shared list (fold); joint SVD after RoPE (project)."""
+Origin = Preset | Literal["none"]
+"""The preset that made a spec, or none where nothing was reduced: a graft that still equals its teacher."""
 QKMap = Literal["folded", "before_rope", "after_rope"]
 """Where queries and keys go from head_dim to d_qk: inside W_Q and W_K, or by a per-head map before or after RoPE."""
 
@@ -30,7 +25,7 @@ QKMap = Literal["folded", "before_rope", "after_rope"]
 class LatentSpec:
     """Per-head dims after conversion, layer by layer, and the rotary frequencies that go with them."""
 
-    preset: Preset
+    preset: Origin
     """The recipe that made it."""
     head_dim: int
     """The teacher's dims per head, for queries, keys and values alike."""
@@ -41,7 +36,7 @@ class LatentSpec:
     qk_map: QKMap
     """Where queries and keys become d_qk wide."""
     inv_freq: tuple[float, ...]
-    """The frequency ladder in radians per token, one entry per rotary pair."""
+    """Inverse frequencies of RoPE in radians per token, one per rotary pair."""
     per_head_frequencies: bool
     """Whether every KV head holds its own choice from `inv_freq`; otherwise all heads use the whole list in order."""
     scale: float
@@ -59,9 +54,9 @@ class LatentSpec:
         for name in ("d_qk", "d_vo", "inv_freq"):  # JSON gives lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_dims(self.head_dim, self.d_qk, self.d_vo)
-        for name, allowed in (("preset", Preset), ("qk_map", QKMap)):
-            if getattr(self, name) not in get_args(allowed):
-                raise UserError(f"{name} must be one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")
+        for name, allowed in (("preset", (*get_args(Preset), "none")), ("qk_map", get_args(QKMap))):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         if self.heads_per_latent < 1 or (self.heads_per_latent > 1 and self.per_head_frequencies):
             raise UserError(
                 f"heads per latent must be at least 1, and 1 where heads have frequencies of their own; "

@@ -1,0 +1,80 @@
+"""Planning, conversion and recipes spend a budget alike, and a student says what was asked for."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from kvlatent.compress.checkpoints import calibrate_checkpoint, convert_checkpoint, plan_checkpoint, target_of
+from kvlatent.compress.config import CalibrateConfig, ConvertConfig, PlanConfig
+from kvlatent.errors import UserError
+from kvlatent.model.checkpoints import RECORD
+
+
+@pytest.fixture(scope="module")
+def root(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    byte_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    folder = tmp_path_factory.mktemp("convert")
+    tiny_teacher("llama").save_pretrained(folder / "teacher")
+    byte_tokenizer.save_pretrained(folder / "teacher")
+    (folder / "text.txt").write_text(" ".join(f"{n * n} is the square of {n}." for n in range(400)))
+    return folder
+
+
+@pytest.mark.parametrize("heads_per_latent", [None, 1])
+def test_what_plan_shows_is_what_convert_does(root: Path, tmp_path: Path, heads_per_latent: int | None) -> None:
+    """On the same text, of which both plan on pieces, and on the same statistics."""
+    teacher, text = str(root / "teacher"), (str(root / "text.txt"),)
+    common: dict[str, Any] = {"budget": 0.4, "heads_per_latent": heads_per_latent, "window": 0}
+    read: dict[str, Any] = {"text": text, "tokens": 6144, "block_size": 64}
+    shown = plan_checkpoint(teacher, tmp_path / "a.png", PlanConfig(**common, **read))
+    made = convert_checkpoint(teacher, tmp_path / "a", ConvertConfig(**common, **read))
+    assert made["d_qk"] == list(shown["d_qk"]) and made["d_vo"] == list(shown["d_vo"])
+    stats = tmp_path / "stats"
+    settings = CalibrateConfig(text=text, tokens=1024, block_size=64, heads_per_latent=heads_per_latent, window=0)
+    calibrate_checkpoint(teacher, stats, settings)
+    shown = plan_checkpoint(teacher, tmp_path / "b.png", PlanConfig(**common, stats=stats))
+    made = convert_checkpoint(teacher, tmp_path / "b", ConvertConfig(**common, stats=stats))
+    assert made["d_qk"] == list(shown["d_qk"]) and made["d_vo"] == list(shown["d_vo"])
+
+
+def test_the_record_keeps_what_was_asked_for(root: Path, tmp_path: Path) -> None:
+    asked = ConvertConfig(budget=0.5, text=(str(root / "text.txt"),), tokens=512, block_size=32, window=0)
+    convert_checkpoint(str(root / "teacher"), tmp_path / "student", asked)
+    step = json.loads((tmp_path / "student" / RECORD).read_text())["steps"][0]
+    stored = step["config"]
+    assert (stored["budget"], stored["d_qk"], stored["context"], stored["qk"]) == (0.5, None, None, None)
+    assert ConvertConfig(**stored | {"text": tuple(stored["text"])}) == asked
+    assert step["qk"] == "project" and step["context"] == 256 and len(step["d_qk"]) == 2  # what became of it
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"budget": None}, "give either d_qk and d_vo or a budget"),
+        ({"d_qk": 8, "d_vo": 8}, "one and not both"),
+        ({"d_qk": 8}, "go together"),
+        ({"budget": 1.5}, "got 1.5"),
+        ({"qk": "magic"}, "can't reduce queries and keys by magic; stride, aware"),
+        ({"qk": "fold"}, "one frequency list"),
+        ({"qk": "pairs", "heads_per_latent": 2}, "heads share latents with fold and project only"),
+        ({"text": ()}, "is calibrated: give text"),
+        ({"preset": "paper"}, "not calibrated"),
+        ({"preset": "portable", "stats": Path("stats")}, "give either text"),
+        ({"context": 1000}, "context must be between 1 and"),
+    ],
+)
+def test_requests_that_can_not_be_are_refused_before_anything_is_loaded(
+    tiny_teacher: Callable[[str], PreTrainedModel], changes: dict[str, Any], said: str
+) -> None:
+    asked = ConvertConfig(budget=0.5, text=("text",), window=0)
+    target_of(tiny_teacher("llama").config, asked)
+    with pytest.raises(UserError, match=said):
+        target_of(tiny_teacher("llama").config, replace(asked, **changes))
