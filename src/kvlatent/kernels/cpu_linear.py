@@ -45,11 +45,16 @@ def _hooked(layer: nn.Module) -> bool:
 class GatedFFN(nn.Module):
     """Takes the place of a stock gated FFN, with its layers and parameter names; a decode step reads weights once."""
 
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: nn.Module
+
     def __init__(self, stock: nn.Module) -> None:
         """Hold the layers of `stock`."""
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = stock.gate_proj, stock.up_proj, stock.down_proj
-        self.act_fn = stock.act_fn
+        for name in ("gate_proj", "up_proj", "down_proj", "act_fn"):
+            self.add_module(name, stock.get_submodule(name))
 
     def forward(self, x: Tensor) -> Tensor:
         """The stock module's forward."""
