@@ -65,7 +65,7 @@ def test_a_training_step_with_adapters_changes_attention_and_ffn(
 ) -> None:
     student = tiny_student(family)
     before = copy.deepcopy(student.state_dict())
-    tokens = ids.numel()
+    tokens = ids.numel() // 2
     config = HealConfig(stage1_tokens=tokens, stage2_tokens=tokens, lora_rank=4, lora_alpha=8)
     healed = heal(student, tiny_teacher(family), ids, tmp_path, config)
     for name in ("self_attn.v_proj.weight", "mlp.up_proj.weight"):

@@ -54,7 +54,7 @@ class GatedFFN(nn.Module):
         """Hold the layers of `stock`."""
         super().__init__()
         for name in ("gate_proj", "up_proj", "down_proj", "act_fn"):
-            setattr(self, name, getattr(stock, name))
+            self.add_module(name, stock.get_submodule(name))
 
     def forward(self, x: Tensor) -> Tensor:
         """The stock module's forward."""
