@@ -499,6 +499,9 @@ def test_code_in_a_folder_is_not_run_nor_asked_about_nor_passed_on(
         ({"head_dim": 15}, "head_dim"),
         ({"rms_norm_eps": "much"}, "rms_norm_eps"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": {}}}, "rope"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10**30}}, "can't load"),
+        ({"hidden_act": "tangent"}, "can't load .*tangent"),
+        ({"dtype": "int8"}, "dtype: .*16 bits"),
         ({"latent": {"d_qk": 4}}, "has a latent spec, but llama models have none"),
     ],
 )

@@ -307,6 +307,11 @@ def test_export_and_doctor(
     assert theirs["perplexity"] == pytest.approx(ours["perplexity"], rel=1e-4)
     assert answer(capsys, ["info", f"{tmp_path}/stock"])["layout"] == "stock"
 
+    (tmp_path / "stock" / RECORD).write_text(json.dumps(record | {"fingerprints": ["seen"]}))
+    again = ["convert", f"{tmp_path}/stock", "--preset", "paper", "--d-qk", "4", "--d-vo", "4"]
+    answer(capsys, [*again, "--out", f"{tmp_path}/again"])  # what its teacher was calibrated on is no held-out text
+    assert json.loads((tmp_path / "again" / RECORD).read_text())["fingerprints"] == ["seen"]
+
     for source in (f"{tmp_path}/student", f"{folder}/teacher"):
         out = tmp_path / f"{Path(source).name}.gguf"
         told = answer(capsys, ["export", source, "--to", "gguf", "--type", "q8_0", "--out", str(out)])

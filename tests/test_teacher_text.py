@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvlatent.data.blocks import TokenBlocks
-from kvlatent.data.teacher_text import sample_from_teacher
+from kvlatent.data.teacher_text import sample_from_teacher, weights_mark
 from kvlatent.errors import UserError
 
 BLOCK_SIZE = 64
@@ -97,3 +97,15 @@ def test_text_is_cached_and_reused_only_when_settings_match(
 def test_temperature_must_be_positive(teacher: Any, sample: Any) -> None:
     with pytest.raises(UserError, match="temperature must be positive"):
         sample(teacher, temperature=0.0)
+
+
+def test_the_mark_of_a_teacher_is_of_every_weight_and_no_dtype(tiny_teacher: Callable[[str], PreTrainedModel]) -> None:
+    teacher = tiny_teacher("llama").to(torch.bfloat16)
+    mark = weights_mark(teacher)
+    assert weights_mark(teacher.float()) == mark  # exact in both
+    for name, weight in teacher.named_parameters():
+        before = weight.flatten()[-1].clone()
+        weight.view(-1)[-1] = before * 1.5
+        assert weights_mark(teacher) != mark, name
+        weight.view(-1)[-1] = before
+    assert weights_mark(teacher) == mark

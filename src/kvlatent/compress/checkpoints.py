@@ -26,7 +26,7 @@ from kvlatent.data.sources import TEACHER_TEXT, read_text
 from kvlatent.errors import UserError
 from kvlatent.files import check_disk, refuse_existing
 from kvlatent.model.card import unmeasured_card
-from kvlatent.model.checkpoints import environment, load_model, save_checkpoint
+from kvlatent.model.checkpoints import environment, load_model, record_of, save_checkpoint
 from kvlatent.model.graft import check_teacher, dims_by_layer, head_dim_of, heads_per_latent_of, spec_of
 from kvlatent.model.loading import load_config, load_tokenizer, stored_dtype, teacher_name, weight_bytes
 from kvlatent.model.offload import OffloadedLayers, open_offloaded
@@ -331,7 +331,7 @@ def convert_loaded(
     record = {
         "teacher": teacher_name(name),
         "preset": request.preset,
-        "fingerprints": list(fingerprints),
+        "fingerprints": sorted({*fingerprints, *record_of(name).get("fingerprints", ())}),  # the teacher may be ours
         "steps": [step | {"config": target.asked.to_dict(), "record": environment()}],
     }
     save_checkpoint(student.to(dtype), tokenizer, out, record=record, card=unmeasured_card(record, spec.to_dict()))

@@ -6,6 +6,7 @@ a hub, no weights from elsewhere, and every tensor is either used or named in a 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 
 import torch
 from huggingface_hub import snapshot_download
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -42,6 +43,12 @@ def one_line(what: str) -> Iterator[None]:
 Count = Annotated[int, Field(ge=1, le=2**31)]
 
 
+def _of_weights(dtype: Any) -> Any:
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        return dtype
+    raise ValueError("weights are of 16 bits or more")
+
+
 class Shape(BaseModel):
     """Entries of a config that shapes and memory follow from; without bounds, nonsense would only fail much later."""
 
@@ -59,6 +66,7 @@ class Shape(BaseModel):
     rms_norm_eps: Annotated[float, Field(ge=0, le=1)]
     tie_word_embeddings: bool
     rope_parameters: dict[str, bool | int | float | str | list[int | float] | None]
+    dtype: Annotated[Any, AfterValidator(_of_weights)] = None
 
 
 def read_config(source: str, **where: Any) -> PreTrainedConfig:
@@ -103,6 +111,7 @@ def read_tokenizer(source: str, **where: Any) -> PreTrainedTokenizerBase:
     """Read the tokenizer of a folder, hub id or (with `gguf_file`) GGUF file."""
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
     tokenizer.init_kwargs.pop("auto_map", None)  # names code that isn't copied with it
+    json.dumps(tokenizer.init_kwargs, ensure_ascii=False, default=str).encode()  # what can't be written fails here
     return tokenizer
 
 

@@ -10,6 +10,7 @@ from transformers import initialization as init
 
 from kvlatent.model.checkpoints import record_of
 from kvlatent.model.families import family_of
+from kvlatent.model.folder import one_line
 from kvlatent.model.graft import cached_heads, dims_by_layer, head_dim_of, spec_in
 from kvlatent.model.loading import load_config
 from kvlatent.model.spec import bytes_per_token
@@ -20,7 +21,7 @@ def describe(model: str) -> dict[str, Any]:
     """Family, dims, layout, engines, size and cache bytes per token of a model, from its config alone."""
     config = load_config(model)
     spec = spec_in(config)
-    with torch.device("meta"), init.no_init_weights():
+    with one_line(f"can't load {model}"), torch.device("meta"), init.no_init_weights():
         shape = AutoModelForCausalLM.from_config(config)
         shape.tie_weights()
     d_qk, d_vo = dims_by_layer(config)
