@@ -93,7 +93,7 @@ def _teacher(name: str) -> PreTrainedModel:
 def float32_by_default() -> Iterator[None]:
     """Training in the precision that results are compared in, whatever the machine multiplies."""
     with pytest.MonkeyPatch.context() as patched:
-        for module in ("model.checkpoints", "healing.heal", "healing.commands"):
+        for module in ("model.checkpoints", "healing.accelerator", "healing.checkpoint"):
             patched.setattr(f"kvlatent.{module}.multiplies_bfloat16", lambda _: False)
         yield
 

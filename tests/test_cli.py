@@ -18,8 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTraine
 
 from kvlatent import cli
 from kvlatent.compress.statistics import Statistics
-from kvlatent.evaluation import commands as measuring
-from kvlatent.evaluation.perplexity import TaskScore
+from kvlatent.evaluation import evaluate as measuring
+from kvlatent.evaluation.tasks import TaskScore
 from kvlatent.model.checkpoints import RECORD
 
 WORDS = ["river", "stone", "bread", "lamp", "morning", "harbour", "seven", "quiet", "under", "between", "carries"]
@@ -252,7 +252,10 @@ def test_heal_evaluate_bench_generate(folder: Path, capsys: pytest.CaptureFixtur
     assert longest[out, 1, "float32"] > 1.7 * longest[teacher, 1, "float32"] > 0
     assert json.loads((tmp_path / "bench" / "bench.json").read_text())["rows"] == told["rows"]
     page = (tmp_path / "bench" / "bench.html").read_text()
-    assert page.count("<svg") == 4 and "TPOT, batch 2, bfloat16" in page
+    assert (
+        page.count("<figure>") == page.count('<svg class="light"') == page.count('<svg class="dark"') == 4
+        and "TPOT, batch 2, bfloat16" in page
+    )
     assert cli.main(["bench", out, "--against", teacher, *grid, "--repeats", "1"]) == 0
     assert "roofline" in capsys.readouterr().out
 
@@ -443,7 +446,6 @@ BAD = {
     "no chat template": (["generate", "{folder}/student", "--prompt", "x", "--chat"], "no chat template"),
     "exporting best to stock": ([*EXPORT, "stock", "--out", "{root}/out"], "--preset portable"),
     "exporting best to gguf": ([*EXPORT, "gguf", "--out", "{root}/out"], "--preset portable"),
-    "exporting to vllm": ([*EXPORT, "vllm", "--out", "{root}/out"], "vLLM needs no export"),
     "exporting a teacher to stock": (
         ["export", "{folder}/teacher", "--to", "stock", "--out", "{root}/out"],
         "ordinary checkpoint already",

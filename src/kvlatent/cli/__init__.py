@@ -60,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    command = parse(sys.argv[1:] if argv is None else argv)
+    command: Command | None = None
     try:
+        command = parse(sys.argv[1:] if argv is None else argv)
         with contextlib.redirect_stdout(sys.stderr):  # whatever libraries print is not the answer
             from transformers.utils import logging
 
@@ -75,7 +76,8 @@ def _main(argv: Sequence[str] | None) -> int:
         print(f"kvlatent: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"kvlatent: interrupted; {command.how_to_resume()}", file=sys.stderr)
+        how = "nothing was done" if command is None else command.how_to_resume()
+        print(f"kvlatent: interrupted; {how}", file=sys.stderr)
         return 130
     if os.environ.get("RANK", "0") != "0":  # a launcher started several processes: the first one speaks
         return 0

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import Positional, arg
 
-from kvlatent.cli.options import Command, Common, Folder, Model
+from kvlatent.cli.options import Command
 from kvlatent.cli.tables import pairs, span
 from kvlatent.compress.config import ConvertConfig
+from kvlatent.fields import Folder, Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +21,7 @@ class Convert(Command):
     """The teacher."""
     out: Folder
     """The new folder."""
-    asked: OmitArgPrefixes[ConvertConfig] = field(default_factory=ConvertConfig)
-    common: OmitArgPrefixes[Common] = field(default_factory=Common)
+    asked: Annotated[ConvertConfig, arg(name="")]
 
     def run(self) -> dict[str, Any]:
         from kvlatent.compress.checkpoints import convert_checkpoint

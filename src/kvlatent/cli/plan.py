@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import Positional, arg
 
-from kvlatent.cli.options import Command, Common, Model
+from kvlatent.cli.options import Command
 from kvlatent.cli.tables import pairs
 from kvlatent.compress.config import PlanConfig
+from kvlatent.fields import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +22,7 @@ class Plan(Command):
     """The teacher."""
     out: Annotated[Path, arg(metavar="PLOT")] = Path("plan.png")
     """The plot to write: .png, .svg or .pdf."""
-    asked: OmitArgPrefixes[PlanConfig]
-    common: OmitArgPrefixes[Common] = field(default_factory=Common)
+    asked: Annotated[PlanConfig, arg(name="")]
 
     def run(self) -> dict[str, Any]:
         from kvlatent.compress.checkpoints import plan_checkpoint
