@@ -28,6 +28,7 @@ jaxtyping.install_import_hook([f"kvlatent.{name}" for name in TENSOR_MODULES], "
 
 from windowless import convert  # noqa: E402
 
+from kvlatent.kernels.allocator import freed_memory_kept  # noqa: E402
 from kvlatent.model.families import FAMILIES  # noqa: E402
 
 gc.freeze()  # accelerate collects garbage after every stage: spare it the walk through all that was imported
@@ -87,6 +88,13 @@ def _teacher(name: str) -> PreTrainedModel:
             elif "norm" in parameter_name:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return model.requires_grad_(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_allocations() -> Iterator[None]:
+    """As every command computes."""
+    with freed_memory_kept():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -187,7 +187,7 @@ def test_vllm_comes_before_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_engines_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "xllamacpp")
-    with pytest.raises(UserError, match=r"vllm is not installed: pip install kvlatent\[vllm\]"):
+    with pytest.raises(UserError, match=r"vllm is not installed: pip install 'kvlatent\[vllm\]'"):
         launch.pick_engine("vllm")
     install(monkeypatch)
     with pytest.raises(UserError, match=r"no engine is installed: for vllm, .*; for llama\.cpp, pip install xllamacpp"):

@@ -23,14 +23,16 @@ def first_error(error: ValidationError) -> str:
 
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Let imports in the body of a `with` say how to get what is missing.
+    """Let imports in the body of a `with` say how to get what is missing; several extras are separated by commas.
 
     Raises:
-        UserError: A package of this optional dependency of ours is not installed.
+        UserError: A package of this extra of ours is not installed.
     """
     try:
         yield
     except ModuleNotFoundError as error:
+        if (error.name or "").startswith("kvlatent"):
+            raise
         raise UserError(
             f"this needs {(error.name or extra).split('.')[0]}, which is not installed: pip install 'kvlatent[{extra}]'"
         ) from error

@@ -28,6 +28,7 @@ from kvlatent.cli.report import Report
 from kvlatent.cli.run import Run
 from kvlatent.cli.serve import Serve
 from kvlatent.errors import UserError
+from kvlatent.kernels.allocator import freed_memory_kept
 
 COMMANDS: dict[str, Callable[..., Command]] = {
     "info": Info,
@@ -63,7 +64,8 @@ def _main(argv: Sequence[str] | None) -> int:
     command: Command | None = None
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
-        with contextlib.redirect_stdout(sys.stderr):  # whatever libraries print is not the answer
+        # Whatever libraries print is not the answer.
+        with contextlib.redirect_stdout(sys.stderr), freed_memory_kept():
             from transformers.utils import logging
 
             logging.disable_progress_bar()  # of weight loading; ours stay

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from kvlatent.cli.options import Command
+from kvlatent.errors import needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,8 @@ class Run(Command):
     """The run folder."""
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.cli import recipe as pipeline
+        with needs("heal,report"):
+            from kvlatent.cli import recipe as pipeline
 
         out = self.out or Path("runs", self.recipe.stem)
         return pipeline.run(self.recipe, out, **(self.common.place() | {"seed": self.common.seed}))

@@ -15,9 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from kvlatent.errors import UserError
+from kvlatent.errors import UserError, needs
 from kvlatent.evaluation.config import BenchConfig
-from kvlatent.evaluation.report.page import bench_page
 from kvlatent.files import new_folder
 from kvlatent.model.buffers import room
 from kvlatent.model.cache import LatentCache, allocated_bytes, cache_bytes
@@ -54,6 +53,9 @@ def bench(config: BenchConfig, *, device: str = "auto", dtype: str = "auto", see
     Raises:
         UserError: A size is out of range, a model can't be used, or `own` asks for a model that can't be grafted.
     """
+    if config.out is not None:
+        with needs("report"):
+            from kvlatent.evaluation.report.page import bench_page
     against = config.against
     names = [config.model, *([] if against is None else [against])]
     for name in names:

