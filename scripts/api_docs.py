@@ -21,9 +21,9 @@ def section(name: str) -> str:
     """A public name: its signature and its docstring, and for a dataclass its fields."""
     thing = getattr(kvlatent, name)
     parts = [f"## {name}", f"`{thing.__module__}`"]
-    if is_dataclass(thing):
+    if isinstance(thing, type) and is_dataclass(thing):
         parts += [prose(thing), "| field | default | |\n|---|---|---|\n" + "\n".join(rows(thing))]
-    elif inspect.isclass(thing):
+    elif isinstance(thing, type):
         parts.append(prose(thing))
     else:
         parts += [f"```python\n{signature(name, thing)}\n```", prose(thing)]
@@ -38,8 +38,9 @@ def signature(name: str, function: Any) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             keyword_only = True
             lines.append("    *,")
-        lines.append(f"    {parameter},".replace("'", ""))
-    result = str(inspect.signature(function).return_annotation).replace("'", "")
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        lines.append(f"    {parameter.name}: {parameter.annotation}{default},")
+    result = inspect.signature(function).return_annotation
     return "\n".join([f"def {name}(", *lines, f") -> {result}"])
 
 
@@ -64,7 +65,7 @@ def prose(thing: Any) -> str:
         elif inside and (entry := re.match(r"    (\w+): (.*)", line)):
             lines.append(f"- `{entry[1]}`: {entry[2]}")
         else:
-            lines.append(line.strip() if inside else line)
+            lines.append(line.replace("        ", "  ", 1) if inside else line)
     return "\n".join(lines)
 
 

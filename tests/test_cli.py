@@ -227,6 +227,8 @@ def test_heal_evaluate_bench_generate(folder: Path, capsys: pytest.CaptureFixtur
     assert len((tmp_path / "healed" / "metrics.jsonl").read_text().splitlines()) == 4
     record = json.loads((tmp_path / "healed" / RECORD).read_text())
     assert [step["verb"] for step in record["steps"]] == ["convert", "heal"]
+    assert record["steps"][1]["asked"] == {"stage1_tokens": 128, "stage2_tokens": 128, "lora_rank": 2}
+    assert (record["steps"][1]["lora_alpha"], record["steps"][1]["learning_rate"]) == (16, 1e-4)
 
     text = ["--text", f"{folder}/other.txt", "--tokens", "256", "--block-size", "32"]
     told = answer(capsys, ["eval", out, "--against", teacher, *text])

@@ -207,7 +207,7 @@ def test_needle_prompts_fill_the_context_and_repeat_with_the_seed(
         seen.append((prompt, answer))
         return False, 0.0
 
-    monkeypatch.setattr(evaluate, "_score_answer", record)
+    monkeypatch.setattr("kvlatent.evaluation.needle._score_answer", record)
     needle(tiny(), tokenizer, context=600, trials=10, seed=3)
     needle(tiny(1), tokenizer, context=600, trials=10, seed=3)
     assert seen[:10] == seen[10:]

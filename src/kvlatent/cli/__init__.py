@@ -74,6 +74,8 @@ def _main(argv: Sequence[str] | None) -> int:
     except UserError as error:
         print(f"kvlatent: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except OSError as error:
         print(f"kvlatent: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         return 2
