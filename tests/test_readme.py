@@ -14,7 +14,11 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 def test_the_example_runs_and_its_student_loads(tmp_path: Path) -> None:
     example, loading, *_ = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
     assert "from kvlatent import" in example and 'from_pretrained("healed")' in loading
-    again = "import kvlatent\nfrom transformers import AutoModelForCausalLM as A\nprint(A.from_pretrained('healed').config.latent)"
+    again = (
+        "import kvlatent\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "print(AutoModelForCausalLM.from_pretrained('healed').config.latent)"
+    )
     ran = [
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ, capture_output=True, text=True)
         for code in (example, again)
