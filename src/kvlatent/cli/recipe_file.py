@@ -85,7 +85,9 @@ class Recipe(_Entry):
     def conversion(self, preset: Preset) -> ConvertConfig:
         """How a student is converted."""
         student = self.students[preset]
-        asked: dict[str, Any] = {name: getattr(student, name) for name in ("d_qk", "d_vo", "budget", "heads_per_latent")}
+        asked: dict[str, Any] = {
+            name: getattr(student, name) for name in ("d_qk", "d_vo", "budget", "heads_per_latent")
+        }
         if PRESETS[preset].calibrated:
             asked |= {"text": tuple(self.calibration.text), "tokens": self.calibration.tokens}
             asked["block_size"] = self.calibration.block_size or self.block_size

@@ -133,6 +133,12 @@ def load_model(
     return loaded.to(place).eval(), tokenizer
 
 
+def _unpacked(file: Path) -> Path:
+    with needs("gguf"):
+        from kvlatent.model.unpacked import unpacked
+    return unpacked(file)
+
+
 def locate(model: str) -> str:
     """Resolve `MODEL` to a folder or hub id that transformers loads as it is; GGUF files are unpacked once."""
     if model in PACKAGED:
@@ -140,15 +146,12 @@ def locate(model: str) -> str:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise UserError(f"model {model} comes from a package that is not installed: {install}")
-        return str(unpacked(Path(spec.submodule_search_locations[0]) / file))
+        return str(_unpacked(Path(spec.submodule_search_locations[0]) / file))
     path = Path(os.path.expanduser(model))  # which doesn't raise where there is no home directory
     if path.suffix == ".gguf":
-        with needs("gguf"):
-            from kvlatent.model.unpacked import unpacked
-
         if not path.is_file():
             raise UserError(f"no such file: {model}")
-        return str(unpacked(path))
+        return str(_unpacked(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{model} holds no config.json: not a Hugging Face checkpoint")
