@@ -8,10 +8,6 @@ ENGINES_READY := .venv-engines/.installed
 TRANSFORMERS_4 := .venv-transformers4/bin
 TRANSFORMERS_4_READY := .venv-transformers4/.installed
 
-# glibc: keep freed memory instead of giving it back and faulting it in again; about a third faster on a CPU.
-export MALLOC_MMAP_MAX_ = 0
-export MALLOC_TRIM_THRESHOLD_ = 100000000000
-export MALLOC_TOP_PAD_ = 1000000000
 # Models and text come from pip packages; no hub at run time.
 export HF_HUB_OFFLINE = 1
 
@@ -45,9 +41,11 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python scripts/cli_docs.py --check
+	$(BIN)/python scripts/api_docs.py --check
 
-docs: $(READY)  ## docs/cli.md from the command line's help
+docs: $(READY)  ## docs/cli.md from the command line's help, docs/api.md from signatures and docstrings
 	$(BIN)/python scripts/cli_docs.py
+	$(BIN)/python scripts/api_docs.py
 
 bench: demo  ## cache bytes and latency of the demo's student against its teacher
 	$(BIN)/kvlatent bench runs/demo/model --against smollm2 --context 1024 --batch 1

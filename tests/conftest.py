@@ -28,6 +28,7 @@ jaxtyping.install_import_hook([f"kvlatent.{name}" for name in TENSOR_MODULES], "
 
 from windowless import convert  # noqa: E402
 
+from kvlatent.kernels.allocator import freed_memory_kept  # noqa: E402
 from kvlatent.model.families import FAMILIES  # noqa: E402
 
 gc.freeze()  # accelerate collects garbage after every stage: spare it the walk through all that was imported
@@ -90,10 +91,17 @@ def _teacher(name: str) -> PreTrainedModel:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def quick_allocations() -> Iterator[None]:
+    """As every command computes."""
+    with freed_memory_kept():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def float32_by_default() -> Iterator[None]:
     """Training in the precision that results are compared in, whatever the machine multiplies."""
     with pytest.MonkeyPatch.context() as patched:
-        for module in ("model.checkpoints", "healing.heal", "healing.commands"):
+        for module in ("model.checkpoints", "healing.accelerator", "healing.checkpoint"):
             patched.setattr(f"kvlatent.{module}.multiplies_bfloat16", lambda _: False)
         yield
 

@@ -206,3 +206,12 @@ def windowed_attention(
                 p = torch.stack(logits).softmax(0)
                 rows.append((p[:, None] * torch.stack(values)).sum(0))
     return torch.stack(rows).view(batch, q_heads, seq, -1)
+
+
+VLLM_CPU_BLOCK = 128
+"""Tokens of a block of vLLM's cache on a CPU."""
+
+
+def vllm_tokens_per_gib(bytes_per_token: int) -> int:
+    """Tokens that 1 GiB of vLLM's cache holds on a CPU, in whole blocks."""
+    return 2**30 // (bytes_per_token * VLLM_CPU_BLOCK) * VLLM_CPU_BLOCK

@@ -18,8 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTraine
 
 from kvlatent import cli
 from kvlatent.compress.statistics import Statistics
-from kvlatent.evaluation import commands as measuring
-from kvlatent.evaluation.perplexity import TaskScore
+from kvlatent.evaluation import evaluate as measuring
+from kvlatent.evaluation.tasks import TaskScore
 from kvlatent.model.checkpoints import RECORD
 
 WORDS = ["river", "stone", "bread", "lamp", "morning", "harbour", "seven", "quiet", "under", "between", "carries"]
@@ -227,6 +227,8 @@ def test_heal_evaluate_bench_generate(folder: Path, capsys: pytest.CaptureFixtur
     assert len((tmp_path / "healed" / "metrics.jsonl").read_text().splitlines()) == 4
     record = json.loads((tmp_path / "healed" / RECORD).read_text())
     assert [step["verb"] for step in record["steps"]] == ["convert", "heal"]
+    assert record["steps"][1]["asked"] == {"stage1_tokens": 128, "stage2_tokens": 128, "lora_rank": 2}
+    assert (record["steps"][1]["lora_alpha"], record["steps"][1]["learning_rate"]) == (16, 1e-4)
 
     text = ["--text", f"{folder}/other.txt", "--tokens", "256", "--block-size", "32"]
     told = answer(capsys, ["eval", out, "--against", teacher, *text])
@@ -252,7 +254,10 @@ def test_heal_evaluate_bench_generate(folder: Path, capsys: pytest.CaptureFixtur
     assert longest[out, 1, "float32"] > 1.7 * longest[teacher, 1, "float32"] > 0
     assert json.loads((tmp_path / "bench" / "bench.json").read_text())["rows"] == told["rows"]
     page = (tmp_path / "bench" / "bench.html").read_text()
-    assert page.count("<svg") == 4 and "TPOT, batch 2, bfloat16" in page
+    assert (
+        page.count("<figure>") == page.count('<svg class="light"') == page.count('<svg class="dark"') == 4
+        and "TPOT, batch 2, bfloat16" in page
+    )
     assert cli.main(["bench", out, "--against", teacher, *grid, "--repeats", "1"]) == 0
     assert "roofline" in capsys.readouterr().out
 
@@ -448,7 +453,6 @@ BAD = {
     "no chat template": (["generate", "{folder}/student", "--prompt", "x", "--chat"], "no chat template"),
     "exporting best to stock": ([*EXPORT, "stock", "--out", "{root}/out"], "--preset portable"),
     "exporting best to gguf": ([*EXPORT, "gguf", "--out", "{root}/out"], "--preset portable"),
-    "exporting to vllm": ([*EXPORT, "vllm", "--out", "{root}/out"], "vLLM needs no export"),
     "exporting a teacher to stock": (
         ["export", "{folder}/teacher", "--to", "stock", "--out", "{root}/out"],
         "ordinary checkpoint already",

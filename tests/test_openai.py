@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference import vllm_tokens_per_gib
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.compress.checkpoints import convert_checkpoint
@@ -25,7 +26,6 @@ from kvlatent.model.checkpoints import load_model
 from kvlatent.model.loading import load_config
 from kvlatent.serving.engines import routes
 from kvlatent.serving.export.stock import export_stock
-from kvlatent.serving.export.vllm import tokens_per_gib
 
 pytestmark = pytest.mark.engines
 
@@ -184,7 +184,7 @@ def test_vllm(layout: str, held: int | None, smollm2: Callable[[str], str], tmp_
     [route] = [route for route in routes(config, vllm_on_cpu=True) if (route.engine, route.form) == ("vLLM", "folder")]
     predicted = route.cache_bytes_per_token(config.num_key_value_heads, 4)
     assert predicted == held or (held is None and 23_040 < predicted < 46_080)  # padded to the sizes of vLLM's kernels
-    assert int(tokens.replace(",", "")) == tokens_per_gib(predicted)
+    assert int(tokens.replace(",", "")) == vllm_tokens_per_gib(predicted)
 
 
 @pytest.mark.parametrize("layout", ["teacher", "portable"])

@@ -1,8 +1,8 @@
 """Perplexity against a float64 loop, paired comparison, the needle's alignment, and the lm-eval adapter."""
 
-import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvlatent.errors import UserError
 from kvlatent.evaluation import perplexity as evaluate
-from kvlatent.evaluation.perplexity import Perplexity, compare, lm_eval_tasks, needle, paired_test, perplexity
+from kvlatent.evaluation.needle import needle
+from kvlatent.evaluation.perplexity import Perplexity, compare, perplexity
+from kvlatent.evaluation.tasks import lm_eval_tasks, paired_test
 
 VOCABULARY = 260
 
@@ -205,7 +207,7 @@ def test_needle_prompts_fill_the_context_and_repeat_with_the_seed(
         seen.append((prompt, answer))
         return False, 0.0
 
-    monkeypatch.setattr(evaluate, "_score_answer", record)
+    monkeypatch.setattr("kvlatent.evaluation.needle._score_answer", record)
     needle(tiny(), tokenizer, context=600, trials=10, seed=3)
     needle(tiny(1), tokenizer, context=600, trials=10, seed=3)
     assert seen[:10] == seen[10:]
@@ -244,9 +246,9 @@ def test_paired_test_is_normal_for_other_values() -> None:
 
 
 def test_missing_lm_eval_is_explained(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(UserError, match="pip install lm-eval"):
-        lm_eval_tasks(tiny(), tokenizer, ["piqa"], limit=None, include_path=None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"needs lm_eval, .*pip install 'kvlatent\[eval\]'"):
+        lm_eval_tasks(tiny(), tokenizer, ["piqa"])
 
 
 @pytest.fixture
@@ -273,13 +275,9 @@ metric_list:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by_path", [True, False])
-def test_lm_eval_task_runs_on_a_model_in_memory(
-    tokenizer: PreTrainedTokenizerFast, task_file: Path, by_path: bool
-) -> None:
+def test_lm_eval_task_runs_on_a_model_in_memory(tokenizer: PreTrainedTokenizerFast, task_file: Path) -> None:
     pytest.importorskip("lm_eval")
-    task, include_path = (str(task_file), None) if by_path else ("letters", task_file.parent)
-    scores = lm_eval_tasks(tiny(), tokenizer, [task], limit=4, include_path=include_path)
+    scores = lm_eval_tasks(tiny(), tokenizer, [str(task_file)], limit=4)
     assert scores["letters"].metrics["acc"] == 0.5  # one of two equal prompts, whichever the model prefers
     assert scores["letters"].metrics["acc_stderr"] > 0
     assert scores["letters"].samples["acc"] in ([0, 1, 0, 1], [1, 0, 1, 0])
@@ -289,9 +287,9 @@ def test_lm_eval_task_runs_on_a_model_in_memory(
 def test_unusable_tasks_are_explained(tokenizer: PreTrainedTokenizerFast, task_file: Path) -> None:
     pytest.importorskip("lm_eval")
     with pytest.raises(UserError, match="knows no task nonsense"):
-        lm_eval_tasks(tiny(), tokenizer, ["nonsense"], limit=4, include_path=None)
+        lm_eval_tasks(tiny(), tokenizer, ["nonsense"], limit=4)
     with pytest.raises(UserError, match="no task file"):
-        lm_eval_tasks(tiny(), tokenizer, ["nonsense.yaml"], limit=4, include_path=None)
+        lm_eval_tasks(tiny(), tokenizer, ["nonsense.yaml"], limit=4)
     (task_file.parent / "samples.jsonl").unlink()
     with pytest.raises(UserError, match="can't be loaded"):
-        lm_eval_tasks(tiny(), tokenizer, [str(task_file)], limit=4, include_path=None)
+        lm_eval_tasks(tiny(), tokenizer, [str(task_file)], limit=4)

@@ -249,6 +249,9 @@ def test_not_yaml(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(UserError, match="not YAML"):
         pipeline.read_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "bad.yaml").write_text("title: a\nseed: 1\nbench: {context: 8, batch: 1, context: 9}\n")
+    with pytest.raises(UserError, match="context is given twice, the second time in line 3"):
+        pipeline.read_recipe(tmp_path / "bad.yaml")
     (tmp_path / "bad.yaml").write_text("just words")
     with pytest.raises(UserError, match="the recipe"):
         pipeline.read_recipe(tmp_path / "bad.yaml")

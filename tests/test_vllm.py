@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from reference import VLLM_CPU_BLOCK, vllm_tokens_per_gib
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kvlatent.model.graft import graft, set_spec, spec_of
 from kvlatent.model.spec import QKMap
-from kvlatent.serving.export.vllm import CPU_BLOCK_SIZE, cache_bytes_per_token, tokens_per_gib
+from kvlatent.serving.export.vllm import cache_bytes_per_token
 
 pytestmark = pytest.mark.engines
 
@@ -157,7 +158,7 @@ def test_log_probabilities_are_those_of_transformers(
     heads = student.config.num_key_value_heads
     whole, padding = cache_bytes_per_token(spec_of(student), "CPU_ATTN", kv_heads=heads, element_size=4)
     assert padding > 0
-    assert cache.num_gpu_blocks * CPU_BLOCK_SIZE == tokens_per_gib(whole)
+    assert cache.num_gpu_blocks * VLLM_CPU_BLOCK == vllm_tokens_per_gib(whole)
 
 
 def test_a_cached_prefix_is_used_and_changes_nothing(
@@ -171,7 +172,7 @@ def test_a_cached_prefix_is_used_and_changes_nothing(
     greedy = SamplingParams(max_tokens=12, temperature=0, detokenize=False, ignore_eos=True)
     with engine(tmp_path / "student", max_model_len=250) as llm:
         first, again = (llm.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)[0] for _ in range(2))
-    assert (first.num_cached_tokens, again.num_cached_tokens) == (0, CPU_BLOCK_SIZE)
+    assert (first.num_cached_tokens, again.num_cached_tokens) == (0, VLLM_CPU_BLOCK)
     plain = {"do_sample": False, "use_cache": False}  # decoding by our CPU kernel loads LLVM, which vLLM chokes on here
     expected = student.generate(torch.tensor([prompt]), max_new_tokens=12, **plain)[0, len(prompt) :].tolist()
     assert list(first.outputs[0].token_ids) == list(again.outputs[0].token_ids) == expected

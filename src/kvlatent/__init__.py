@@ -9,19 +9,103 @@ import sys
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from kvlatent.errors import needs
+
+if TYPE_CHECKING:
+    from kvlatent.compress.budget import plan as plan
+    from kvlatent.compress.budget import probe as probe
+    from kvlatent.compress.convert import convert as convert
+    from kvlatent.compress.statistics import calibrate as calibrate
+    from kvlatent.data.sources import read_text as read_text
+    from kvlatent.errors import UserError as UserError
+    from kvlatent.evaluation.bench import bench as bench
+    from kvlatent.evaluation.config import BenchConfig as BenchConfig
+    from kvlatent.evaluation.config import EvalConfig as EvalConfig
+    from kvlatent.evaluation.config import GenerateConfig as GenerateConfig
+    from kvlatent.evaluation.evaluate import evaluate as evaluate
+    from kvlatent.evaluation.generate import generate as generate
+    from kvlatent.evaluation.needle import needle as needle
+    from kvlatent.evaluation.perplexity import compare as compare
+    from kvlatent.evaluation.perplexity import perplexity as perplexity
+    from kvlatent.evaluation.report.page import write_report as write_report
+    from kvlatent.healing.config import HealConfig as HealConfig
+    from kvlatent.healing.heal import heal as heal
+    from kvlatent.model.checkpoints import load_model as load_model
+    from kvlatent.model.checkpoints import save_checkpoint as save_checkpoint
+    from kvlatent.model.loading import load_tokenizer as load_tokenizer
+    from kvlatent.model.registration import register as register
+    from kvlatent.model.spec import LatentSpec as LatentSpec
+    from kvlatent.serving.config import ExportConfig as ExportConfig
+    from kvlatent.serving.export.checkpoint import export as export
 
 __version__ = version("kvlatent")
 
-PUBLIC = {"register": "kvlatent.model.registration"}
-"""The public API: the module that each name is imported from when it is first used."""
-__all__ = sorted(PUBLIC)
+PUBLIC = {
+    "load_model": "kvlatent.model.checkpoints",
+    "load_tokenizer": "kvlatent.model.loading",
+    "read_text": "kvlatent.data.sources",
+    "calibrate": "kvlatent.compress.statistics",
+    "probe": "kvlatent.compress.budget",
+    "plan": "kvlatent.compress.budget",
+    "convert": "kvlatent.compress.convert",
+    "HealConfig": "kvlatent.healing.config",
+    "heal": "kvlatent.healing.heal",
+    "save_checkpoint": "kvlatent.model.checkpoints",
+    "perplexity": "kvlatent.evaluation.perplexity",
+    "compare": "kvlatent.evaluation.perplexity",
+    "needle": "kvlatent.evaluation.needle",
+    "EvalConfig": "kvlatent.evaluation.config",
+    "evaluate": "kvlatent.evaluation.evaluate",
+    "BenchConfig": "kvlatent.evaluation.config",
+    "bench": "kvlatent.evaluation.bench",
+    "GenerateConfig": "kvlatent.evaluation.config",
+    "generate": "kvlatent.evaluation.generate",
+    "ExportConfig": "kvlatent.serving.config",
+    "export": "kvlatent.serving.export.checkpoint",
+    "write_report": "kvlatent.evaluation.report.page",
+    "LatentSpec": "kvlatent.model.spec",
+    "UserError": "kvlatent.errors",
+    "register": "kvlatent.model.registration",
+}
+"""The public API, in the order of the work: the module that each name is imported from when it is first used."""
+EXTRAS = {"heal": "heal", "write_report": "report"}
+"""What has to be installed beside the base for some of them."""
+__all__ = [
+    "BenchConfig",
+    "EvalConfig",
+    "ExportConfig",
+    "GenerateConfig",
+    "HealConfig",
+    "LatentSpec",
+    "UserError",
+    "bench",
+    "calibrate",
+    "compare",
+    "convert",
+    "evaluate",
+    "export",
+    "generate",
+    "heal",
+    "load_model",
+    "load_tokenizer",
+    "needle",
+    "perplexity",
+    "plan",
+    "probe",
+    "read_text",
+    "register",
+    "save_checkpoint",
+    "write_report",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(PUBLIC[name]), name)
+    with needs(EXTRAS.get(name, "all")):
+        return getattr(import_module(PUBLIC[name]), name)
 
 
 def __dir__() -> list[str]:

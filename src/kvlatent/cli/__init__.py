@@ -28,6 +28,7 @@ from kvlatent.cli.report import Report
 from kvlatent.cli.run import Run
 from kvlatent.cli.serve import Serve
 from kvlatent.errors import UserError
+from kvlatent.kernels.allocator import freed_memory_kept
 
 COMMANDS: dict[str, Callable[..., Command]] = {
     "info": Info,
@@ -60,9 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    command = parse(sys.argv[1:] if argv is None else argv)
+    command: Command | None = None
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # whatever libraries print is not the answer
+        command = parse(sys.argv[1:] if argv is None else argv)
+        # Whatever libraries print is not the answer.
+        with contextlib.redirect_stdout(sys.stderr), freed_memory_kept():
             from transformers.utils import logging
 
             logging.disable_progress_bar()  # of weight loading; ours stay
@@ -71,11 +74,14 @@ def _main(argv: Sequence[str] | None) -> int:
     except UserError as error:
         print(f"kvlatent: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except OSError as error:
         print(f"kvlatent: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"kvlatent: interrupted; {command.how_to_resume()}", file=sys.stderr)
+        how = "nothing was done" if command is None else command.how_to_resume()
+        print(f"kvlatent: interrupted; {how}", file=sys.stderr)
         return 130
     if os.environ.get("RANK", "0") != "0":  # a launcher started several processes: the first one speaks
         return 0

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import Positional, arg
 
-from kvlatent.cli.options import Command, Common, Model
+from kvlatent.cli.options import Command
 from kvlatent.compress.config import CalibrateConfig
+from kvlatent.fields import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +21,9 @@ class Calibrate(Command):
     """The teacher."""
     out: Annotated[Path, arg(metavar="STATS")]
     """The file to write."""
-    calibration: OmitArgPrefixes[CalibrateConfig] = field(default_factory=CalibrateConfig)
-    common: OmitArgPrefixes[Common] = field(default_factory=Common)
+    asked: Annotated[CalibrateConfig, arg(name="")]
 
     def run(self) -> dict[str, Any]:
         from kvlatent.compress.checkpoints import calibrate_checkpoint
 
-        return calibrate_checkpoint(self.model, self.out, self.calibration, **self.common.place())
+        return calibrate_checkpoint(self.model, self.out, self.asked, **self.common.place())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import Positional, arg
 
-from kvlatent.cli.options import Command, Common, Folder, Model
+from kvlatent.cli.options import Command
 from kvlatent.cli.tables import pairs, span
 from kvlatent.compress.config import ConvertConfig
+from kvlatent.fields import Folder, Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +21,12 @@ class Convert(Command):
     """The teacher."""
     out: Folder
     """The new folder."""
-    conversion: OmitArgPrefixes[ConvertConfig] = field(default_factory=ConvertConfig)
-    common: OmitArgPrefixes[Common] = field(default_factory=Common)
+    asked: Annotated[ConvertConfig, arg(name="")]
 
     def run(self) -> dict[str, Any]:
         from kvlatent.compress.checkpoints import convert_checkpoint
 
-        conversion = self.conversion
+        conversion = self.asked
         if conversion.d_qk is None and conversion.d_vo is None and conversion.budget is None:
             conversion = replace(conversion, budget=0.5)
         return convert_checkpoint(self.model, self.out, conversion, **self.common.place())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import Positional, arg
 
-from kvlatent.cli.options import Command, Common
+from kvlatent.cli.options import Command
 from kvlatent.cli.tables import text_of
 
 
@@ -17,12 +17,12 @@ class Doctor(Command):
 
     model: Positional[Annotated[str, arg(metavar="DIR")]]
     """The model. Its weights are not read."""
-    common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.serving.commands import diagnose_model
+        from kvlatent.model.loading import load_config
+        from kvlatent.serving.engines import diagnose
 
-        return diagnose_model(self.model)
+        return {"model": self.model, "engines": diagnose(load_config(self.model))}
 
     def table(self, result: dict[str, Any]) -> str:
         lines = []

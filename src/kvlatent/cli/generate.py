@@ -1,35 +1,26 @@
-"""`kvlatent generate`: text from a model."""
+"""`kvlatent generate`: text that a model writes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import arg
 
-from kvlatent.cli.options import Command, Common, Model, Number
+from kvlatent.cli.options import Command
+from kvlatent.evaluation.config import GenerateConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(Command):
     """Let a model continue a prompt, greedily."""
 
-    model: Positional[Model]
-    """The model."""
-    prompt: Annotated[str, arg(metavar="P")]
-    """What to continue."""
-    max_new_tokens: Number = 64
-    """Tokens at most."""
-    chat: bool = False
-    """Put the prompt into the model's chat template."""
-    common: OmitArgPrefixes[Common] = field(default_factory=Common)
+    config: Annotated[GenerateConfig, arg(name="")]
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.evaluation.commands import generate_text
+        from kvlatent.evaluation.generate import generate
 
-        return generate_text(
-            self.model, self.prompt, max_new_tokens=self.max_new_tokens, chat=self.chat, **self.common.place()
-        )
+        return generate(self.config, **self.common.place())
 
     def table(self, result: dict[str, Any]) -> str:
         return result["completion"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import Positional
 
-from kvlatent.cli.options import Command, Common, Model
+from kvlatent.cli.options import Command
 from kvlatent.cli.tables import pairs, span
+from kvlatent.fields import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,6 @@ class Info(Command):
 
     model: Positional[Model]
     """The model."""
-    common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
         from kvlatent.serving.info import describe

@@ -1,25 +1,15 @@
-"""What the commands share: their base class, the options that all of them take, and annotated types of arguments."""
+"""What the commands share: their base class, and the options that all of them take."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import arg
+from tyro.conf import OmitArgPrefixes, arg
 
 from kvlatent.cli.tables import pairs
-
-Model = Annotated[str, arg(metavar="MODEL")]
-Number = Annotated[int, arg(metavar="N")]
-Numbers = Annotated[tuple[int, ...], arg(metavar="N…")]
-Context = Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's positions)")]
-HeadsPerLatent = Annotated[
-    int | None, arg(metavar="N", help_behavior_hint="(default: as many as have 256 dims together)")
-]
-Folder = Annotated[Path, arg(metavar="DIR")]
-Sources = Annotated[tuple[str, ...], arg(metavar="F…", help_behavior_hint="")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,20 +19,22 @@ class Common:
     json: bool = False
     """Print one JSON object on stdout; progress goes to stderr in any case."""
     seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 0, or the recipe's)")] = None
-    """Of everything random."""
+    """Random seed."""
     device: Annotated[str, arg(metavar="DEVICE")] = "auto"
     """Torch device; auto takes the first accelerator, or the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights used or, for convert and heal, written; auto fits the device or the model read."""
+    """Dtype of the weights in use or, for convert, heal and export, written; auto fits the device or the model read."""
 
     def place(self) -> dict[str, Any]:
-        """Seed, device and dtype, as the verbs' functions take them."""
+        """Seed, device and dtype, as the functions behind the commands take them."""
         return {"seed": self.seed or 0, "device": self.device, "dtype": self.dtype}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A verb's arguments."""
+    """The arguments of a command, and what it does."""
+
+    common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -62,7 +54,9 @@ class Command:
 
 
 def _at_home(value: Any) -> Any:
-    """A path, or each of several, with `~` replaced: no shell does so in `--out=~/x`."""
+    """A path, or each in a tuple or a config, with `~` replaced: no shell does so in `--out=~/x`."""
     if isinstance(value, tuple):
         return tuple(map(_at_home, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{each.name: _at_home(getattr(value, each.name)) for each in fields(value)})
     return Path(os.path.expanduser(value)) if isinstance(value, Path) else value

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import Positional, arg
 
-from kvlatent.cli.options import Command, Common, Model
+from kvlatent.cli.options import Command
 from kvlatent.cli.tables import pairs
 from kvlatent.compress.config import PlanConfig
+from kvlatent.fields import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +22,12 @@ class Plan(Command):
     """The teacher."""
     out: Annotated[Path, arg(metavar="PLOT")] = Path("plan.png")
     """The plot to write: .png, .svg or .pdf."""
-    planning: OmitArgPrefixes[PlanConfig]
-    common: OmitArgPrefixes[Common] = field(default_factory=Common)
+    asked: Annotated[PlanConfig, arg(name="")]
 
     def run(self) -> dict[str, Any]:
         from kvlatent.compress.checkpoints import plan_checkpoint
 
-        return plan_checkpoint(self.model, self.out, self.planning, **self.common.place())
+        return plan_checkpoint(self.model, self.out, self.asked, **self.common.place())
 
     def table(self, result: dict[str, Any]) -> str:
         columns = [result[key] for key in ("d_qk", "d_vo", "qk_loss", "vo_loss")]

@@ -11,158 +11,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from kvlatent.cli.recipe_file import Recipe, Sources, healing_settings, read_recipe
 from kvlatent.compress.checkpoints import Target, convert_loaded, target_of
-from kvlatent.compress.config import ConvertConfig
-from kvlatent.compress.methods import PRESETS
 from kvlatent.data.blocks import TokenBlocks, batch_size_for, check_held_out, load_blocks, save_blocks
 from kvlatent.data.positions import context_of
 from kvlatent.data.sources import read_text
 from kvlatent.errors import UserError
 from kvlatent.evaluation.bench import benchmark
-from kvlatent.evaluation.commands import complete, scores_of
+from kvlatent.evaluation.evaluate import scores_of
+from kvlatent.evaluation.generate import complete
 from kvlatent.evaluation.perplexity import Perplexity, compare, perplexity
 from kvlatent.evaluation.report.page import write_report
 from kvlatent.evaluation.report.text import model_card
+from kvlatent.fields import given
 from kvlatent.files import replaced
-from kvlatent.healing.commands import heal_config, heal_student, healing_blocks, teacher_dtype
-from kvlatent.healing.config import HealConfig, Part
+from kvlatent.healing.checkpoint import heal_student, teacher_dtype
+from kvlatent.healing.config import HealConfig
 from kvlatent.model.checkpoints import environment, load_model, pick_device, pick_dtype, processes, record_of
 from kvlatent.model.loading import load_config, load_tokenizer, stored_dtype
 from kvlatent.model.spec import Preset
-
-# --- recipes ---------------------------------------------------------------------------------------------------------
-
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class Sources(_Entry):
-    """Text whose length follows from what it is used for."""
-
-    text: list[str] = Field(min_length=1)
-    block_size: int | None = Field(default=None, ge=2)
-    """Tokens per block, where it is not the recipe's."""
-
-
-class Text(Sources):
-    """Text and how much of it."""
-
-    tokens: PositiveInt
-
-
-class Healing(_Entry):
-    """What a student's healing changes of a preset's `HealConfig`."""
-
-    like: Preset | None = None
-    """The preset whose hyperparameters are changed; the student's own by default."""
-    stage1_tokens: int = Field(ge=0)
-    stage2_tokens: int = Field(ge=0)
-    loss: Literal["kl", "ntp", "mix"] = "kl"
-    kl_weight: float | None = Field(default=None, gt=0, lt=1)
-    temperature: float | None = Field(default=None, gt=0)
-    temperature_squared: bool | None = None
-    stream_layers: bool | None = None
-    learning_rate: float | None = Field(default=None, gt=0)
-    stage1_learning_rate: float | None = Field(default=None, gt=0)
-    lora_rank: int | None = Field(default=None, ge=0)
-    batch_size: PositiveInt | None = None
-    accumulate: PositiveInt | None = None
-    checkpointing: bool | None = None
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = None
-    train: tuple[Part, ...] | None = None
-
-    def settings(self, preset: Preset, context: int, seed: int) -> HealConfig:
-        """The hyperparameters for a student of `preset`."""
-        return heal_config(self.like or preset, self.model_dump(exclude={"like"}) | {"context": context}, seed)
-
-
-class Student(_Entry):
-    """Dims of a student, or its budget; without `heal` it is measured as converted."""
-
-    d_qk: int | None = None
-    d_vo: int | None = None
-    budget: float | None = None
-    """Share of the cache bytes that is kept."""
-    heads_per_latent: int | None = None
-    """KV heads that are reduced together."""
-    heal: Healing | None = None
-
-
-class Bench(_Entry):
-    """The workload of the benchmark."""
-
-    context: PositiveInt
-    batch: PositiveInt
-    new_tokens: PositiveInt
-
-
-class Generate(_Entry):
-    """Prompts that teacher and student continue greedily."""
-
-    prompts: list[str] = Field(min_length=1)
-    max_new_tokens: PositiveInt
-
-
-class Recipe(_Entry):
-    """A recipe file. The first student is the one that is measured in full and kept as `model`."""
-
-    title: str
-    model: str
-    base_model: str | None = None
-    """The teacher's name on the hub, for the model card."""
-    license: str | None = None
-    seed: int = 0
-    block_size: int = Field(default=512, ge=2)
-    context: int | None = None
-    """Positions that blocks are spread over; all that the model has by default."""
-    calibration: Text
-    training: Sources | None = None
-    held_out: Text
-    students: dict[Preset, Student] = Field(min_length=1)
-    bench: Bench
-    generate: Generate
-
-    def conversion(self, preset: Preset) -> ConvertConfig:
-        """How a student is converted."""
-        asked = self.students[preset].model_dump(exclude={"heal"})
-        if PRESETS[preset].calibrated:
-            asked |= {"text": tuple(self.calibration.text), "tokens": self.calibration.tokens}
-            asked["block_size"] = self.calibration.block_size or self.block_size
-        return ConvertConfig(preset=preset, context=self.context, **asked)
-
-    @model_validator(mode="after")
-    def _training_where_healed(self) -> Recipe:
-        if self.training is None and any(student.heal for student in self.students.values()):
-            raise ValueError("a student is healed, so training: text: is needed")
-        return self
-
-
-def read_recipe(path: Path) -> Recipe:
-    """Read a recipe.
-
-    Raises:
-        UserError: It is missing, no YAML, or has a wrong, missing or unknown entry.
-    """
-    try:
-        return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"can't read recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "[key]") or "the recipe"
-        wrong = "unknown entry" if first["type"] == "extra_forbidden" else first["msg"]
-        raise UserError(f"{path}: {where}: {wrong}") from None
-
 
 # --- what a run folder holds -----------------------------------------------------------------------------------------
 
@@ -213,11 +86,11 @@ def run(
     if seed is not None:
         wanted = wanted.model_copy(update={"seed": seed})
     config = load_config(wanted.model)
-    context = context_of(config, wanted.context)
+    context_of(config, wanted.context)
     targets = {preset: target_of(config, wanted.conversion(preset)) for preset in wanted.students}
     for preset, student in wanted.students.items():
         if student.heal is not None:
-            student.heal.settings(preset, context, wanted.seed)
+            healing_settings(wanted, preset, config)
     stored = out / "recipe.yaml"
     if stored.is_file():
         if read_recipe(stored) != wanted:
@@ -354,18 +227,14 @@ class _Run:
     def _training_tokens(self, training: Sources) -> int:
         """Tokens of the longest healing; every student reads them from the first."""
         block_size = training.block_size or self.recipe.block_size
-        counts = [
-            healing_blocks(self._settings(preset), block_size, self.group.num_processes) for preset in self._healed()
-        ]
+        counts = [self._settings(preset).blocks(block_size, self.group.num_processes) for preset in self._healed()]
         return max(counts, default=0) * block_size
 
     def _healed(self) -> list[Preset]:
         return [preset for preset, student in self.recipe.students.items() if student.heal is not None]
 
     def _settings(self, preset: Preset) -> HealConfig:
-        healing = self.recipe.students[preset].heal
-        assert healing is not None
-        return healing.settings(preset, self.context, self.recipe.seed)
+        return healing_settings(self.recipe, preset, self.config)
 
     def _blocks(self, name: str) -> TokenBlocks:
         return load_blocks(self.out / "text" / f"{name}.safetensors")
@@ -382,7 +251,8 @@ class _Run:
         teacher = self.teacher(teacher_dtype(self.device))
         heal_student(
             str(self.start(preset)), out, teacher=teacher, blocks=self._blocks("training"),
-            settings=self._settings(preset), resume=True, device=self.device, dtype=stored_dtype(self.config, "auto"),
+            settings=self._settings(preset), asked=given(self.recipe.students[preset].heal), resume=True,
+            device=self.device, dtype=stored_dtype(self.config, "auto"),
         )  # fmt: skip
 
     def _model(self, model: str) -> PreTrainedModel:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import Positional, arg
 
-from kvlatent.cli.options import Command, Common
+from kvlatent.cli.options import Command
+from kvlatent.errors import needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +22,9 @@ class Report(Command):
         None
     )
     """The page to write; replaced if it is there."""
-    common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.evaluation.commands import report_runs
+        with needs("report"):
+            from kvlatent.evaluation.report.page import write_report
 
-        return report_runs(self.runs, self.out)
+        return {"out": str(write_report(self.runs, self.out)), "runs": list(map(str, self.runs))}

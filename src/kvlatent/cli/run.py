@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import Positional, arg
 
-from kvlatent.cli.options import Command, Common
+from kvlatent.cli.options import Command
+from kvlatent.errors import needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +23,10 @@ class Run(Command):
     """The recipe."""
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/ and the recipe's name)")] = None
     """The run folder."""
-    common: OmitArgPrefixes[Common] = field(default_factory=Common)
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.cli import recipe as pipeline
+        with needs("heal,report"):
+            from kvlatent.cli import recipe as pipeline
 
         out = self.out or Path("runs", self.recipe.stem)
         return pipeline.run(self.recipe, out, **(self.common.place() | {"seed": self.common.seed}))

@@ -15,16 +15,15 @@ def pairs(values: Mapping[str, Any]) -> str:
 
 def side_by_side(result: Mapping[str, Any], keys: Sequence[str]) -> str:
     """One line per quantity: its name, MODEL's value, --against's, and the ratio."""
+    from kvlatent.evaluation.report.text import aligned
+
     models = [result, *([result["against"]] if "against" in result else [])]
-    rows = [["", *(str(model["model"]) for model in models), *(["ratio"] if len(models) > 1 else [])]]
+    header = ["", *(str(model["model"]) for model in models), *(["ratio"] if len(models) > 1 else [])]
+    rows = []
     for name, values in _numbers([{key: model[key] for key in keys if key in model} for model in models]).items():
         ratio = [f"{values[0] / values[1]:.4g}"] if len(values) > 1 and values[1] else [""] * (len(values) - 1)
         rows.append([name, *map(text_of, values), *ratio])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.rjust(w) if at else cell.ljust(w) for at, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    )
+    return aligned(header, rows)
 
 
 def _numbers(models: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, list[float]]:

@@ -23,7 +23,7 @@ from kvlatent.compress.statistics import Statistics, calibrate
 from kvlatent.data.blocks import TokenBlocks, batch_size_for
 from kvlatent.data.positions import context_of
 from kvlatent.data.sources import TEACHER_TEXT, read_text
-from kvlatent.errors import UserError
+from kvlatent.errors import UserError, needs
 from kvlatent.files import check_disk, refuse_existing
 from kvlatent.model.card import unmeasured_card
 from kvlatent.model.checkpoints import environment, load_model, record_of, save_checkpoint
@@ -143,7 +143,8 @@ def plan_checkpoint(
     Raises:
         UserError: `out` exists, or the model, the budget, the text or the statistics can't be used.
     """
-    from kvlatent.compress.figure import draw  # needs matplotlib, which converting doesn't
+    with needs("report"):
+        from kvlatent.compress.figure import draw
 
     refuse_existing(out)
     config, tokenizer = load_config(model), load_tokenizer(model)

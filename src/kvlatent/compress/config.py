@@ -11,16 +11,11 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
+from kvlatent.fields import Context, HeadsPerLatent, Number, Sources
 from kvlatent.model.spec import Preset
 
-Number = Annotated[int, arg(metavar="N")]
 Dims = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
-Sources = Annotated[tuple[str, ...], arg(metavar="F…", help_behavior_hint="")]
 Stats = Annotated[Path | None, arg(metavar="STATS", help_behavior_hint="")]
-Context = Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's positions)")]
-HeadsPerLatent = Annotated[
-    int | None, arg(metavar="N", help_behavior_hint="(default: as many as have 256 dims together)")
-]
 
 
 @dataclass(frozen=True, kw_only=True)

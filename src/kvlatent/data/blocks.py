@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kvlatent.data.corpora import read_corpus
-from kvlatent.errors import UserError
+from kvlatent.errors import UserError, needs
 from kvlatent.files import replaced
 
 PIECE_CHARACTERS = 8_000
@@ -140,7 +140,8 @@ def _read_hub(name: str) -> Iterator[str | Chat]:
 
 
 def _read_dataset(label: str, *args: Any, split: str = "train", **kwargs: Any) -> Iterator[str | Chat]:
-    from datasets import load_dataset  # imports for a second; most sources don't need it
+    with needs("text"):
+        from datasets import load_dataset  # imports for a second; most sources don't need it
 
     try:
         for row in load_dataset(*args, **kwargs, split=split, streaming=True):

@@ -15,9 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import mwparserfromhell
-
-from kvlatent.errors import UserError
+from kvlatent.errors import UserError, needs
 
 SDISTS = Path(sys.prefix) / "share" / "kvlatent"
 """Where `pip download` puts sdists whose text is read in place."""
@@ -306,6 +304,9 @@ def _link(match: re.Match[str]) -> str:
 
 
 def _wiki_paragraphs(text: str) -> list[str]:
+    with needs("text"):
+        import mwparserfromhell
+
     paragraphs = []
     for line in re.sub(r"(?<=[^\n])\n(?=[^\n*#:;|!])", " ", text).splitlines():  # a paragraph ends at a blank line
         listed = line.startswith(tuple("*#:;|!"))

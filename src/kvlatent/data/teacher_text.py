@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from importlib import resources
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int64
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +17,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvlatent.data.blocks import TokenBlocks, fingerprint, separator_id, whole_blocks
 from kvlatent.errors import UserError
-from kvlatent.files import replaced
 
 TEMPERATURE = 0.8
 """At 1 a small model's text falls apart after a few sentences, and students calibrated on it are worse."""
@@ -49,7 +44,6 @@ def sample_from_teacher(
     seed: int,
     temperature: float = TEMPERATURE,
     batch_size: int = 128,
-    cache: Path | None = None,
 ) -> TokenBlocks:
     """Let the teacher write the text, one row per block: the document separator, an opening of ours, then its own.
 
@@ -66,7 +60,6 @@ def sample_from_teacher(
         seed: Equal seeds (with equal batch sizes) give equal text.
         temperature: 1 samples the teacher's own distribution; lower is more coherent and less diverse.
         batch_size: Rows sampled at a time.
-        cache: A safetensors file to reuse if it was made with the same settings, and to write otherwise.
 
     Raises:
         UserError: Fewer tokens than one block, or a temperature that is not positive.
@@ -75,21 +68,7 @@ def sample_from_teacher(
     if temperature <= 0:
         raise UserError(f"temperature must be positive; got {temperature}")
     starts = _starts(tokenizer, blocks, block_size, seed)
-    settings = {
-        "model": str(teacher.config._name_or_path),
-        "weights": weights_mark(teacher),  # a name alone may be reused for another model
-        "block_size": str(block_size),
-        "seed": str(seed),
-        "temperature": str(temperature),
-        "batch_size": str(batch_size),
-        "starts": hashlib.sha256(json.dumps(starts).encode()).hexdigest()[:16],
-    }
-    ids = _load_ids(cache, settings) if cache is not None else None
-    if ids is None:
-        ids = _sample(teacher, starts, block_size, seed, temperature, batch_size)
-        if cache is not None:
-            with replaced(cache) as partial:
-                save_file({"ids": ids}, partial, metadata=settings)
+    ids = _sample(teacher, starts, block_size, seed, temperature, batch_size)
     rows = tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return TokenBlocks(ids, sum(len(row.encode()) for row in rows), ("teacher",), frozenset(map(fingerprint, rows)))
 
@@ -146,12 +125,3 @@ def _sample(
             teacher.generation_config = config
             teacher.train(training)
     return torch.stack(rows)
-
-
-def _load_ids(path: Path, settings: dict[str, str]) -> Tensor | None:
-    """The cached ids, or None if there are none made with these settings."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.get_tensor("ids") if file.metadata() == settings else None
-    except (OSError, SafetensorError):
-        return None

@@ -1,9 +1,10 @@
 """What a model costs: cache bytes from the live tensors, TTFT, TPOT, throughput, peak memory and roofline, in turns."""
 
+import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from kvlatent.errors import UserError
+from kvlatent.errors import UserError, needs
+from kvlatent.evaluation.config import BenchConfig
+from kvlatent.files import new_folder
 from kvlatent.model.buffers import room
 from kvlatent.model.cache import LatentCache, allocated_bytes, cache_bytes
-from kvlatent.model.checkpoints import peak_memory
+from kvlatent.model.checkpoints import load_model, peak_memory
 from kvlatent.model.compatibility import CACHE
-from kvlatent.model.graft import cached_dims, cached_heads, dims_by_layer, spec_of
+from kvlatent.model.graft import cached_dims, cached_heads, dims_by_layer, graft, spec_of
+from kvlatent.model.loading import load_config
 from kvlatent.model.spec import bytes_per_token
 
 
@@ -37,6 +41,54 @@ class Measurement:
     cache_bytes_allocated: int
     bandwidth: float
     """Bytes per second that a copy moved just before, reads and writes counted."""
+
+
+def bench(config: BenchConfig, *, device: str = "auto", dtype: str = "auto", seed: int = 0) -> dict[str, Any]:
+    """Measure cache bytes, TTFT, TPOT, throughput and roofline of a model, over a grid, in turns with another's.
+
+    Returns:
+        The first cell's row, the other model's under `against`, all cells under `rows`, and under `n_max` the longest
+        contexts that fit in `memory` GiB.
+
+    Raises:
+        UserError: A size is out of range, a model can't be used, or `own` asks for a model that can't be grafted.
+    """
+    if config.out is not None:
+        with needs("report"):
+            from kvlatent.evaluation.report.page import bench_page
+    against = config.against
+    names = [config.model, *([] if against is None else [against])]
+    for name in names:
+        load_config(name)
+    rows: list[dict[str, Any]] = []
+    n_max: list[dict[str, Any]] = []
+    with new_folder(config.out) if config.out is not None else nullcontext() as folder:
+        for kind in config.dtypes or (dtype,):
+            models = {name: load_model(name, device=device, dtype=kind)[0] for name in names}
+            if config.own and against is not None:
+                models[f"{against} (our path)"] = graft(models[against], share=True)
+            for batch in config.batch:
+                for context in config.context:
+                    sizes = {"context": context, "batch": batch, "new_tokens": config.new_tokens}
+                    rows += benchmark(models, **sizes, repeats=config.repeats, synthetic=config.synthetic, seed=seed)
+                if config.memory is not None:
+                    n_max += [
+                        {
+                            "model": name,
+                            "batch": batch,
+                            **n_max_of(loaded, memory=int(config.memory * 2**30), batch=batch),
+                        }
+                        for name, loaded in models.items()
+                    ]
+            del models
+        result = rows[0] | ({} if against is None else {"against": rows[1]}) | {"rows": rows}
+        if n_max:
+            result |= {"memory_gib": config.memory, "n_max": n_max}
+        if folder is not None:
+            (folder / "bench.json").write_text(json.dumps(result, indent=2))
+            (folder / "bench.html").write_text(bench_page(result), encoding="utf-8", errors="backslashreplace")
+            result |= {"out": str(config.out)}
+    return result
 
 
 def predicted_cache_bytes(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kvlatent.errors import UserError
-from kvlatent.evaluation.perplexity import _evaluation_mode, _token_nll
+from kvlatent.evaluation.perplexity import _token_nll, evaluation_mode
 
 NEAR, SINKS = 128, 4
 """What a teacher sees that forgets the rest: so many newest tokens, and the first ones."""
@@ -64,7 +64,7 @@ def token_losses(
         sliding = getattr(model.config, "sliding_window", None)
         kwargs["attention_mask"] = near_only_mask(ids.shape[1], near, SINKS, sliding).to(model.device)
     losses = []
-    with _evaluation_mode(model), tqdm(total=ids.numel(), desc="far", unit="tokens", unit_scale=True) as bar:
+    with evaluation_mode(model), tqdm(total=ids.numel(), desc="far", unit="tokens", unit_scale=True) as bar:
         for batch in ids.split(batch_size):
             losses.append(_token_nll(model, batch.to(model.device), **kwargs).double().cpu())
             bar.update(batch.numel())

@@ -12,14 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvlatent.healing.config import HealConfig
-from kvlatent.healing.ffn import keep_all, keep_little
+from kvlatent.healing.ffn import FFN, keep_all, keep_little
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Trained in full as `attention`."""
 MAPS = ("q_map", "k_map", "o_map")
 """Trained in full as `maps`."""
-FFN = ("gate_proj", "up_proj", "down_proj")
-"""Trained through LoRA."""
 
 
 def with_adapters(student: PreTrainedModel, config: HealConfig) -> nn.Module:

@@ -1,11 +1,17 @@
-"""The settings of healing."""
+"""What a healing is asked to do: its hyperparameters, and the text it reads."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from kvlatent.model.spec import Origin
+from tyro.conf import arg
+
+from kvlatent.errors import UserError
+from kvlatent.fields import Number, OptionalFolder, OtherModel, Sources, given, partial
+from kvlatent.model.spec import Preset
 
 Loss = Literal["kl", "ntp", "mix"]
 Part = Literal["attention", "maps", "norms"]
@@ -15,70 +21,160 @@ Part = Literal["attention", "maps", "norms"]
 class HealConfig:
     """How a student is trained; the defaults are ours, `for_preset("paper")` gives the paper's."""
 
+    like: Preset = "best"
+    """The preset whose settings are the defaults of all others here."""
     stage1_tokens: int = 0
-    """Tokens of in-layer distillation."""
+    """Tokens of in-layer distillation; 0 leaves it out."""
     stage2_tokens: int = 0
-    """Tokens of end-to-end training."""
+    """Tokens of end-to-end training; 0 leaves it out."""
     loss: Loss = "kl"
-    """Stage 2: forward KL to the teacher, next-token cross-entropy, or both."""
+    """Loss of stage 2: forward KL to the teacher, next-token cross-entropy, or a mix of both."""
     kl_weight: float = 0.5
-    """Share of the KL in `mix`; the rest is next-token cross-entropy."""
+    """Share of the KL in mix; the rest is next-token cross-entropy."""
     stage1_loss: Literal["relative", "mse"] = "relative"
-    """Stage 1: error relative to each position's norm, or the paper's plain squared error."""
+    """Loss of stage 1: the error relative to each position's norm, or the paper's plain squared error."""
     stream_layers: bool = False
-    """Stage 1 one layer after the other: the others stay off the device, hidden states wait on disk."""
+    """Run stage 1 one layer after the other, with the others off the device and hidden states on disk: the same
+    weights in less memory."""
     temperature: float = 1.0
     """Divides student's and teacher's logits in the KL."""
     temperature_squared: bool = False
-    """Whether the KL is multiplied by the temperature's square, which keeps its gradients' size."""
+    """Multiply the KL by the temperature's square, so that its gradients keep their size."""
     learning_rate: float = 1e-4
-    """Peak; cosine to zero over each stage."""
+    """Peak learning rate of stage 2; it falls as a cosine to zero."""
     stage1_learning_rate: float = 5e-4
-    """The same for stage 1."""
+    """Peak learning rate of stage 1, likewise."""
     warmup: float = 0.05
     """Share of a stage's steps over which the learning rate rises."""
     weight_decay: float = 0.01
-    """AdamW's; of matrices, not of norms and biases."""
+    """Weight decay of AdamW, for matrices and not for norms and biases."""
     eps: float = 1e-8
-    """AdamW's."""
+    """Epsilon of AdamW."""
     clip: float | None = 1.0
     """Largest gradient norm; in stage 1 each layer's, over the square root of their number."""
     train: tuple[Part, ...] = ("attention", "maps")
-    """What trains in full: W_Q, W_K, W_V and W_O, the maps of heads, RMSNorms."""
+    """What trains in full: W_Q, W_K, W_V and W_O (attention), the maps of heads (maps), RMSNorms (norms)."""
     lora_rank: int = 32
     """Rank of the FFN's LoRA; 0 leaves the FFN frozen."""
     lora_alpha: int = 256
-    """Scale of the LoRA update, over its rank."""
+    """Scale of the LoRA update, over its rank; a rank that is given alone keeps the preset's ratio."""
     adapters: Literal["merge", "keep", "save"] = "merge"
-    """LoRA in the end: into the weights; apart, in its own folder, and the FFN as it was; or both."""
+    """What becomes of LoRA: merged into the weights; kept apart in OUT/adapters, with the FFN as it was; or both
+    (save)."""
     batch_size: int = 2
-    """Token blocks per forward and process."""
+    """Token blocks per forward pass and process."""
     accumulate: int = 1
-    """Forwards per step, whose gradients are averaged."""
+    """Forward passes per step, whose gradients are averaged."""
     checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass: less memory, more time."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Of matrix products; weights and their updates are float32. `auto`: accelerate's choice, or bf16 in hardware."""
+    """Precision of matrix products; weights and their updates stay float32. auto follows accelerate launch, or takes
+    bf16 where the hardware has it."""
     save_minutes: float = 5.0
-    """A killed run loses at most this much."""
-    eval_tokens: int = 0
-    """Held-out perplexity is measured every so many tokens of a stage and at its end; 0 is never."""
+    """Minutes between saved states; a killed run loses at most this much."""
+    eval_tokens: int = 100_000
+    """Training tokens between measurements of held-out perplexity, which is measured at the end of a stage too."""
     context: int | None = None
-    """Positions that the blocks are spread over, if more than a block's."""
+    """Positions that blocks are spread over, if more than a block's; a command takes all that the model has."""
     seed: int = 0
-    """Of LoRA's start and of nothing else: the blocks come in a fixed order."""
+    """Random seed of LoRA's start and of nothing else: the blocks come in a fixed order."""
+
+    def __post_init__(self) -> None:
+        for name in ("stage1_tokens", "stage2_tokens", "lora_rank", "eval_tokens"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must not be negative; got {getattr(self, name)}")
+        for name in ("batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise UserError(f"temperature must be above 0; got {self.temperature}")
+        if (unknown := set(self.train) - set(get_args(Part))) or not self.train:
+            raise UserError(f"train takes {', '.join(get_args(Part))}; got {', '.join(unknown) or 'nothing'}")
+        if not 0 < self.kl_weight < 1:
+            raise UserError(f"kl_weight is the KL's share in mix, between 0 and 1; got {self.kl_weight}")
 
     @classmethod
-    def for_preset(cls, preset: Origin, *, loss: Loss = "kl", **changes: Any) -> HealConfig:
+    def for_preset(cls, preset: Preset, *, loss: Loss | None = None, **changes: Any) -> HealConfig:
         """Defaults that go with a conversion preset, with `changes` applied (None means no change)."""
-        config = cls(loss=loss)
+        config = cls(like=preset, loss=loss or "kl")
         if preset == "paper":
-            rate = 2e-7 if loss == "kl" else 2e-5
-            config = replace(
-                config, stage1_loss="mse", temperature=10.0, learning_rate=rate, stage1_learning_rate=2e-5, warmup=0.0,
-                eps=2e-4, clip=None, train=("attention", "maps", "norms"), lora_rank=256, lora_alpha=512, batch_size=8,
-            )  # fmt: skip
+            config = replace(config, **PAPER, learning_rate=2e-7 if config.loss == "kl" else 2e-5)
         changes = {name: value for name, value in changes.items() if value is not None}
         if "lora_rank" in changes and "lora_alpha" not in changes:
             changes["lora_alpha"] = config.lora_alpha * changes["lora_rank"] // config.lora_rank
         return replace(config, **changes)
+
+    def blocks(self, block_size: int, processes: int) -> int:
+        """Blocks that both stages take, each stage rounded up to whole steps."""
+        step = self.batch_size * self.accumulate * processes
+        return sum(math.ceil(n / (step * block_size)) * step for n in (self.stage1_tokens, self.stage2_tokens))
+
+
+PAPER: dict[str, Any] = {
+    "stage1_loss": "mse",
+    "temperature": 10.0,
+    "stage1_learning_rate": 2e-5,
+    "warmup": 0.0,
+    "eps": 2e-4,
+    "clip": None,
+    "train": ("attention", "maps", "norms"),
+    "lora_rank": 256,
+    "lora_alpha": 512,
+    "batch_size": 8,
+}
+"""What the paper trains with; its learning rate of stage 2 depends on the loss."""
+
+if TYPE_CHECKING:
+    HealChanges = HealConfig
+else:
+    HealChanges = partial(
+        HealConfig,
+        defaults={
+            **dict.fromkeys((*PAPER, "learning_rate"), "the preset's"),
+            "like": "the student's",
+            "context": "the model's positions",
+        },
+        without=("seed",),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealInputs:
+    """What a healing reads besides the student."""
+
+    text: Sources
+    """Training text, as for calibrate; of chats, only the answers count."""
+    block_size: Number = 512
+    """Tokens per block."""
+    separate_documents: bool = False
+    """Keep documents in a block from seeing each other; slower on the CPU."""
+    held_out: Sources = ()
+    """Text to measure perplexity on while training."""
+    held_out_tokens: Number = 8192
+    """Tokens of held-out text."""
+    teacher: OtherModel = None
+    """The model that the student was converted from; the one in its record by default."""
+    teacher_cache: OptionalFolder = None
+    """Folder for the teacher's likeliest tokens, which stage 2 then uses instead of the teacher."""
+    top_k: Number = 64
+    """Likeliest tokens kept per position; all others count as one."""
+    track: Annotated[tuple[str, ...], arg(metavar="NAME…", help_behavior_hint="")] = ()
+    """Trackers of accelerate that are told of every step, such as tensorboard."""
+
+
+def settings_for(preset: Preset, changes: HealChanges, *, context: int, seed: int) -> HealConfig:
+    """The settings of a healing that somebody asked for: the preset's, with the changes that were given.
+
+    Raises:
+        UserError: A number that can't be, or no tokens at all.
+    """
+    asked = given(changes)
+    settings = HealConfig.for_preset(asked.pop("like", preset), **asked | {"context": context, "seed": seed})
+    if settings.stage1_tokens + settings.stage2_tokens == 0:
+        raise UserError("healing needs tokens for stage 1, stage 2 or both; got 0 and 0")
+    return settings
+
+
+def work_folder(out: Path) -> Path:
+    """Where the healing that will become `out` keeps its metrics and its resumable state."""
+    return out.with_name(f".{out.name}.healing")

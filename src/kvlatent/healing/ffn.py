@@ -15,12 +15,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-NAMES = ("gate_proj", "up_proj", "down_proj")
+FFN = ("gate_proj", "up_proj", "down_proj")
+"""Linears of an FFN, which are trained through LoRA."""
 
 
 def keep_little(mlp: nn.Module) -> None:
     """Let the FFN of a layer keep little, if it is of a form that this module knows: SiLU, LoRA on all, no biases."""
-    parts = [getattr(mlp, name, None) for name in NAMES]
+    parts = [getattr(mlp, name, None) for name in FFN]
     if isinstance(mlp.act_fn, nn.SiLU | SiLUActivation) and all(
         isinstance(x, LoraLayer) and x.base_layer.bias is None for x in parts
     ):
@@ -34,7 +35,7 @@ def keep_all(mlp: nn.Module) -> None:
 
 def _forward(mlp: nn.Module, x: Tensor) -> Tensor:
     weights: list[Tensor] = []
-    for layer in (getattr(mlp, name) for name in NAMES):
+    for layer in (getattr(mlp, name) for name in FFN):
         weights += (layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

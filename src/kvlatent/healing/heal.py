@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,10 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
+from accelerate.utils import DistributedType, set_seed
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -28,18 +24,16 @@ from transformers import PreTrainedModel
 
 from kvlatent.data.positions import block_starts
 from kvlatent.errors import UserError
-from kvlatent.files import replaced
+from kvlatent.healing.accelerator import accelerator_for
 from kvlatent.healing.adapters import finished, with_adapters
 from kvlatent.healing.config import HealConfig
 from kvlatent.healing.stages import Batch, Stage, Text
 from kvlatent.healing.state import Progress, forget_after, load_state, prepare_folder, read_progress, save_state, whole
-from kvlatent.healing.streaming import LayerStream
+from kvlatent.healing.streaming import LayerStream, layers_to_steps
 from kvlatent.healing.teacher_cache import TeacherCache
 from kvlatent.kernels.allocator import freed_memory_kept
-from kvlatent.model.checkpoints import multiplies_bfloat16, peak_memory, processes
+from kvlatent.model.checkpoints import peak_memory
 from kvlatent.signals import interruptible
-
-__all__ = ["HealConfig", "heal"]
 
 
 def heal(
@@ -113,7 +107,7 @@ class _Healing:
         self.teacher, self.text, self.config = teacher, text, config
         self.cache, self.held_out, self.interrupted = cache, held_out, interrupted
         self.work, self.metrics = work, work / "metrics.jsonl"
-        self.accelerator = _accelerator(config, device, track, work)
+        self.accelerator = accelerator_for(config, device, track, work)
         block_size = text.ids.shape[1]
         self.per_step = config.batch_size * config.accumulate * self.accelerator.num_processes
         self.step_tokens = self.per_step * block_size
@@ -224,7 +218,7 @@ class _Healing:
                 rate=partial(self._rate, 1), clip=self._layer_clip(), report=report,
             ).run(progress)  # fmt: skip
         if self.first:
-            _layers_to_steps(self.metrics)
+            layers_to_steps(self.metrics)
 
     def _report(
         self,
@@ -382,60 +376,7 @@ def cosine(step: int, total: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def _accelerator(config: HealConfig, device: torch.device, track: Sequence[str], work: Path) -> Accelerator:
-    """The processes and devices, as the launcher's environment says.
-
-    Raises:
-        UserError: DeepSpeed was asked for, or fp16 on a CPU, or a tracker that isn't there.
-    """
-    available = [tracker.value for tracker in get_available_trackers()]
-    if missing := [name for name in track if name not in available]:
-        raise UserError(f"tracker {missing[0]} is not installed; there are: {', '.join(available) or 'none'}")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise UserError(
-            "healing can't save DeepSpeed's state; FSDP2 shards the same: accelerate launch --use_fsdp --fsdp_version 2"
-        )
-    precision: str = config.mixed_precision
-    if precision == "auto":
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        precision = launched if launched != "no" else "bf16" if multiplies_bfloat16(device) else "no"
-    if precision == "fp16" and device.type == "cpu":
-        raise UserError("mixed precision fp16 needs an accelerator; use bf16 or no on the CPU")
-    processes(device)
-    AcceleratorState._reset_state()  # of another training in this process, say a Trainer's in other precision
-    accelerator = Accelerator(
-        mixed_precision=precision, cpu=device.type == "cpu", gradient_accumulation_steps=config.accumulate,
-        log_with=list(track) or None, project_dir=work,
-    )  # fmt: skip
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and accelerator.num_processes > 1:
-        if os.environ.get("FSDP_VERSION", "1") != "2":
-            raise UserError("healing needs FSDP2: accelerate launch --use_fsdp --fsdp_version 2")
-        if accelerator.distributed_type == DistributedType.MULTI_CPU:  # accelerate leaves CPUs out; torch doesn't
-            accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-            accelerator.state.distributed_type = DistributedType.FSDP
-    return accelerator
-
-
 def _without_weights(module: nn.Module) -> nn.Module:
     """A copy of a module whose parameters are on the meta device."""
     blank = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in module.parameters()}
     return copy.deepcopy(module, blank)
-
-
-def _layers_to_steps(metrics: Path) -> None:
-    """Rewrite a streamed stage 1's lines, one per layer and step, as one line per step with all layers' losses."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    steps: dict[int, list[dict[str, Any]]] = {}
-    for line in lines:
-        if "layer" in line:
-            steps.setdefault(line["step"], []).append(line)
-    joined = []
-    for of_step in steps.values():
-        losses = [line["loss"] for line in of_step]
-        line = {key: value for key, value in of_step[0].items() if key != "layer"}
-        line |= {"loss": sum(losses) / len(losses), "layer_loss": losses}
-        line["tokens_per_s"] = 1 / sum(1 / line["tokens_per_s"] for line in of_step)
-        joined.append(line)
-    kept = [*joined, *(line for line in lines if "layer" not in line)]
-    with replaced(metrics) as partial_file:
-        partial_file.write_text("".join(json.dumps(line) + "\n" for line in kept))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -173,3 +174,22 @@ def _moved(kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
         return tuple(map(move, value)) if isinstance(value, tuple) else value
 
     return {name: move(value) for name, value in kwargs.items()}
+
+
+def layers_to_steps(metrics: Path) -> None:
+    """Rewrite a streamed stage 1's lines, one per layer and step, as one line per step with all layers' losses."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps: dict[int, list[dict[str, Any]]] = {}
+    for line in lines:
+        if "layer" in line:
+            steps.setdefault(line["step"], []).append(line)
+    joined = []
+    for of_step in steps.values():
+        losses = [line["loss"] for line in of_step]
+        line = {key: value for key, value in of_step[0].items() if key != "layer"}
+        line |= {"loss": sum(losses) / len(losses), "layer_loss": losses}
+        line["tokens_per_s"] = 1 / sum(1 / line["tokens_per_s"] for line in of_step)
+        joined.append(line)
+    kept = [*joined, *(line for line in lines if "layer" not in line)]
+    with replaced(metrics) as partial_file:
+        partial_file.write_text("".join(json.dumps(line) + "\n" for line in kept))

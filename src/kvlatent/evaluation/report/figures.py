@@ -1,4 +1,4 @@
-"""Figures: matplotlib draws in stand-in colours, which become the page's CSS variables and so follow its scheme."""
+"""Figures of a report, drawn by matplotlib as inline SVG in a light and in a dark colour scheme."""
 
 import io
 import math
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import matplotlib
+from cycler import cycler
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
@@ -20,41 +21,66 @@ from kvlatent.model.card import per_layer
 _T = TypeVar("_T")
 
 
-_INK, _MUTED, _GRID, _TEACHER, _STUDENT, _OTHER = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
-VARIABLES = dict(
-    zip(
-        (_INK, _MUTED, _GRID, _TEACHER, _STUDENT, _OTHER),
-        ("ink", "muted", "line", "teacher", "student", "other"),
-        strict=True,
-    )
-)
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "kvlatent",
-    "font.size": 9,
-    "text.color": _INK,
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _INK,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.6,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "lines.linewidth": 1.5,
-    "text.parse_math": False,
+PALETTES = {
+    "light": {
+        "paper": "#ffffff",
+        "ink": "#1d2430",
+        "muted": "#5d6877",
+        "line": "#dfe3e8",
+        "wash": "#f5f6f8",
+        "teacher": "#8d98a7",
+        "student": "#23639f",
+        "other": "#b86a1f",
+        "caution": "#a1340f",
+    },
+    "dark": {
+        "paper": "#14181f",
+        "ink": "#e4e8ee",
+        "muted": "#9aa5b4",
+        "line": "#2f3743",
+        "wash": "#1c222b",
+        "teacher": "#7f8b9b",
+        "student": "#62a4e2",
+        "other": "#dd9a52",
+        "caution": "#f09468",
+    },
 }
+"""Colours of page and figures by the reader's colour scheme; a figure is drawn once in each."""
+TEACHER, STUDENT, OTHER, INK, MUTED = (f"C{number}" for number in range(5))
+"""Colours of a figure, as matplotlib names those of the current style's cycle."""
+
+
+def _style(scheme: str) -> Any:
+    colours = PALETTES[scheme]
+    cycle = [colours[name] for name in ("teacher", "student", "other", "ink", "muted")]
+    return {
+        "svg.fonttype": "none",
+        "svg.hashsalt": scheme,  # so that both drawings of a figure can be on one page
+        "font.size": 9,
+        "text.color": colours["ink"],
+        "axes.edgecolor": colours["muted"],
+        "axes.labelcolor": colours["ink"],
+        "axes.linewidth": 0.6,
+        "axes.prop_cycle": cycler(color=cycle),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": colours["line"],
+        "grid.linewidth": 0.6,
+        "xtick.color": colours["muted"],
+        "ytick.color": colours["muted"],
+        "xtick.labelcolor": colours["ink"],
+        "ytick.labelcolor": colours["ink"],
+        "legend.frameon": False,
+        "legend.fontsize": 8.5,
+        "lines.linewidth": 1.5,
+        "text.parse_math": False,
+    }
 
 
 class Picture(NamedTuple):
-    """A figure as inline SVG, with its texts."""
+    """A figure as inline SVG, one for each of `PALETTES`, with its texts."""
 
     title: str
     caption: str
@@ -62,7 +88,12 @@ class Picture(NamedTuple):
 
 
 def _picture(title: str, caption: str, draw: Callable[[Axes], None]) -> Picture:
-    with matplotlib.rc_context(_STYLE):
+    return Picture(title, caption, Markup("\n").join(_drawn(title, draw, scheme) for scheme in PALETTES))
+
+
+def _drawn(title: str, draw: Callable[[Axes], None], scheme: str) -> Markup:
+    """The figure in one colour scheme, which its class names."""
+    with matplotlib.rc_context(_style(scheme)):
         figure = Figure(figsize=(4.8, 3.1), layout="constrained")
         draw(figure.add_subplot())
         buffer = io.StringIO()
@@ -73,17 +104,14 @@ def _picture(title: str, caption: str, draw: Callable[[Axes], None]) -> Picture:
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # figure_1, axes_1, … would repeat within the page
     view = re.search(r'viewBox="[^"]*"', svg)
     assert view is not None
-    svg = (
-        f'<svg {view[0]} role="img" aria-label="{escape(title)}" xmlns:xlink="http://www.w3.org/1999/xlink">'
-        + svg[svg.index(">") + 1 :]
+    return Markup(  # matplotlib has escaped the texts it drew
+        f'<svg class="{scheme}" {view[0]} role="img" aria-label="{escape(title)}" '
+        f'xmlns:xlink="http://www.w3.org/1999/xlink">{svg[svg.index(">") + 1 :]}'
     )
-    for stand_in, variable in VARIABLES.items():
-        svg = svg.replace(stand_in, f"var(--{variable})")
-    return Picture(title, caption, Markup(svg))  # matplotlib has escaped the texts it drew
 
 
 def _colour(model: str) -> str:
-    return _TEACHER if model == "teacher" else _OTHER if model.startswith("paper") else _STUDENT
+    return TEACHER if model == "teacher" else OTHER if model.startswith("paper") else STUDENT
 
 
 def _short(text: str, width: int = 26) -> str:
@@ -129,7 +157,7 @@ def perplexity_bars(results: Results) -> Iterator[Picture]:
             _plain_axis(ax.xaxis)
         else:
             ax.set_xlim(0, max(bars.values()) * 1.25)
-        ax.axvline(1, color=_MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+        ax.axvline(1, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
         ax.set_xlabel(f"Perplexity, × the teacher's{' (log scale)' if log else ''}")
 
     yield _picture("Perplexity of every model", "Lower is better; the dashed line is the teacher.", draw)
@@ -143,7 +171,7 @@ def loss_curve(steps: Sequence[Step], stage: int, what: str) -> Iterator[Picture
 
     def draw(ax: Axes) -> None:
         x, y = zip(*_thin(points, 1000), strict=True)
-        ax.plot(x, y, color=_STUDENT, marker="o" if len(x) < 40 else None, markersize=2.5)
+        ax.plot(x, y, color=STUDENT, marker="o" if len(x) < 40 else None, markersize=2.5)
         if _wide(y, 8):
             ax.set_yscale("log")
             _plain_axis(ax.yaxis)
@@ -209,7 +237,7 @@ def held_out_curve(steps: Sequence[Step]) -> Iterator[Picture]:
         return
 
     def draw(ax: Axes) -> None:
-        for stage, colour in ((1, _OTHER), (2, _STUDENT)):
+        for stage, colour in ((1, OTHER), (2, STUDENT)):
             if points[stage]:
                 x, y = zip(*points[stage], strict=True)
                 ax.plot(x, y, color=colour, marker="o", markersize=3, label=f"stage {stage}")
@@ -265,7 +293,7 @@ def latency_bars(results: Results, field: str, title: str) -> Iterator[Picture]:
                 x = workloads.index(row.workload) + side
                 ax.bar(x, value, width=0.36, color=_colour(model))
                 if low_high:
-                    ax.vlines(x, low_high[0], low_high[1], color=_INK, linewidth=0.9)
+                    ax.vlines(x, low_high[0], low_high[1], color=INK, linewidth=0.9)
                 ax.annotate(
                     milliseconds(value),
                     (x, max(value, low_high[1] if low_high else 0)),
@@ -303,11 +331,11 @@ def dims_figure(spec: Mapping[str, Any]) -> Iterator[Picture]:
         return  # one sentence says it better
 
     def draw(ax: Axes) -> None:
-        for (key, values), colour in zip(dims.items(), (_STUDENT, _OTHER), strict=False):
+        for (key, values), colour in zip(dims.items(), (STUDENT, OTHER), strict=False):
             ax.step(range(len(values)), values, where="mid", color=colour, label=key)
         head_dim = spec.get("head_dim")
         if isinstance(head_dim, int):
-            ax.axhline(head_dim, color=_TEACHER, linestyle=(0, (4, 3)), label="head_dim (teacher)")
+            ax.axhline(head_dim, color=TEACHER, linestyle=(0, (4, 3)), label="head_dim (teacher)")
         ax.set_ylim(0, ax.get_ylim()[1] * 1.05)
         ax.set_xlabel("Layer")
         ax.set_ylabel("Dims per head")
@@ -317,34 +345,11 @@ def dims_figure(spec: Mapping[str, Any]) -> Iterator[Picture]:
     yield _picture("Dims kept in every layer", "Fewer dims, smaller cache.", draw)
 
 
-def error_figures(layers: Sequence[Mapping[str, Any]]) -> Iterator[Picture]:
-    """Whatever the results call an error of each layer, a figure each."""
-    keys = sorted({key for row in layers for key, value in row.items() if key.endswith("error") and _is_number(value)})
-    for key in keys:
-        points = [(row.get("layer", at), row[key]) for at, row in enumerate(layers) if _is_number(row.get(key))]
-
-        def draw(ax: Axes, points: list[tuple[int, float]] = points, key: str = key) -> None:
-            ax.bar([layer for layer, _ in points], [error for _, error in points], color=_STUDENT, width=0.72)
-            ax.grid(visible=False, axis="x")
-            ax.set_xlabel("Layer")
-            ax.set_ylabel(key.replace("_", " ").capitalize())
-            ax.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-
-        words = key.replace("_", " ").capitalize()
-        yield _picture(f"{words} of every layer", "Lower is better.", draw)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def tpot_lines(rows: Sequence[Mapping[str, Any]], title: str) -> Picture:
     """TPOT against context: measured points with their range, and the time the bytes take at copy bandwidth, dashed."""
 
     def draw(ax: Axes) -> None:
-        for model, colour in zip(
-            dict.fromkeys(row["model"] for row in rows), (_STUDENT, _TEACHER, _OTHER), strict=False
-        ):
+        for model, colour in zip(dict.fromkeys(row["model"] for row in rows), (STUDENT, TEACHER, OTHER), strict=False):
             own = sorted((row for row in rows if row["model"] == model), key=lambda row: row["context"])
             contexts = [row["context"] for row in own]
             ax.plot(contexts, [row["tpot_ms"] for row in own], "o-", color=colour, markersize=3, label=_short(model))

@@ -29,7 +29,7 @@ from kvlatent.files import replaced
 from kvlatent.model.card import dims_text, flatten
 
 
-def write_report(runs: Sequence[Path], out: Path) -> Path:
+def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     """Write one self-contained HTML page about one or several runs.
 
     The page holds its styles and figures inline, loads nothing, runs no script, and is the same bytes for the same
@@ -37,10 +37,10 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
     Args:
         runs: Run folders, each with `results.json`; `metrics.jsonl` and `record.json` are used where they exist.
-        out: Where the page goes; an existing file is replaced.
+        out: Where the page goes; an existing file is replaced. None is `report.html` in the first of `runs`.
 
     Returns:
-        `out`.
+        Where the page is.
 
     Raises:
         UserError: `runs` is empty, a folder has no readable `results.json`, or `out` can't be written.
@@ -54,7 +54,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         runs=contexts,
         metrics=metrics,
     )
-    out = Path(out)
+    out = Path(runs[0], "report.html") if out is None else Path(out)
     try:
         with replaced(out) as partial:
             partial.write_bytes(page.encode("utf-8", errors="replace"))  # generations may hold lone surrogates
@@ -92,7 +92,7 @@ def _run_context(run: Run) -> dict[str, Any]:
             *figures.latency_bars(results, "ttft_ms", "TTFT"),
             *figures.latency_bars(results, "tpot_ms", "TPOT"),
         ],
-        "layers": [*figures.dims_figure(results.spec), *figures.error_figures(results.layers)],
+        "layers": [*figures.dims_figure(results.spec)],
         "generations": results.generations,
         "record": list(flatten(results.record)),
         "recipe": json.dumps(results.recipe, indent=2, ensure_ascii=False) if results.recipe else "",
@@ -110,8 +110,7 @@ def bench_page(bench: Mapping[str, Any]) -> str:
         rows = [row for row in bench["rows"] if (row["batch"], row["dtype"]) == (batch, dtype)]
         if len({row["context"] for row in rows}) > 1:
             pictures.append(figures.tpot_lines(rows, f"TPOT, batch {batch}, {dtype}"))
-    variables = {name: stand_in for stand_in, name in figures.VARIABLES.items()}
-    return _template("bench").render(table=bench_table(bench), pictures=pictures, variables=variables)
+    return _template("bench").render(table=bench_table(bench), pictures=pictures)
 
 
 def _template(name: str) -> jinja2.Template:
@@ -122,5 +121,6 @@ def _template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["palettes"] = figures.PALETTES
     environment.filters.update(fixed=fixed, count=count, mib=mib, ms=milliseconds)
     return environment.get_template(f"{name}.html.j2")

@@ -88,7 +88,6 @@ class Results(_Section):
     bench: _Bench = _Bench()
     generations: list[_Generation] = []
     spec: dict[str, Any] = {}
-    layers: list[dict[str, Any]] = []
 
     @property
     def student(self) -> str | None:

@@ -1,6 +1,6 @@
 """The same for a terminal and for a model card."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvlatent.evaluation.report.results import Score, parse_results
@@ -33,7 +33,7 @@ def summary_table(results: Mapping[str, Any]) -> str:
     blocks = [headline] if (headline := headline_of(parsed)) else []
     if metrics := summary_of(parsed):
         blocks.append(
-            _aligned(
+            aligned(
                 ["", "teacher", "student", "ratio", ""],
                 [[m.label, m.teacher.text, m.student.text, m.ratio.text, m.better] for m in metrics],
             )
@@ -44,7 +44,7 @@ def summary_table(results: Mapping[str, Any]) -> str:
             [name, str(perplexity_cell(score)), str(score_ratio(score, teacher)), fixed(score.bits_per_byte, 3)]
             for name, score in parsed.evaluate.models.items()
         ]
-        blocks.append(_aligned(["", "perplexity", "ratio", "bits per byte"], rows))
+        blocks.append(aligned(["", "perplexity", "ratio", "bits per byte"], rows))
     return "\n\n".join(blocks) or "no measurements yet"
 
 
@@ -66,15 +66,15 @@ def bench_table(bench: Mapping[str, Any]) -> str:
         ]
         for row in bench["rows"]
     ]
-    blocks = [_aligned(header, rows)]
+    blocks = [aligned(header, rows)]
     if "n_max" in bench:
         found = [[x["model"], x["dtype"], str(x["batch"]), f"{x['context']:,}"] for x in bench["n_max"]]
         head = ["model", "dtype", "batch", f"longest context in {bench['memory_gib']:g} GiB"]
-        blocks.append(_aligned(head, found))
+        blocks.append(aligned(head, found))
     return "\n\n".join(blocks)
 
 
-def _aligned(header: list[str], rows: list[list[str]]) -> str:
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns of text: words to the left, numbers to the right."""
     table = [header, *rows]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]

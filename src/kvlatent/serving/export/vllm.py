@@ -18,8 +18,6 @@ Backend = Literal["CPU_ATTN", "EQUAL", "DIFFKV"]
 """vLLM's attention on the CPU; a GPU's backends with keys and values of one size; those with a size for each."""
 CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Sizes that vLLM's CPU kernels are compiled for."""
-CPU_BLOCK_SIZE = 128
-"""Tokens per block of the cache, unless asked otherwise."""
 
 
 def cache_widths(spec: LatentSpec, backend: Backend) -> tuple[tuple[int, int], ...]:
@@ -74,11 +72,6 @@ def cache_bytes_per_token(spec: LatentSpec, backend: Backend, *, kv_heads: int, 
     keys, values = zip(*cache_widths(spec, backend), strict=True)
     whole = bytes_per_token(keys, values, kv_heads // spec.heads_per_latent, element_size)
     return whole, whole - spec.cache_bytes_per_token(kv_heads, element_size)
-
-
-def tokens_per_gib(bytes_per_token: int, *, block_size: int = CPU_BLOCK_SIZE) -> int:
-    """Tokens that 1 GiB of vLLM's cache holds, in whole blocks."""
-    return 2**30 // (bytes_per_token * block_size) * block_size
 
 
 def pad_heads(name: str, weight: Tensor, spec: LatentSpec, widths: Sequence[tuple[int, int]]) -> Tensor:

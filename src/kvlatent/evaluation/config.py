@@ -1,0 +1,95 @@
+"""What an evaluation, a benchmark and a generation are asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from kvlatent.errors import UserError
+from kvlatent.fields import Model, Number, Numbers, OptionalFolder, OptionalNumber, OtherModel, Sources
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How good a model is, and on what that is measured."""
+
+    model: Positional[Model]
+    """The model to measure."""
+    against: OtherModel = None
+    """Another model, such as its teacher, measured on the same text."""
+    text: Sources = ()
+    """Held-out text: files, folders, package:NAME, hf:ID."""
+    tokens: Number = 16384
+    """Tokens of text."""
+    block_size: Number = 512
+    """Tokens per block; above 512, perplexity is reported by position too."""
+    needle: bool = False
+    """Ask for a code hidden in 1,024, 2,048 and 4,096 tokens of filler."""
+    tasks: Annotated[tuple[str, ...], arg(metavar="T…", help_behavior_hint="")] = ()
+    """Tasks of lm-eval (pip install 'kvlatent[eval]'), by name or .yaml file; with --against, tested in pairs."""
+    limit: OptionalNumber = None
+    """Samples of each task, from the first; all of them by default."""
+
+    def __post_init__(self) -> None:
+        if not (self.text or self.needle or self.tasks):
+            raise UserError("nothing to evaluate on: give --text, --needle or --tasks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What a model costs, and at which workloads that is measured."""
+
+    model: Positional[Model]
+    """The model to measure."""
+    against: OtherModel = None
+    """Another model, such as its teacher, measured in turns with it."""
+    context: Numbers = (1024,)
+    """Tokens of the prompt; several numbers make a grid."""
+    batch: Numbers = (1,)
+    """Sequences in a batch; several numbers make a grid."""
+    dtypes: Annotated[tuple[Literal["float32", "bfloat16", "float16"], ...], arg(metavar="T…")] = ()
+    """Dtypes of the grid; --dtype alone by default."""
+    new_tokens: Number = 32
+    """Tokens to decode."""
+    repeats: Number = 5
+    """Measured rounds, after one that isn't counted."""
+    synthetic: bool = False
+    """Fill the cache with random numbers instead of a prefill, which takes long; there is no TTFT then."""
+    own: bool = False
+    """Measure the model of --against on kvlatent's cache and attention too."""
+    memory: Annotated[float | None, arg(metavar="GIB", help_behavior_hint="")] = None
+    """Also find the longest context that fits in so much memory, for every batch and dtype, and allocate it."""
+    out: OptionalFolder = None
+    """A new folder for bench.json and bench.html with plots."""
+
+    def __post_init__(self) -> None:
+        if self.model == self.against:
+            raise UserError(f"--against must be another model; got {self.model} twice")
+        if self.own and self.against is None:
+            raise UserError("--own measures the model of --against on our path; give --against")
+        if not (self.context and self.batch):
+            raise UserError("give at least one --context and one --batch")
+        if self.memory is not None and self.memory <= 0:
+            raise UserError(f"--memory must be positive; got {self.memory}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """A prompt, and how far a model continues it."""
+
+    model: Positional[Model]
+    """The model that writes."""
+    prompt: Annotated[str, arg(metavar="TEXT")]
+    """Text to continue."""
+    max_new_tokens: Number = 64
+    """Most tokens to write."""
+    chat: bool = False
+    """Put the prompt into the model's chat template."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise UserError("the prompt is empty; give at least a word")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1; got {self.max_new_tokens}")

@@ -1,0 +1,116 @@
+"""A needle in a haystack: is a code that was mentioned once in long filler text known at its end?"""
+
+import random
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvlatent.errors import UserError
+from kvlatent.evaluation.perplexity import check_positions, evaluation_mode
+
+DEPTH_BINS = 5
+
+
+@torch.no_grad()
+def needle(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, context: int, trials: int, seed: int
+) -> dict[str, Any]:
+    """Ask for a 5-digit code that was mentioned once at a random depth of filler text.
+
+    One forward pass over prompt and right answer gives both scores: greedy decoding would write the code exactly when
+    every token of it is the most likely one after the right tokens before it. The log-probability is of the whole code,
+    in nats, and informs about models too small to answer: guessing digits gives `5 * ln(1 / 10) = -11.5`.
+
+    Args:
+        model: On any device.
+        tokenizer: The model's.
+        context: Tokens of the prompt and answer together; a few fewer are used, since filler comes in sentences.
+        trials: Prompts to try; depths are spread evenly over `DEPTH_BINS` bins.
+        seed: Chooses codes, depths and filler; the same seed gives two models the same prompts.
+
+    Returns:
+        `context`, `trials`, `exact_match` (a fraction), `code_log_probability` (mean), and `by_depth`: per bin its
+        `depth` as `[from, to]` (0 is the start of the prompt), `trials`, `exact_match`, `code_log_probability`.
+
+    Raises:
+        UserError: `context` is too short for needle and question or too long for the model, or `trials` < 1.
+    """
+    if trials < 1:
+        raise UserError(f"the needle test needs at least 1 trial; got {trials}")
+    check_positions(model, context)
+    rng = random.Random(seed)
+    scores: list[list[tuple[bool, float]]] = [[] for _ in range(DEPTH_BINS)]
+    with evaluation_mode(model):
+        for trial in tqdm(range(trials), desc="needle", unit="prompts"):
+            bin_index = trial % DEPTH_BINS
+            depth = (bin_index + rng.random()) / DEPTH_BINS
+            prompt, answer = _needle_prompt(tokenizer, context=context, depth=depth, rng=rng)
+            scores[bin_index].append(_score_answer(model, prompt, answer))
+    by_depth = [
+        {"depth": [index / DEPTH_BINS, (index + 1) / DEPTH_BINS], "trials": len(of_bin), **_mean_scores(of_bin)}
+        for index, of_bin in enumerate(scores)
+        if of_bin
+    ]
+    everything = [score for of_bin in scores for score in of_bin]
+    return {"context": context, "trials": trials, **_mean_scores(everything), "by_depth": by_depth}
+
+
+def _filler(rng: random.Random) -> str:
+    """Return one plain sentence without digits."""
+    who = rng.choice(["The gardener", "My neighbour", "A young teacher", "The baker", "Our captain", "An old friend"])
+    did = rng.choice(["carried", "painted", "repaired", "borrowed", "counted", "looked after", "forgot about"])
+    what = rng.choice(["the wooden boats", "a blue bicycle", "two lamps", "the kitchen chairs", "some apple trees"])
+    where = rng.choice(["near the harbour", "behind the school", "in the valley", "at the market", "by the river"])
+    when = rng.choice(["before breakfast", "on a rainy day", "late in autumn", "after the concert", "every week"])
+    return f"{who} {did} {what} {where} {when}."
+
+
+def _needle_prompt(
+    tokenizer: PreTrainedTokenizerBase, *, context: int, depth: float, rng: random.Random
+) -> tuple[list[int], list[int]]:
+    """Return the token ids of a prompt and of the answer that should follow it, together at most `context`."""
+    code = f"{rng.randrange(10_000, 100_000)}"
+    sentence = f"Please remember that the secret code is {code}."
+    question = "Now you are asked for the secret code that was mentioned above. The secret code is"
+
+    def encode(filler: list[str]) -> tuple[list[int], list[int]]:
+        before = round(depth * len(filler))
+        prompt = " ".join([*filler[:before], sentence, *filler[before:], question])
+        # Tokenized as one text, then cut where the prompt alone ends, so the answer is spelt as the model knows it.
+        alone, whole = tokenizer(prompt)["input_ids"], tokenizer(f"{prompt} {code}")["input_ids"]
+        cut = next((i for i, (x, y) in enumerate(zip(alone, whole, strict=False)) if x != y), len(alone))
+        return whole[:cut], whole[cut:]
+
+    bare = sum(map(len, encode([])))
+    if bare > context:
+        raise UserError(f"needle and question alone need {bare} tokens; got a context of {context}")
+    filler: list[str] = []
+    room = context - bare
+    while room > 0:
+        filler.append(_filler(rng))
+        room -= len(tokenizer(" " + filler[-1], add_special_tokens=False)["input_ids"])
+    prompt, answer = encode(filler)
+    while len(prompt) + len(answer) > context:  # the last sentence, as a rule
+        filler.pop()
+        prompt, answer = encode(filler)
+    return prompt, answer
+
+
+def _score_answer(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> tuple[bool, float]:
+    """Return whether greedy decoding gives the answer, and the answer's log-probability in nats."""
+    ids = torch.tensor([prompt + answer], device=model.device)
+    # One row more than the answer has tokens: each row predicts the next token, and the last row has none to predict.
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1].float()
+    targets = ids[0, -len(answer) :]
+    log_probability = -F.cross_entropy(logits, targets, reduction="sum").item()
+    return bool((logits.argmax(dim=-1) == targets).all()), log_probability
+
+
+def _mean_scores(scores: list[tuple[bool, float]]) -> dict[str, float]:
+    return {
+        "exact_match": sum(exact for exact, _ in scores) / len(scores),
+        "code_log_probability": sum(log_probability for _, log_probability in scores) / len(scores),
+    }
