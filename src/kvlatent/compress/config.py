@@ -33,9 +33,10 @@ class Calibration:
     """KV heads whose keys and values are reduced together and cached as one latent, for the same bytes; 1 reduces every
     head on its own. Above 1 with methods project and fold only."""
 
-    window: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 64 for best)")] = None
-    """Newest tokens that a query meets with the teacher's own keys and values, whatever the budget; 0 leaves none."""
-    sinks: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 4 beside a window)")] = None
+    window: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 0)")] = None
+    """Newest tokens that a query meets with the teacher's own keys and values, through latents only beyond; for best
+    with method project."""
+    sinks: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 0)")] = None
     """First tokens of a sequence that are met so too."""
 
     def to_dict(self) -> dict[str, Any]:

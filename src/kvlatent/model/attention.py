@@ -127,20 +127,30 @@ class LatentAttention(nn.Module):
         assert self.q_map is not None and self.k_map is not None and self.v_map is not None and self.o_map is not None
         return FarMaps(self.q_map, self.k_map, self.v_map, self.o_map)
 
+    def near_and_far(
+        self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> tuple[Float[Tensor, "batch q_heads seq head_dim"], Float[Tensor, "batch q_heads seq latent_v"]]:
+        """What heads read of whole tokens, and what of latents, which `o_map` has yet to map."""
+        q, k, v = self.queries_keys_values(hidden, *position_embeddings)
+        maps = self.far_maps().of(k.dtype)
+        whole, far = self._split(k, v, maps, mask)
+        out = windowed_attention(q, whole, far, maps, window=self.window, scale=self.scale, mask=mask, apart=True)
+        return out[..., : v.shape[3]], out[..., v.shape[3] :]
+
+    def _split(self, k: Tensor, v: Tensor, maps: FarMaps, mask: Tensor | None) -> tuple[Whole, Far]:
+        """A sequence without a cache: all of it whole, and latents of what leaves the last query's window."""
+        sink_k, sink_v, columns = sinks_of(k, v, mask, self.sinks)
+        far_k, far_v = maps.reduced(*(x[:, :, : max(0, k.shape[2] - self.window)] for x in (k, v)))
+        whole = Whole(k=k, v=v, start=0, sink_k=sink_k, sink_v=sink_v, sink_columns=columns)
+        return whole, Far(k=far_k, v=far_v, start=0)
+
     def _windowed(
         self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
     ) -> Tensor:
         """Attend to the newest tokens and the sinks whole, to all others through latents."""
         q, k, v = self.queries_keys_values(hidden, *position_embeddings)
         maps = self.far_maps().of(k.dtype)
-        if cache is not None:
-            near, far = cache.update(k, v, self.layer_idx, maps, mask)
-        else:
-            sink_k, sink_v, columns = sinks_of(k, v, mask, self.sinks)
-            near = Whole(k=k, v=v, start=0, sink_k=sink_k, sink_v=sink_v, sink_columns=columns)
-            beyond = max(0, k.shape[2] - self.window)
-            far_k, far_v = maps.reduced(k[:, :, :beyond], v[:, :, :beyond])
-            far = Far(k=far_k, v=far_v, start=0)
+        near, far = self._split(k, v, maps, mask) if cache is None else cache.update(k, v, self.layer_idx, maps, mask)
         if isinstance(near, Segment):
             out = decode(q, near, far, maps, scale=self.scale)
         else:

@@ -144,7 +144,8 @@ def windowed_attention(
     scale: float,
     mask: Bool[Tensor, "mask_batch 1 seq columns"] | None,
     unabsorbed: bool = False,
-) -> Float[Tensor, "batch q_heads seq head_dim"]:
+    apart: bool = False,
+) -> Float[Tensor, "batch q_heads seq out"]:
     """Attend causally with several queries, which stand at the last columns.
 
     Args:
@@ -157,10 +158,12 @@ def windowed_attention(
         mask: True where a query may look, over all columns; None is the causal triangle.
         unabsorbed: Take latents back to the heads, instead of queries to the latents: less arithmetic for many queries.
 
+        apart: Return what is read of whole tokens and, behind it, of latents, which `o_map` has yet to map.
+
     Returns:
         Per-head outputs before `o_proj`, in the dtype and device of `q`.
     """
-    batch, queries = q.shape[0], q.shape[2]
+    queries = q.shape[2]
     columns = whole.start + whole.k.shape[2]
     first_query = columns - queries
     flags = torch.zeros(len(whole.sink_columns), columns + 1, dtype=torch.bool, device=q.device)
@@ -178,47 +181,49 @@ def windowed_attention(
         at = torch.arange(first_query + start, first_query + end, device=q.device)[:, None]
         visible = None if mask is None else mask[:, :, start:end]
         low, high = max(whole.start, first_query + start - window + 1), first_query + end
-        band = torch.arange(low, high, device=q.device)
-        inside = slice(low - whole.start, high - whole.start)
-        sees = (at >= band) & (at - band < window)
-        logits = [_logits(rows, k[:, :, inside]).masked_fill(~_both(sees, visible, slice(low, high)), _LOWEST)]
-        left = at - whole.sink_columns[:, None, None, :] >= window
+        last = max(far.start, high - window)
+        band, beyond = (torch.arange(*run, device=q.device) for run in ((low, high), (far.start, last)))
+        inside, outside = slice(low - whole.start, high - whole.start), slice(0, last - far.start)
+        seen = [(at >= band) & (at - band < window), (at - beyond >= window) & ~flags[..., far.start : last]]
+        if visible is not None:
+            seen = [
+                x & visible[..., run] for x, run in zip(seen, (slice(low, high), slice(far.start, last)), strict=True)
+            ]
+        left = (at - whole.sink_columns[:, None, None] >= window) & (whole.sink_columns < columns)[:, None, None]
         if visible is not None:
             left = left & at_columns(visible, whole.sink_columns)
-        left = left & (whole.sink_columns < columns)[:, None, None]
-        logits.append(_logits(rows, sink_k).masked_fill(~left, _LOWEST))
-        last = max(far.start, high - window)
-        beyond = torch.arange(far.start, last, device=q.device)
-        sees = (at - beyond >= window) & ~flags[..., far.start : last]
-        met = far_k[:, :, : last - far.start]
-        far_logits = _logits(rows if unabsorbed else rows @ q_map, met)
-        logits.append(far_logits.masked_fill(~_both(sees, visible, slice(far.start, last)), _LOWEST))
-        sizes = [x.shape[-1] for x in logits]
-        probs = (torch.cat(logits, dim=-1) * scale).softmax(-1).to(q.dtype).split(sizes, dim=-1)
-        out = _weighted(probs[0], v[:, :, inside]) + _weighted(probs[1], sink_v)
-        through = _weighted(probs[2], far_v[:, :, : last - far.start])
-        return out + (through if unabsorbed else through @ o_map)
+        logits = [
+            _logits(rows, k[:, :, inside]).masked_fill_(~seen[0], _LOWEST),
+            _logits(rows, sink_k).masked_fill_(~left, _LOWEST),
+            _logits(rows if unabsorbed else rows @ q_map, far_k[:, :, outside]).masked_fill_(~seen[1], _LOWEST),
+        ]
+        with torch.no_grad():  # what all logits are less by changes nothing
+            top = torch.stack([x.amax(-1, keepdim=True) for x in logits if x.shape[-1]]).amax(0)
+        weights = [(x - top).exp_() for x in logits]
+        total = torch.stack([x.sum(-1, keepdim=True) for x in weights]).sum(0)
+        near, sink, through = (
+            _weighted(x.to(q.dtype), held)
+            for x, held in zip(weights, (v[:, :, inside], sink_v, far_v[:, :, outside]), strict=True)
+        )
+        out = near + sink
+        if not (apart or unabsorbed):
+            through = through @ o_map
+        return ((torch.cat((out, through), dim=-1) if apart else out + through) / total).to(q.dtype)
 
     held = (whole.k, whole.v, whole.sink_k, whole.sink_v, far_k, far_v, maps.q, maps.o)
     parts = []
     for start in range(0, queries, ROWS):
         end = min(start + ROWS, queries)
-        rows = q[:, :, start:end]
+        rows = q[:, :, start:end] * scale
         if torch.is_grad_enabled() and queries > ROWS:
             parts.append(checkpoint(part, rows, *held, start=start, end=end, use_reentrant=False))
         else:
             parts.append(part(rows, *held, start=start, end=end))
-    out = torch.cat(parts, dim=2)
-    assert out.shape[0] == batch
-    return out
+    return torch.cat(parts, dim=2)
 
 
 _LOWEST = torch.finfo(torch.float32).min
 """Stands for minus infinity, so that padding, which sees nothing, gives numbers."""
-
-
-def _both(sees: Tensor, visible: Tensor | None, columns: slice) -> Tensor:
-    return sees if visible is None else sees & visible[..., columns]
 
 
 def _logits(

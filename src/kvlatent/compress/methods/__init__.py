@@ -47,7 +47,7 @@ class Recipe:
 
 
 PRESETS: dict[Preset, Recipe] = {
-    "best": Recipe(default=PROJECT, near=Near(window=64, sinks=4)),
+    "best": Recipe(default=PROJECT),
     "portable": Recipe(default=FOLD, uniform=True),
     "paper": Recipe(default=AWARE, uniform=True, calibrated=False),
 }
