@@ -16,7 +16,7 @@ from typing import Any
 
 KILLED = 137
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["kvlatent.cli", "kvlatent.cli.recipe", "kvlatent.serving.commands"])
+FORK.set_forkserver_preload(["kvlatent.cli", "kvlatent.cli.recipe", "kvlatent.serving.launch"])
 
 
 def run(argv: list[str], root: Path, *, kill_before: int = 0) -> tuple[int, int, str]:
