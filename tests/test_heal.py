@@ -383,6 +383,52 @@ def test_resume_of_nothing_starts_and_a_new_start_forgets(
     assert len(metrics(tmp_path / "work")) == 8
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("state/trained.safetensors", lambda x: x[:-1] + bytes([x[-1] ^ 1]), "aren't those that were written"),
+        ("state/trained.safetensors", lambda x: x[: len(x) // 2], "trained.safetensors"),
+        ("state/progress.json", lambda _: b'{"stage": 3, "step": 0}', "how far"),
+        ("state/progress.json", lambda _: b'{"stage": 1, "step": "0"}', "progress.json"),
+        ("state/progress.json", lambda _: b"", "progress.json"),
+        ("state/scaler.json", lambda _: b"{", "scaler.json"),
+        ("metrics.jsonl", lambda _: b"{}\n", "metrics.jsonl"),
+        ("heal.json", lambda _: b"[]", "heal.json"),
+    ],
+)
+def test_a_damaged_state_is_refused(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+    name: str,
+    change: Callable[[bytes], bytes],
+    said: str,
+) -> None:
+    settings = config(stage1_tokens=32, stage2_tokens=32)
+    run(tiny_teacher, tiny_student, blocks, tmp_path / "work", settings)
+    file = tmp_path / "work" / name
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(UserError, match=rf"is damaged \(.*{said}.* --restart"):
+        run(tiny_teacher, tiny_student, blocks, tmp_path / "work", settings, resume=True)
+
+
+def test_resuming_with_a_student_converted_anew_is_refused(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    tmp_path: Path,
+) -> None:
+    def converted_anew(name: str) -> PreTrainedModel:
+        student = tiny_student(name)
+        student.model.layers[0].self_attn.v_proj.weight[3, 5] += 1e-3
+        return student
+
+    run(tiny_teacher, tiny_student, blocks, tmp_path / "work", config())
+    with pytest.raises(UserError, match="the student has other weights"):
+        run(tiny_teacher, converted_anew, blocks, tmp_path / "work", config(), resume=True)
+
+
 # --- watching, and what is left in the end
 
 
@@ -471,9 +517,9 @@ def test_resuming_with_other_settings_or_text_is_refused(
 ) -> None:
     models = tiny_teacher, tiny_student
     run(*models, blocks, tmp_path / "work", config())
-    with pytest.raises(UserError, match="holds a run with other settings"):
+    with pytest.raises(UserError, match=r"other settings \(learning_rate\)"):
         run(*models, blocks, tmp_path / "work", config(learning_rate=1e-3), resume=True)
-    with pytest.raises(UserError, match="holds a run with other settings or text"):
+    with pytest.raises(UserError, match="begun with other text"):
         run(*models, blocks.flip(0), tmp_path / "work", config(), resume=True)
 
 

@@ -1,7 +1,9 @@
 """A whole recipe on a tiny random model: results, reuse, resumption, and what a recipe may not say."""
 
 import json
+import os
 import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvlatent import cli
@@ -58,7 +59,7 @@ def recipe(root: Path) -> dict[str, Any]:
 
 
 def write(recipe: dict[str, Any], path: Path) -> Path:
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    path.write_text(json.dumps(recipe))  # which is YAML
     return path
 
 
@@ -207,6 +208,13 @@ def changed(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("held_out.text", ["{root}/train.txt"], "evaluate on other text"),
         ("calibration.tokens", 10**6, "too short"),
         ("model", "{root}/nowhere", "no such folder"),
+        ("generate.prompts", ["bread", ""], "generate.prompts.1"),
+        ("generate.max_new_tokens", 10**9, "exceed the 256 positions"),
+        ("generate.max_new_tokens", 10**400, "generate.max_new_tokens"),
+        ("bench.context", 256, "exceed the 256 positions"),
+        ("bench.batch", 10**12, "exceeds the memory"),
+        ("seed", -1, "seed"),
+        ("seed", 2**32, "seed"),
     ],
 )
 def test_bad_recipe_gives_one_line_and_leaves_nothing(
@@ -234,8 +242,8 @@ def test_bad_recipe_gives_one_line_and_leaves_nothing(
 def test_changed_recipe_needs_another_folder(
     recipe: dict[str, Any], done: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    other = write(changed(recipe, "held_out.tokens", 128), tmp_path / "other.yaml")
-    with pytest.raises(UserError, match="another recipe"):
+    other = write(changed(recipe, "calibration.tokens", 128), tmp_path / "other.yaml")
+    with pytest.raises(UserError, match=r"another recipe \(calibration\)"):
         pipeline.run(other, done[0])
     with pytest.raises(UserError, match="another recipe"):
         pipeline.run(write(recipe, tmp_path / "same.yaml"), done[0], seed=7)
@@ -243,6 +251,74 @@ def test_changed_recipe_needs_another_folder(
     (tmp_path / "mine" / "letter.txt").write_text("keep me")
     with pytest.raises(UserError, match="not a run folder"):
         pipeline.run(other, tmp_path / "mine")
+
+
+def test_later_steps_may_change_and_are_done_again(
+    recipe: dict[str, Any],
+    done: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(done[0], tmp_path / "run")
+    monkeypatch.delattr(pipeline, "convert_loaded")
+    monkeypatch.delattr(pipeline, "heal_student")
+
+    def again(path: str, value: Any) -> set[str]:
+        nonlocal recipe
+        recipe = changed(recipe, path, value)
+        capsys.readouterr()
+        results = pipeline.run(write(recipe, tmp_path / "later.yaml"), tmp_path / "run")
+        assert results["recipe"] == recipe
+        lines = [line.split("] ")[1] for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+        return {line for line in lines if not line.endswith(": reused")}
+
+    assert again("bench.new_tokens", 3) == {"bench", "report"}
+    assert again("generate.prompts", ["lamp"]) == {"generate", "report"}
+    measured = {f"evaluate {label}" for label in done[1]["evaluate"]["models"]}
+    assert again("held_out.tokens", 128) == {"text", "report", *measured}
+    assert again("title", "Small") == {"report"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("seconds.json", "[]"), ("seconds.json", "{"), ("evaluate/teacher.json", "{}"),
+        ("evaluate/teacher.json", '{"nll": 1e999}'), ("generations.json", "[" * 9999), ("bench.json", "\0"),
+    ],
+)  # fmt: skip
+def test_damage_in_a_run_folder_is_one_line(
+    root: Path, done: tuple[Path, dict[str, Any]], tmp_path: Path, name: str, content: str
+) -> None:
+    shutil.copytree(done[0], tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content)
+    (tmp_path / "run" / "report.html").unlink()
+    with pytest.raises(UserError, match=r"is damaged .* remove it to make it again"):
+        pipeline.run(root / "tiny.yaml", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: &a [x, x]\nb: [*a, *a]", "no aliases"),
+        ("title: a\ntitle: b", "given twice"),
+        ("seed: " + "9" * 5000, "not YAML"),
+        ("title: " + "[" * 5000, "nested too deeply"),
+        ("title: 2001-99-99", "not YAML"),
+        ("x" * 1_000_001, "larger than 1 MB"),
+    ],
+    ids=["alias", "twice", "number", "deep", "date", "large"],
+)
+def test_hostile_yaml_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UserError, match=said):
+        pipeline.read_recipe(tmp_path / "bad.yaml")
+
+
+def test_a_pipe_is_no_recipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(UserError, match="not a file"):
+        pipeline.read_recipe(tmp_path / "pipe.yaml")
 
 
 def test_not_yaml(tmp_path: Path) -> None:

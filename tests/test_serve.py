@@ -161,6 +161,21 @@ def test_an_interrupt_while_the_engine_starts_ends_it(
     assert not (tmp_path / "notes").exists() or gone(notes(tmp_path)[0])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of their parent's death")
+def test_an_engine_ends_with_the_process_that_started_it(
+    fake: Callable[[str], list[str]], port: int, tmp_path: Path
+) -> None:
+    code = "import sys; from kvlatent.serving import launch; launch.run_server("
+    code += f"sys.argv[1:], host='127.0.0.1', port={port}, announce=lambda url: print(url, flush=True))"
+    process = subprocess.Popen([sys.executable, "-c", code, *fake("polite")], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline()
+    (engine, helper), _ = notes(tmp_path)
+    process.kill()
+    process.wait()
+    assert gone([engine])
+    os.kill(helper, signal.SIGKILL)  # the real ones watch their parent too
+
+
 def test_an_engine_that_fails_is_reported(fake: Callable[[str], list[str]], port: int, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ended before it answered with exit code 1"):
         launch.run_server(fake("broken"), host="127.0.0.1", port=port, announce=lambda _: pytest.fail("served"))
@@ -210,7 +225,8 @@ def test_commands_pass_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert command[:2] == ["/usr/bin/llama-server", "--jinja"]
     options = dict(zip(command[2::2], command[3::2], strict=True))
     assert options == {
-        "--model": "m.gguf", "--alias": "m", "--host": "127.0.0.1", "--port": "8123", "--seed": "3", "--ctx-size": "512"
+        "--model": "m.gguf", "--alias": "m", "--host": "127.0.0.1", "--port": "8123", "--seed": "3",
+        "--parallel": "4", "--ctx-size": "2048",
     }  # fmt: skip
     install(monkeypatch, "xllamacpp")
     assert launch.llama_cpp_command(Path("m.gguf"), **where)[2] == "kvlatent.serving.xllamacpp_server"
@@ -351,7 +367,7 @@ def test_llama_cpp_ends_however_early_it_is_told_to(
 ) -> None:
     pytest.importorskip("xllamacpp")
     with launch.gguf_of(str(folder), dtype="auto") as gguf:
-        command = launch.llama_cpp_command(gguf, name="m", host="127.0.0.1", port=port, context=None, seed=0)
+        command = launch.llama_cpp_command(gguf, name="m", host="127.0.0.1", port=port, context=256, seed=0)
         assert command[2] == "kvlatent.serving.xllamacpp_server"
         with started(command, tmp_path / "log", "listening on") as process:
             process.send_signal(number)

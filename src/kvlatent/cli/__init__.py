@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from kvlatent.cli.run import Run
 from kvlatent.cli.serve import Serve
 from kvlatent.errors import UserError
 from kvlatent.kernels.allocator import freed_memory_kept
+from kvlatent.signals import Stopped, stopping
 
 COMMANDS: dict[str, Callable[..., Command]] = {
     "info": Info,
@@ -49,7 +51,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0, 2 for what the user can put right, 130 when interrupted."""
+    """Run one command and return the exit code: 0, 2 for what the user can put right, 128 + a signal that ended it."""
     try:
         try:
             return _main(argv)
@@ -70,7 +72,8 @@ def _main(argv: Sequence[str] | None) -> int:
 
             logging.disable_progress_bar()  # of weight loading; ours stay
             warnings.simplefilter("ignore", FutureWarning)  # libraries about each other
-            result = command.run()
+            with stopping():
+                result = command.run()
     except UserError as error:
         print(f"kvlatent: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -79,10 +82,10 @@ def _main(argv: Sequence[str] | None) -> int:
     except OSError as error:
         print(f"kvlatent: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         how = "nothing was done" if command is None else command.how_to_resume()
         print(f"kvlatent: interrupted; {how}", file=sys.stderr)
-        return 130
+        return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)  # as shells count
     if os.environ.get("RANK", "0") != "0":  # a launcher started several processes: the first one speaks
         return 0
     answer = json.dumps(result, indent=2, ensure_ascii=False) if command.common.json else command.table(result)

@@ -26,6 +26,8 @@ class Heal(Command):
     """The new folder."""
     resume: bool = False
     """Continue the interrupted healing of OUT."""
+    restart: bool = False
+    """Forget the interrupted healing of OUT, and begin anew."""
     inputs: Annotated[HealInputs, arg(name="")]
     changes: Annotated[HealChanges, arg(name="")]
 
@@ -34,11 +36,14 @@ class Heal(Command):
             from kvlatent.healing.checkpoint import heal_checkpoint
 
         return heal_checkpoint(
-            str(self.student), self.out, self.inputs, self.changes, resume=self.resume, **self.common.place()
-        )
+            str(self.student), self.out, self.inputs, self.changes, resume=self.resume, restart=self.restart,
+            **self.common.place(),
+        )  # fmt: skip
 
     def how_to_resume(self) -> str:
+        from kvlatent.healing.state import has_state
+
         work = work_folder(self.out)
-        if not (work / "state").is_dir():
+        if not has_state(work):
             return "nothing was saved yet"
         return f"the state is in {work}; run the same command with --resume to go on"

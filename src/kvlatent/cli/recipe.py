@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
+from pydantic import Field, TypeAdapter, ValidationError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kvlatent.cli.recipe_file import Recipe, Sources, healing_settings, read_recipe
+from kvlatent.cli.recipe_file import Count, Entry, Recipe, Sources, healing_settings, read_recipe
 from kvlatent.compress.checkpoints import Target, convert_loaded, target_of
-from kvlatent.data.blocks import TokenBlocks, batch_size_for, check_held_out, load_blocks, save_blocks
+from kvlatent.data.blocks import (
+    TokenBlocks,
+    batch_size_for,
+    check_held_out,
+    check_ids,
+    load_blocks,
+    save_blocks,
+)
 from kvlatent.data.positions import context_of
 from kvlatent.data.sources import read_text
 from kvlatent.errors import UserError
@@ -30,12 +40,21 @@ from kvlatent.evaluation.perplexity import Perplexity, compare, perplexity
 from kvlatent.evaluation.report.page import write_report
 from kvlatent.evaluation.report.text import model_card
 from kvlatent.fields import given
-from kvlatent.files import replaced
-from kvlatent.healing.checkpoint import heal_student, teacher_dtype
+from kvlatent.files import discard, replaced, sole_writer, sweep
+from kvlatent.healing.checkpoint import forget_finished, heal_student, teacher_dtype
 from kvlatent.healing.config import HealConfig
-from kvlatent.model.checkpoints import environment, load_model, pick_device, pick_dtype, processes, record_of
+from kvlatent.model.checkpoints import (
+    environment,
+    load_model,
+    memory_of,
+    pick_device,
+    pick_dtype,
+    processes,
+    record_of,
+)
+from kvlatent.model.graft import dims_by_layer
 from kvlatent.model.loading import load_config, load_tokenizer, stored_dtype
-from kvlatent.model.spec import Preset
+from kvlatent.model.spec import Preset, bytes_per_token
 
 # --- what a run folder holds -----------------------------------------------------------------------------------------
 
@@ -47,6 +66,32 @@ def _write_text(path: Path, text: str) -> None:
 
 def _write_json(path: Path, data: Any) -> None:
     _write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+Kept = TypeVar("Kept")
+
+
+def _read_json(path: Path, kind: type[Kept]) -> Kept:
+    """What `_write_json` wrote.
+
+    Raises:
+        UserError: It is missing, damaged or of another kind.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(json.loads(path.read_bytes()))
+    except (OSError, ValueError, RecursionError) as error:  # a ValidationError is a ValueError
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise UserError(f"{path} is damaged ({reason}); remove it to make it again") from None
+
+
+class _Score(Entry):
+    """A `Perplexity` on disk."""
+
+    nll: float
+    tokens: Count
+    bytes: Count
+    block_nll: list[float] = Field(min_length=1)
+    position_nll: list[float] = Field(min_length=1)
 
 
 # --- run -------------------------------------------------------------------------------------------------------------
@@ -84,6 +129,8 @@ def run(
     """
     wanted = read_recipe(recipe)
     if seed is not None:
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed must be between 0 and {2**32 - 1}; got {seed}")
         wanted = wanted.model_copy(update={"seed": seed})
     config = load_config(wanted.model)
     context_of(config, wanted.context)
@@ -91,13 +138,53 @@ def run(
     for preset, student in wanted.students.items():
         if student.heal is not None:
             healing_settings(wanted, preset, config)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that writes
+    with sole_writer(out) if first else nullcontext():
+        begun = _Run(wanted, out, config, targets, device, dtype)
+        begun.check_measurements()
+        if first:
+            _prepare_folder(wanted, out)
+            begun.forget_finished()
+        return begun.follow()
+
+
+LATER: dict[str, tuple[str, ...]] = {
+    "held_out": ("text/held_out.safetensors", "evaluate", "report.html"),
+    "bench": ("bench.json", "report.html"),
+    "generate": ("generations.json", "report.html"),
+    "title": ("report.html",),
+    "base_model": ("report.html",),
+    "license": ("report.html",),
+}
+"""Entries of a recipe that may change in a run, because no student depends on them, and what is done again then."""
+
+
+def _prepare_folder(recipe: Recipe, out: Path) -> None:
+    """Check that the folder is new or of this recipe, and remove what the recipe's changes have made out of date.
+
+    Raises:
+        UserError: It belongs to something else.
+    """
+    if out.is_dir():
+        sweep(out)
     stored = out / "recipe.yaml"
-    if stored.is_file():
-        if read_recipe(stored) != wanted:
-            raise UserError(f"{out} holds a run of another recipe; choose another --out, or remove it")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not a run folder; choose another --out, or remove it")
-    return _Run(wanted, out, config, targets, device, dtype).follow()
+    if not stored.is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} exists and is not a run folder; choose another --out, or remove it")
+        return
+    before = read_recipe(stored)
+    changed = [name for name in Recipe.model_fields if getattr(before, name) != getattr(recipe, name)]
+    if early := [name for name in changed if name not in LATER]:
+        raise UserError(f"{out} holds a run of another recipe ({', '.join(early)}); choose another --out, or remove it")
+    for old in [out / path for name in changed for path in LATER[name]]:
+        discard(old, of=old)
+    if changed:
+        _write_recipe(recipe, stored)  # last: until then a run that was killed finds the changes again
+
+
+def _write_recipe(recipe: Recipe, path: Path) -> None:
+    data = recipe.model_dump(mode="json", exclude_none=True)
+    _write_text(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
 
 
 class _Run:
@@ -127,6 +214,33 @@ class _Run:
         """The teacher, kept until it is needed in another dtype."""
         return self.load(self.recipe.model, dtype)
 
+    def check_measurements(self) -> None:
+        """Check what comes after the training before it.
+
+        Raises:
+            UserError: The benchmark or a continuation doesn't fit into the model's positions or the memory.
+        """
+        positions, bench, wanted = self.config.max_position_embeddings, self.recipe.bench, self.recipe.generate
+        lengths = {"bench": bench.context + bench.new_tokens}
+        for prompt in wanted.prompts:
+            tokens = len(check_ids(self.tokenizer(prompt)["input_ids"], self.config.vocab_size))
+            if not tokens:
+                raise UserError(f"generate: the prompt {prompt!r} has no tokens")
+            lengths[f"generate: {prompt[:20]!r}"] = tokens + wanted.max_new_tokens
+        for what, length in lengths.items():
+            if length > positions:
+                raise UserError(f"{what}: {length:,} tokens exceed the {positions:,} positions of {self.recipe.model}")
+        element = getattr(torch, self.dtype).itemsize
+        per_token = bytes_per_token(*dims_by_layer(self.config), self.config.num_key_value_heads, element)
+        needed, there = bench.batch * lengths["bench"] * per_token, memory_of(pick_device(self.device))
+        if needed > there:
+            raise UserError(f"bench: a cache of {needed / 1e9:,.1f} GB exceeds the memory of {there / 1e9:,.1f} GB")
+
+    def forget_finished(self) -> None:
+        """Remove the work folders of healings that are done; a kill may have come before that."""
+        for preset in self._healed():
+            forget_finished(self.final(preset))
+
     def follow(self) -> dict[str, Any]:
         """Do every step that isn't done yet."""
         *steps, last = self.steps()
@@ -142,7 +256,7 @@ class _Run:
                 self._do(step)
                 new = True
         self.group.wait_for_everyone()
-        return {"out": str(self.out), **json.loads((self.out / "results.json").read_text(encoding="utf-8"))}
+        return {"out": str(self.out), **_read_json(self.out / "results.json", dict[str, Any])}
 
     def _do(self, step: _Step) -> None:
         clock = self.out / "seconds.json"
@@ -152,7 +266,7 @@ class _Run:
                 step.act(step.output)
         finally:  # an interrupted step adds up over its sessions
             if clock.parent.is_dir() and self.group.is_main_process:
-                seconds = json.loads(clock.read_text()) if clock.is_file() else {}
+                seconds = _read_json(clock, dict[str, float]) if clock.is_file() else {}
                 seconds[step.name] = seconds.get(step.name, 0.0) + time.monotonic() - began
                 _write_json(clock, seconds)
 
@@ -205,22 +319,24 @@ class _Run:
         def read(sources: Sources, tokens: int, seed: int, *, held_out: bool = False) -> TokenBlocks:
             return read_text(
                 sources.text, self.tokenizer, tokens=tokens, block_size=sources.block_size or recipe.block_size,
-                seed=seed, teacher=None if held_out else self.teacher,
+                seed=seed, vocab_size=self.config.vocab_size, teacher=None if held_out else self.teacher,
             )  # fmt: skip
 
+        def made(name: str, sources: Sources, tokens: int, seed: int) -> TokenBlocks:
+            """What students have learnt from already stays, also if its source has changed since."""
+            there = (self.out / "text" / f"{name}.safetensors").is_file()
+            return self._blocks(name) if there else read(sources, tokens, seed)
+
         held_out = read(recipe.held_out, recipe.held_out.tokens, recipe.seed, held_out=True)
-        made = {"calibration": read(recipe.calibration, recipe.calibration.tokens, recipe.seed)}
+        used = {"calibration": made("calibration", recipe.calibration, recipe.calibration.tokens, recipe.seed)}
         if recipe.training is not None and (tokens := self._training_tokens(recipe.training)):
             # Another order than calibration's, so that healing sees other text of the same sources.
-            made["training"] = read(recipe.training, tokens, recipe.seed + 1)
-        for blocks_used in made.values():
+            used["training"] = made("training", recipe.training, tokens, recipe.seed + 1)
+        for blocks_used in used.values():
             check_held_out(blocks_used.fingerprints, held_out)
-        _write_text(
-            self.out / "recipe.yaml",
-            yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True),
-        )
+        _write_recipe(recipe, self.out / "recipe.yaml")
         _write_json(self.out / "record.json", environment() | {"commit": _commit()})
-        for name, blocks_used in made.items():
+        for name, blocks_used in used.items():
             save_blocks(blocks_used, self.out / "text" / f"{name}.safetensors")
         save_blocks(held_out, held_out_file)
 
@@ -251,7 +367,7 @@ class _Run:
         teacher = self.teacher(teacher_dtype(self.device))
         heal_student(
             str(self.start(preset)), out, teacher=teacher, blocks=self._blocks("training"),
-            settings=self._settings(preset), asked=given(self.recipe.students[preset].heal), resume=True,
+            settings=self._settings(preset), asked=given(self.recipe.students[preset].heal),
             device=self.device, dtype=stored_dtype(self.config, "auto"),
         )  # fmt: skip
 
@@ -297,9 +413,6 @@ class _Run:
         write_report([self.out], out)
 
     def _results(self) -> dict[str, Any]:
-        def kept(name: str) -> Any:
-            return json.loads((self.out / name).read_text(encoding="utf-8"))
-
         scores = {label: _read_score(path) for label, path in self.evaluations().items()}
         models = {}
         for label, score in scores.items():
@@ -312,23 +425,23 @@ class _Run:
         return {
             "title": self.recipe.title,
             "model": self.recipe.model,
-            "record": kept("record.json"),
+            "record": _read_json(self.out / "record.json", dict[str, Any]),
             "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
-            "seconds": kept("seconds.json"),
+            "seconds": _read_json(self.out / "seconds.json", dict[str, float]),
             "evaluate": {
                 "text": list(held_out.sources),
                 "tokens": held_out.ids.numel(),
                 "bytes": held_out.bytes,
                 "models": models,
             },
-            "bench": {"rows": kept("bench.json")},
-            "generations": kept("generations.json"),
+            "bench": {"rows": _read_json(self.out / "bench.json", list[dict[str, Any]])},
+            "generations": _read_json(self.out / "generations.json", list[dict[str, str]]),
             "spec": load_config(str(self.final(next(iter(self.recipe.students))))).latent,
         }
 
 
 def _read_score(path: Path) -> Perplexity:
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = _read_json(path, _Score).model_dump()
     tensors = {name: torch.tensor(x, dtype=torch.float64) for name, x in data.items() if isinstance(x, list)}
     return Perplexity(**data | tensors)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import PreTrainedConfig
 
 from kvlatent.compress.config import ConvertConfig
@@ -16,12 +17,18 @@ from kvlatent.errors import UserError
 from kvlatent.healing.config import HealChanges, HealConfig, settings_for
 from kvlatent.model.spec import Preset
 
+LARGEST_FILE = 1_000_000
+"""Bytes of a recipe; more is something else."""
+Count = Annotated[int, Field(gt=0, le=10**12)]
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+class Entry(BaseModel):
+    """What holds the fields it names and no others, all of them finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
-class Sources(_Entry):
+class Sources(Entry):
     """Text whose length follows from what it is used for."""
 
     text: list[str] = Field(min_length=1)
@@ -32,10 +39,10 @@ class Sources(_Entry):
 class Text(Sources):
     """Text and how much of it."""
 
-    tokens: PositiveInt
+    tokens: Count
 
 
-class Student(_Entry):
+class Student(Entry):
     """Dims of a student, or its budget; without `heal` it is measured as converted."""
 
     d_qk: int | None = None
@@ -48,22 +55,22 @@ class Student(_Entry):
     """What its healing changes of a preset's `HealConfig`."""
 
 
-class Bench(_Entry):
+class Bench(Entry):
     """The workload of the benchmark."""
 
-    context: PositiveInt
-    batch: PositiveInt
-    new_tokens: PositiveInt
+    context: Count
+    batch: Count
+    new_tokens: Count
 
 
-class Generate(_Entry):
+class Generate(Entry):
     """Prompts that teacher and student continue greedily."""
 
-    prompts: list[str] = Field(min_length=1)
-    max_new_tokens: PositiveInt
+    prompts: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
+    max_new_tokens: Count
 
 
-class Recipe(_Entry):
+class Recipe(Entry):
     """A recipe file. The first student is the one that is measured in full and kept as `model`."""
 
     title: str
@@ -71,8 +78,8 @@ class Recipe(_Entry):
     base_model: str | None = None
     """The teacher's name on the hub, for the model card."""
     license: str | None = None
-    seed: int = 0
-    block_size: int = Field(default=512, ge=2)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    block_size: int = Field(default=512, ge=2, le=10**9)
     context: int | None = None
     """Positions that blocks are spread over; all that the model has by default."""
     calibration: Text
@@ -100,8 +107,16 @@ class Recipe(_Entry):
         return self
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML as `safe_load` reads it, except that a key may not be given twice: of two, one would count unseen."""
+class _PlainLoader(yaml.SafeLoader):
+    """YAML as `safe_load` reads it, without aliases, by which a small file becomes a large recipe.
+
+    A key may not be given twice: of two, one would count unseen.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise UserError(f"recipes have no aliases; there is one in line {self.peek_event().start_mark.line + 1}")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -118,19 +133,35 @@ def read_recipe(path: Path) -> Recipe:
         UserError: It is missing, no YAML, or has a wrong, missing or unknown entry.
     """
     try:
-        return Recipe.model_validate(yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys))
+        return Recipe.model_validate(yaml.load(_read_text(path), _PlainLoader))
     except OSError as error:
         raise UserError(f"can't read recipe {path}: {error.strerror}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "[key]") or "the recipe"
         unknown = first["type"] in ("extra_forbidden", "unexpected_keyword_argument")
         wrong = "unknown entry" if unknown else first["msg"]
         raise UserError(f"{path}: {where}: {wrong}") from None
+    except RecursionError:
+        raise UserError(f"{path} is not a recipe: its entries are nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # of text that isn't UTF-8, dates and numbers that can't be
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def _read_text(path: Path) -> str:
+    """A small text file as a whole.
+
+    Raises:
+        OSError: It can't be read, or is no file.
+        UserError: It is too large.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    if path.stat().st_size > LARGEST_FILE:
+        raise UserError(f"a recipe is not larger than {LARGEST_FILE / 1e6:.0f} MB")
+    return path.read_text(encoding="utf-8")
 
 
 def healing_settings(recipe: Recipe, preset: Preset, config: PreTrainedConfig) -> HealConfig:

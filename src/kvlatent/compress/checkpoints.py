@@ -74,8 +74,9 @@ def calibrate_checkpoint(
 
     if asked.text:
         blocks = read_text(
-            asked.text, tokenizer, tokens=asked.tokens, block_size=asked.block_size, seed=seed, teacher=teacher
-        )
+            asked.text, tokenizer, tokens=asked.tokens, block_size=asked.block_size, seed=seed,
+            vocab_size=config.vocab_size, teacher=teacher,
+        )  # fmt: skip
         about = {
             "model": teacher_name(model),
             "text": list(blocks.sources),
@@ -156,8 +157,9 @@ def plan_checkpoint(
     teacher = load_model(model, device=device, dtype="float32")[0]
     if statistics is None:
         blocks = read_text(
-            asked.text, tokenizer, tokens=asked.tokens, block_size=asked.block_size, seed=seed, teacher=lambda: teacher
-        )
+            asked.text, tokenizer, tokens=asked.tokens, block_size=asked.block_size, seed=seed,
+            vocab_size=config.vocab_size, teacher=lambda: teacher,
+        )  # fmt: skip
         statistics = budgets.planning_statistics(teacher, blocks.ids, heads_per_latent=grouped, near=near)
     allocation = budgets.spend(teacher, statistics, total)
     kv_heads, size = config.num_key_value_heads, stored_dtype(config, dtype).itemsize
@@ -205,8 +207,9 @@ def convert_checkpoint(
     blocks = None
     if asked.text:
         blocks = read_text(
-            asked.text, tokenizer, tokens=asked.tokens, block_size=asked.block_size, seed=seed, teacher=teacher
-        )
+            asked.text, tokenizer, tokens=asked.tokens, block_size=asked.block_size, seed=seed,
+            vocab_size=config.vocab_size, teacher=teacher,
+        )  # fmt: skip
     return convert_loaded(
         teacher(), tokenizer, out, target, name=model, blocks=blocks, statistics=statistics,
         dtype=stored_dtype(config, dtype),

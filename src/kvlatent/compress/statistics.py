@@ -19,7 +19,7 @@ from kvlatent.compress.linear_algebra import moment
 from kvlatent.compress.refit import LogitSamples
 from kvlatent.data.positions import block_starts
 from kvlatent.errors import UserError
-from kvlatent.files import replaced
+from kvlatent.files import new_file
 from kvlatent.model.attention import LatentAttention, side_by_side
 from kvlatent.model.graft import graft, heads_per_latent_of
 from kvlatent.model.layers import layer_arguments
@@ -217,12 +217,12 @@ class Statistics:
         return sums.get("k_grouped", sums["k"]).shape[-1] // sums["k"].shape[-1]
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file; `about` goes into its metadata."""
+        """Write one new safetensors file; `about` goes into its metadata."""
         tensors = {f"layers.{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.sums.items()}
         if self.probes is not None:
             tensors["probes"] = self.probes
         meta = {"about": json.dumps(self.about), "tokens": json.dumps([layer.tokens for layer in self.layers])}
-        with replaced(path) as partial:
+        with new_file(path) as partial:
             save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, partial, metadata=meta)
 
     @classmethod

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from kvlatent.data.chats import Chat, chat_text
 from kvlatent.data.corpora import read_corpus
 from kvlatent.errors import UserError, needs
 from kvlatent.files import replaced
@@ -33,9 +34,8 @@ SHUFFLE_PIECES = 8_192
 """Pieces held while shuffling: packaged corpora fit whole, streams are shuffled within this window."""
 TOKENISE_PIECES = 16
 """Pieces tokenised at a time: enough for the fast tokenizer's threads, little work wasted at the end."""
-
-Chat = list[dict[str, str]]
-"""A conversation: messages with a role (system, user, assistant) and content."""
+LONGEST = 2**31
+"""Bytes of a text file, or characters of a line of .jsonl, that are still read."""
 
 # --- documents -------------------------------------------------------------------------------------------------------
 
@@ -77,48 +77,62 @@ def _clean(text: str) -> str:
 def _read_path(path: Path) -> Iterator[str | Chat]:
     """Read a file or, in sorted order, every file of a folder."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in FILE_READERS and file.is_file())
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in FILE_READERS and file.is_file())
         if not files:
             raise UserError(f"folder {path} holds no {', '.join(FILE_READERS)} file")
         for file in files:
-            yield from FILE_READERS[file.suffix](file)
+            yield from FILE_READERS[file.suffix.lower()](file)
     elif not path.exists():
         raise UserError(f"text {path} does not exist; give a file, a folder, package:NAME or hf:ID")
-    elif path.suffix not in FILE_READERS:
+    elif path.suffix.lower() not in FILE_READERS:
         raise UserError(f"can't read {path}: text files end in {', '.join(FILE_READERS)}")
+    elif not path.is_file():  # a pipe is read once and text several times; a device may never end
+        raise UserError(f"can't read {path}: it is no regular file")
     else:
-        yield from FILE_READERS[path.suffix](path)
+        yield from FILE_READERS[path.suffix.lower()](path)
 
 
 def _read_text(path: Path) -> Iterator[str]:
     try:
+        if path.stat().st_size > LONGEST:
+            raise UserError(f"{path} is one document of more than {LONGEST / 1e9:.0f} GB; split it, or give .jsonl")
         yield path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"can't read {path} as UTF-8 text: {error}") from error
 
 
 def _document(row: Any) -> str | Chat | None:
-    """A row's conversation or text; None if it has neither."""
+    """A row's conversation or text, "" if that is empty or null; None if it has neither."""
     if not isinstance(row, dict):
         return None
     messages = row.get("messages")
-    if messages is None:
-        return row["text"] if isinstance(row.get("text"), str) else None
+    if messages is None or messages == []:
+        text = row.get("text")
+        return text or "" if ("text" in row or "messages" in row) and isinstance(text, str | None) else None
     try:
-        chat = [{"role": message["role"], "content": message["content"]} for message in messages]
+        chat = [{"role": message["role"], "content": _joined(message["content"])} for message in messages]
     except (KeyError, TypeError):
         return None
     return chat if chat and all(isinstance(x, str) for message in chat for x in message.values()) else None
 
 
+def _joined(content: Any) -> Any:
+    """The text of a message that is a list of parts; of a string, itself."""
+    if not isinstance(content, list):
+        return content
+    if any(part["type"] != "text" for part in content):
+        raise TypeError("not only text")
+    return "".join(part["text"] for part in content)
+
+
 def _read_jsonl(path: Path) -> Iterator[str | Chat]:
     try:
         with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(iter(lambda: lines.readline(LONGEST), ""), 1):
                 if line.strip():
                     try:
                         document = _document(json.loads(line))
-                    except ValueError:
+                    except (ValueError, RecursionError):
                         document = None
                     if document is None:
                         raise UserError(
@@ -220,6 +234,7 @@ def token_blocks(
     block_size: int,
     tokens: int,
     seed: int,
+    vocab_size: int | None = None,
 ) -> TokenBlocks:
     """Pack text into blocks, the sources mixed in equal shares of tokens.
 
@@ -233,9 +248,11 @@ def token_blocks(
         block_size: Tokens per block.
         tokens: Tokens wanted; rounded down to whole blocks.
         seed: Equal seeds give equal blocks.
+        vocab_size: Embeddings of the model that reads the blocks; None where there is none.
 
     Raises:
-        UserError: A source can't be read, the text is too short, or fewer tokens than one block were asked for.
+        UserError: A source can't be read, the text is too short, it has tokens beyond the embeddings, or fewer tokens
+            than one block were asked for.
     """
     blocks = whole_blocks(tokens, block_size)
     if not sources:
@@ -271,9 +288,25 @@ def token_blocks(
         counted += [True] * (len(piece.ids) + 1) if piece.answers is None else [*piece.answers, False]
         chats = chats or piece.answers is not None
         given[index] += len(piece.ids) + 1
+    if vocab_size is not None:
+        check_ids(stream, vocab_size)
     ids = torch.tensor(stream[: blocks * block_size], dtype=torch.int64).view(blocks, block_size)
     answers = torch.tensor(counted[: ids.numel()]).view_as(ids) if chats else None
     return TokenBlocks(ids, covered, tuple(sources), frozenset(used), answers)
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> Sequence[int]:
+    """Return token ids if a model has embeddings of all of them.
+
+    Raises:
+        UserError: It hasn't: tokens were added to the tokenizer and none to the model.
+    """
+    if ids and max(ids) >= vocab_size:
+        raise UserError(
+            f"the tokenizer makes token {max(ids)} of the text, and the model has {vocab_size} embeddings; "
+            "give it the tokenizer that it was trained with, or resize its embeddings"
+        )
+    return ids
 
 
 def save_blocks(blocks: TokenBlocks, path: Path) -> None:
@@ -295,9 +328,14 @@ def load_blocks(path: Path) -> TokenBlocks:
             about = json.loads(file.metadata()["about"])
             ids: Int64[Tensor, "blocks block_size"] = file.get_tensor("ids")
             answers = file.get_tensor("answers") if "answers" in file.keys() else None  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        size, sources, marks = about["bytes"], tuple(about["sources"]), frozenset(about["fingerprints"])
+        if ids.ndim != 2 or ids.dtype != torch.int64 or not ids.numel() or ids.min() < 0 or type(size) is not int:
+            raise ValueError("not whole numbers in blocks")
+        if answers is not None and (answers.shape != ids.shape or answers.dtype != torch.bool):
+            raise ValueError("answers that don't fit the blocks")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read as token blocks ({error}); remove it to make it again") from None
-    return TokenBlocks(ids, about["bytes"], tuple(about["sources"]), frozenset(about["fingerprints"]), answers)
+    return TokenBlocks(ids, size, sources, marks, answers)
 
 
 def check_held_out(used: Iterable[str], held_out: TokenBlocks) -> None:
@@ -384,20 +422,12 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[list[in
     Raises:
         UserError: There is no template, or it doesn't write conversations turn by turn.
     """
-    if tokenizer.chat_template is None:
-        raise UserError("the text holds chats, and the model's tokenizer has no chat template")
-
-    def written(messages: Chat, **options: Any) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-        except Exception as error:  # templates raise what they like
-            raise UserError(f"the chat template refuses a conversation: {error}") from None
-
-    text = written(chat)
+    text = chat_text(tokenizer, chat)
     spans = []
     for index, message in enumerate(chat):
         if index and message["role"] == "assistant":
-            before, after = written(chat[:index], add_generation_prompt=True), written(chat[: index + 1])
+            before = chat_text(tokenizer, chat[:index], add_generation_prompt=True)
+            after = chat_text(tokenizer, chat[: index + 1])
             if not (text.startswith(after) and after.startswith(before)):
                 raise UserError("the chat template changes earlier turns, so answers can't be told apart")
             spans.append((len(before), len(after)))

@@ -24,6 +24,7 @@ def read_text(
     tokens: int,
     block_size: int,
     seed: int,
+    vocab_size: int | None = None,
     teacher: Callable[[], PreTrainedModel] | None = None,
 ) -> TokenBlocks:
     """Token blocks of the sources in equal shares; `teacher` among them is text that `teacher()` writes.
@@ -35,7 +36,7 @@ def read_text(
     """
     others = [source for source in sources if source != TEACHER_TEXT]
     if teacher is None or len(others) == len(sources):
-        return token_blocks(sources, tokenizer, block_size=block_size, tokens=tokens, seed=seed)
+        return token_blocks(sources, tokenizer, block_size=block_size, tokens=tokens, seed=seed, vocab_size=vocab_size)
     shares = len(sources) - len(others)
     share = max(1, tokens * shares // len(sources) // block_size) * block_size
     length = block_size
@@ -45,7 +46,8 @@ def read_text(
     written = replace(written, ids=written.ids.view(-1, block_size))
     if not others:
         return written
-    read = token_blocks(others, tokenizer, block_size=block_size, tokens=tokens - written.ids.numel(), seed=seed)
+    rest = tokens - written.ids.numel()
+    read = token_blocks(others, tokenizer, block_size=block_size, tokens=rest, seed=seed, vocab_size=vocab_size)
     ids = torch.cat((written.ids, read.ids))
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
     answers = None

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from kvlatent.data.blocks import TokenBlocks, fingerprint, separator_id, whole_blocks
+from kvlatent.data.blocks import TokenBlocks, check_ids, fingerprint, separator_id, whole_blocks
 from kvlatent.errors import UserError
 
 TEMPERATURE = 0.8
@@ -68,6 +68,7 @@ def sample_from_teacher(
     if temperature <= 0:
         raise UserError(f"temperature must be positive; got {temperature}")
     starts = _starts(tokenizer, blocks, block_size, seed)
+    check_ids([token for start in starts for token in start], teacher.config.vocab_size)
     ids = _sample(teacher, starts, block_size, seed, temperature, batch_size)
     rows = tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return TokenBlocks(ids, sum(len(row.encode()) for row in rows), ("teacher",), frozenset(map(fingerprint, rows)))

@@ -33,7 +33,10 @@ def evaluate(config: EvalConfig, *, device: str = "auto", dtype: str = "auto", s
         raise UserError(f"{' and '.join(names)} have different tokenizers; perplexities can't be compared")
     blocks = None
     if config.text:
-        blocks = read_text(config.text, tokenizer, tokens=config.tokens, block_size=config.block_size, seed=seed)
+        blocks = read_text(
+            config.text, tokenizer, tokens=config.tokens, block_size=config.block_size, seed=seed,
+            vocab_size=min(shape.vocab_size for shape in shapes),
+        )  # fmt: skip
         for name in names:
             check_held_out(record_of(name).get("fingerprints", ()), blocks)
     positions = min(shape.max_position_embeddings for shape in shapes)

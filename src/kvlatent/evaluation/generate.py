@@ -6,8 +6,10 @@ import time
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvlatent.data.blocks import check_ids
+from kvlatent.data.chats import chat_text
 from kvlatent.errors import UserError
 from kvlatent.evaluation.config import GenerateConfig
 from kvlatent.model.checkpoints import load_model
@@ -36,16 +38,22 @@ def complete(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, *, chat: bool = False
 ) -> tuple[str, int]:
     """Return the greedy continuation as text, and its number of tokens."""
-    if chat:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    ids, mask = inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device)
-    plain = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}  # the last three only when sampling
+    text = prompt
+    if chat:  # whose template writes a beginning-of-text token itself
+        text = chat_text(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+    tokens = check_ids(tokenizer(text, add_special_tokens=not chat)["input_ids"], model.config.vocab_size)
+    if not tokens:
+        raise UserError("the prompt has no tokens; give at least a word")
+    if (length := len(tokens) + max_new_tokens) > (positions := model.config.max_position_embeddings):
+        raise UserError(f"prompt and max_new_tokens are {length:,} tokens and the model has {positions:,} positions")
+    ids = torch.tensor([tokens], device=model.device)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    output = model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **plain)
+    config = model.generation_config
+    # Beams and penalties of the model's own config, which fill unset fields, would make it anything but greedy.
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=config.eos_token_id, pad_token_id=pad)
+    try:
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens)
+    finally:
+        model.generation_config = config
     new = output[0, ids.shape[1] :]
     return tokenizer.decode(new, skip_special_tokens=True), len(new)

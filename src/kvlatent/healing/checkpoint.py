@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -19,9 +20,10 @@ from kvlatent.data.positions import context_of
 from kvlatent.data.sources import read_text
 from kvlatent.errors import UserError
 from kvlatent.fields import given
-from kvlatent.files import check_disk, refuse_existing
+from kvlatent.files import check_disk, discard, refuse_existing, sole_writer
 from kvlatent.healing.config import HealChanges, HealConfig, HealInputs, settings_for, work_folder
 from kvlatent.healing.heal import heal
+from kvlatent.healing.state import has_state
 from kvlatent.healing.streaming import hidden_bytes
 from kvlatent.healing.teacher_cache import BYTES as TOP_K_BYTES
 from kvlatent.healing.teacher_cache import TeacherCache
@@ -46,6 +48,7 @@ def heal_checkpoint(
     changes: HealChanges,
     *,
     resume: bool = False,
+    restart: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -58,81 +61,111 @@ def heal_checkpoint(
         inputs: Text and teacher.
         changes: Settings that differ from those of the student's preset.
         resume: Continue the interrupted healing of `out`.
+        restart: Forget the interrupted healing of `out`, and begin anew.
         device: Where to train; master weights are float32.
         dtype: Dtype of the weights written; `auto` is that of `start`.
         seed: Random seed of the order of the text and of LoRA's start.
 
     Raises:
-        UserError: `out` exists, or the models, the text or the settings can't be used.
+        UserError: `out` exists, is being written or has an interrupted healing, or the models, the text or the
+            settings can't be used.
         KeyboardInterrupt: Interrupted; the state is in `work_folder(out)`.
     """
-    refuse_existing(out)
-    config = load_config(start)
-    spec = spec_in(config)
-    if spec is None:
-        raise UserError(f"{start} is not a converted model; make one with `kvlatent convert`")
-    name = inputs.teacher or record_of(start).get("teacher")
-    if name is None:
-        raise UserError(f"{start} has no record of its teacher; name it with --teacher")
-    original = load_config(name)
-    for field in ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads"):
-        if getattr(config, field) != getattr(original, field):
-            raise UserError(
-                f"{name} is not the teacher of {start}: "
-                f"its {field} is {getattr(original, field)}, not {getattr(config, field)}"
-            )
-    assert spec.preset != "none"
-    context = context_of(config, changes.context)
-    settings = settings_for(spec.preset, changes, context=context, seed=seed)
-    tokenizer = load_tokenizer(start)
+    with ExitStack() as stack:
+        if os.environ.get("RANK", "0") == "0":  # of several processes the first one writes
+            stack.enter_context(_sole_healing(out, resume=resume, restart=restart))
+        config = load_config(start)
+        spec = spec_in(config)
+        if spec is None:
+            raise UserError(f"{start} is not a converted model; make one with `kvlatent convert`")
+        name = inputs.teacher or record_of(start).get("teacher")
+        if name is None:
+            raise UserError(f"{start} has no record of its teacher; name it with --teacher")
+        original = load_config(name)
+        for field in ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads"):
+            if getattr(config, field) != getattr(original, field):
+                raise UserError(
+                    f"{name} is not the teacher of {start}: "
+                    f"its {field} is {getattr(original, field)}, not {getattr(config, field)}"
+                )
+        assert spec.preset != "none"
+        context = context_of(config, changes.context)
+        settings = settings_for(spec.preset, changes, context=context, seed=seed)
+        tokenizer = load_tokenizer(start)
 
-    if not 0 < inputs.top_k <= config.vocab_size:
-        raise UserError(f"top_k must be between 1 and the vocabulary's {config.vocab_size}; got {inputs.top_k}")
+        if not 0 < inputs.top_k <= config.vocab_size:
+            raise UserError(f"top_k must be between 1 and the vocabulary's {config.vocab_size}; got {inputs.top_k}")
 
-    @lru_cache(maxsize=1)
-    def teacher_model() -> PreTrainedModel:
-        host = "cpu" if settings.stream_layers else device
-        return load_model(name, device=host, dtype=teacher_dtype(device))[0]
+        @lru_cache(maxsize=1)
+        def teacher_model() -> PreTrainedModel:
+            host = "cpu" if settings.stream_layers else device
+            return load_model(name, device=host, dtype=teacher_dtype(device))[0]
 
-    group = processes(pick_device(device))
-    block_size = inputs.block_size
-    tokens = settings.blocks(block_size, group.num_processes) * block_size
-    kept = out.with_name(f".{out.name}.text.safetensors")
-    if group.is_main_process and not (resume and kept.is_file()):
-        made = read_text(inputs.text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, teacher=teacher_model)
-        save_blocks(made, kept)
-    try:
-        group.wait_for_everyone()
-        blocks = load_blocks(kept)
-        if set(blocks.sources) != set(inputs.text) or blocks.ids.shape != (tokens // block_size, block_size):
-            raise UserError(f"the healing of {out} was begun with other text; use the same, or start without --resume")
-        watched = None
-        if inputs.held_out:
-            watched = token_blocks(
-                inputs.held_out, tokenizer, block_size=block_size, tokens=inputs.held_out_tokens, seed=seed
-            )
-            check_held_out(blocks.fingerprints, watched)
-            if len(watched.ids) < group.num_processes:
-                raise UserError(f"held-out text needs a block for each of {group.num_processes} processes")
-        result = heal_student(
-            start, out, teacher=teacher_model(), blocks=blocks, settings=settings, asked=given(changes), resume=resume,
-            device=device, dtype=stored_dtype(config, dtype),
-            cache=None if inputs.teacher_cache is None else TeacherCache(inputs.teacher_cache, inputs.top_k),
-            separator=separator_id(tokenizer) if inputs.separate_documents else None,
-            held_out=None if watched is None else watched.ids, track=inputs.track,
-        )  # fmt: skip
-    except UserError:
-        if group.is_main_process and not work_folder(out).exists():  # refused before there was anything to resume
-            kept.unlink(missing_ok=True)
-        raise
-    if group.is_main_process:
-        kept.unlink()
-    return result
+        group, block_size = processes(pick_device(device)), inputs.block_size
+        tokens = settings.blocks(block_size, group.num_processes) * block_size
+        kept = work_folder(out) / "text.safetensors"
+        if group.is_main_process and not resume:
+            discard(work_folder(out), of=out)
+        if group.is_main_process and not kept.is_file():
+            read = read_text(
+                inputs.text, tokenizer, tokens=tokens, block_size=block_size, seed=seed, vocab_size=config.vocab_size,
+                teacher=teacher_model,
+            )  # fmt: skip
+            save_blocks(read, kept)
+        try:
+            group.wait_for_everyone()
+            blocks = load_blocks(kept)
+            if set(blocks.sources) != set(inputs.text) or blocks.ids.shape != (tokens // block_size, block_size):
+                raise UserError(
+                    f"the healing of {out} was begun with other text; use the same, or --restart to begin anew"
+                )
+            watched = None
+            if inputs.held_out:
+                watched = token_blocks(
+                    inputs.held_out, tokenizer, block_size=block_size, tokens=inputs.held_out_tokens, seed=seed,
+                    vocab_size=config.vocab_size,
+                )  # fmt: skip
+                check_held_out(blocks.fingerprints, watched)
+                if len(watched.ids) < group.num_processes:
+                    raise UserError(f"held-out text needs a block for each of {group.num_processes} processes")
+            return heal_student(
+                start, out, teacher=teacher_model(), blocks=blocks, settings=settings, asked=given(changes),
+                device=device, dtype=stored_dtype(config, dtype),
+                cache=None if inputs.teacher_cache is None else TeacherCache(inputs.teacher_cache, inputs.top_k),
+                separator=separator_id(tokenizer) if inputs.separate_documents else None,
+                held_out=None if watched is None else watched.ids, track=inputs.track,
+            )  # fmt: skip
+        except UserError:
+            if group.is_main_process and not has_state(work_folder(out)):  # refused before there was anything to resume
+                discard(work_folder(out), of=out)
+            raise
+
+
+@contextmanager
+def _sole_healing(out: Path, *, resume: bool, restart: bool) -> Iterator[None]:
+    """Be the only one that heals to `out`, and neither overwrite a healed model nor lose an unfinished one."""
+    with sole_writer(out):
+        forget_finished(out)
+        refuse_existing(out)
+        work = work_folder(out)
+        if resume and restart:
+            raise UserError("--resume goes on and --restart begins anew; give one of them")
+        if has_state(work) and not (resume or restart):
+            raise UserError(f"{work} holds an unfinished healing of {out}: --resume goes on, --restart begins anew")
+        yield
 
 
 def teacher_dtype(device: str) -> str:
     """What a teacher is healed by in: bfloat16 where the hardware computes in it."""
     return "bfloat16" if multiplies_bfloat16(pick_device(device)) else "float32"
+
+
+def forget_finished(out: Path) -> None:
+    """Remove the work folder of a healing that is whole in `out`: a kill came before that was done."""
+    work = work_folder(out)
+    metrics, healed = work / "metrics.jsonl", out / "metrics.jsonl"
+    if metrics.is_file() and healed.is_file() and metrics.read_bytes() == healed.read_bytes():
+        discard(work, of=out)
 
 
 def heal_student(
@@ -143,7 +176,6 @@ def heal_student(
     blocks: TokenBlocks,
     settings: HealConfig,
     asked: Mapping[str, Any],
-    resume: bool,
     device: str,
     dtype: torch.dtype,
     cache: TeacherCache | None = None,
@@ -151,7 +183,7 @@ def heal_student(
     held_out: torch.Tensor | None = None,
     track: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Train the student in folder `start` on ready blocks and write it to `out`.
+    """Train the student in folder `start` on ready blocks and write it to `out`, from where `work_folder(out)` is.
 
     The record keeps the whole of `settings`, and under `asked` what of it was asked for.
 
@@ -167,7 +199,7 @@ def heal_student(
         check_disk(cache.folder, settings.stage2_tokens * cache.k * TOP_K_BYTES)
     began, work = time.monotonic(), work_folder(out)
     student = heal(
-        student, teacher, blocks.ids, work, settings, resume=resume, answers=blocks.answers, separator=separator,
+        student, teacher, blocks.ids, work, settings, resume=True, answers=blocks.answers, separator=separator,
         cache=cache, held_out=held_out, track=track, device=place,
     )  # fmt: skip
     record = record_of(start)
@@ -183,14 +215,13 @@ def heal_student(
     assert spec is not None
     lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
     if group.is_main_process:
-        save_checkpoint(student.to(dtype), tokenizer, out, record=record, card=unmeasured_card(record, spec.to_dict()))
-        shutil.copyfile(work / "metrics.jsonl", out / "metrics.jsonl")
-        for extra in ("adapters", "tracked"):
-            if (work / extra).is_dir():
-                shutil.copytree(work / extra, out / extra)
+        save_checkpoint(
+            student.to(dtype), tokenizer, out, record=record, card=unmeasured_card(record, spec.to_dict()),
+            copied=[work / name for name in ("metrics.jsonl", "adapters", "tracked")],
+        )  # fmt: skip
     group.wait_for_everyone()
     if group.is_main_process:
-        shutil.rmtree(work)
+        discard(work, of=out)
     losses = {stage: [line["loss"] for line in lines if line["stage"] == stage] for stage in (1, 2)}
     return {
         "out": str(out),

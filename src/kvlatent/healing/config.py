@@ -176,5 +176,5 @@ def settings_for(preset: Preset, changes: HealChanges, *, context: int, seed: in
 
 
 def work_folder(out: Path) -> Path:
-    """Where the healing that will become `out` keeps its metrics and its resumable state."""
+    """Where the healing that will become `out` keeps its text, its metrics and its resumable state."""
     return out.with_name(f".{out.name}.healing")

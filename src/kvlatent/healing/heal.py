@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kvlatent.data.positions import block_starts
+from kvlatent.data.teacher_text import weights_mark
 from kvlatent.errors import UserError
 from kvlatent.healing.accelerator import accelerator_for
 from kvlatent.healing.adapters import finished, with_adapters
@@ -33,7 +35,7 @@ from kvlatent.healing.streaming import LayerStream, layers_to_steps
 from kvlatent.healing.teacher_cache import TeacherCache
 from kvlatent.kernels.allocator import freed_memory_kept
 from kvlatent.model.checkpoints import peak_memory
-from kvlatent.signals import interruptible
+from kvlatent.signals import Stopped, interruptible
 
 
 def heal(
@@ -102,7 +104,7 @@ class _Healing:
         held_out: Tensor | None,
         track: Sequence[str],
         device: torch.device,
-        interrupted: Sequence[int],
+        interrupted: Sequence[signal.Signals],
     ) -> None:
         self.teacher, self.text, self.config = teacher, text, config
         self.cache, self.held_out, self.interrupted = cache, held_out, interrupted
@@ -120,6 +122,7 @@ class _Healing:
             if text.answers is not None:
                 mark.update(text.answers.numpy().tobytes())
             settings = {**asdict(config), "separator": text.separator, "text": mark.hexdigest()}
+            settings["student"] = weights_mark(student)
             prepare_folder(work, settings, resume)
         self.accelerator.wait_for_everyone()
         self.accelerator.init_trackers("tracked", config={k: str(v) for k, v in asdict(config).items()})
@@ -276,7 +279,7 @@ class _Healing:
             save()
             self.saved = time.monotonic()
         if stop:
-            raise KeyboardInterrupt
+            raise Stopped(self.interrupted[0]) if self.interrupted else KeyboardInterrupt
 
     def _measured_after(self, stage: int, step: int) -> bool:
         """Whether it is time to measure held-out perplexity."""
@@ -355,7 +358,10 @@ class _Healing:
     def _fill(self, cache: TeacherCache) -> None:
         """Cache what the teacher says to stage 2's text; afterwards the device needs no teacher."""
         blocks = range(self._first_block(2, 0), self._first_block(2, self.steps[1]))
-        cache.fill(self.teacher, self.text, blocks, temperature=self.config.temperature, accelerator=self.accelerator)
+        cache.fill(
+            self.teacher, self.text, blocks, temperature=self.config.temperature, accelerator=self.accelerator,
+            interrupted=self.interrupted,
+        )  # fmt: skip
         self.teacher.to("cpu")
 
     def _result(self, module: nn.Module) -> PreTrainedModel:

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvlatent.files import replaced
 from kvlatent.healing.config import HealConfig
 from kvlatent.healing.stages import Batch, counted_positions, in_layer_loss
-from kvlatent.healing.state import Progress, load_state, save_state
+from kvlatent.healing.state import Progress, damaged, load_state, load_tensors, save_state, save_tensors
 from kvlatent.model.layers import enter_layers
 
 
@@ -38,23 +37,39 @@ class LayerStage(nn.Module):
 class HiddenStates:
     """Hidden states of all of a process's forwards before a layer and after it, in two files that swap roles.
 
-    A layer reads one file and writes the other, so a run killed in the middle of a layer finds its input whole.
+    A layer reads one file and writes the other, so a run killed in the middle of a layer finds its input whole. Files
+    of sums beside them tell whether it really is: a machine that crashed may have lost some of it.
     """
 
-    def __init__(self, folder: Path, rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, rank: int, shape: tuple[int, ...], dtype: torch.dtype, *, begun: bool) -> None:
+        self.folder = folder
+
+        def mapped(name: str, count: int, kind: torch.dtype) -> Tensor:
+            file = folder / f"hidden-{rank}-{name}.bin"
+            if begun and (not file.is_file() or file.stat().st_size != count * kind.itemsize):
+                raise damaged(folder, f"{file.name}: not of the size it had")
+            return torch.from_file(str(file), shared=True, size=count, dtype=kind)
+
         count = torch.Size(shape).numel()
-        self.sides = [
-            torch.from_file(str(folder / f"hidden-{rank}-{side}.bin"), shared=True, size=count, dtype=dtype).view(shape)
-            for side in (0, 1)
-        ]
+        self.sides = [mapped(str(side), count, dtype).view(shape) for side in (0, 1)]
+        self.sums = [mapped(f"{side}-sums", shape[0], torch.int64) for side in (0, 1)]
 
     def before(self, layer: int, at: int) -> Tensor:
-        """Input of `layer` (1 or higher) in forward `at`, (batch, seq, hidden)."""
-        return self.sides[layer % 2][at]
+        """Input of `layer` (1 or higher) in forward `at`, (batch, seq, hidden).
+
+        Raises:
+            UserError: It isn't what was stored.
+        """
+        side = layer % 2
+        if _sum_of(hidden := self.sides[side][at]) != self.sums[side][at]:
+            raise damaged(self.folder, f"hidden states before layer {layer}: they aren't those that were written")
+        return hidden
 
     def keep(self, layer: int, at: int, output: Tensor) -> None:
         """Store the output of `layer` in forward `at`."""
-        self.sides[(layer + 1) % 2][at] = output.cpu()
+        side = (layer + 1) % 2
+        self.sides[side][at] = output = output.cpu()
+        self.sums[side][at] = _sum_of(output)
 
 
 @dataclass(kw_only=True)
@@ -90,8 +105,8 @@ class LayerStream:
         done.mkdir(exist_ok=True)
         at = progress.get("layer", 0)
         for index in range(at):
-            _put_trained(layers[index], load_file(done / f"{index:03d}.safetensors"))
-        store = self._store() if at < len(layers) else None
+            _put_trained(layers[index], load_tensors(done / f"{index:03d}.safetensors", self.work))
+        store = self._store(begun=at > 0) if at < len(layers) else None
         for index in range(at, len(layers)):
             assert store is not None
             self._train(index, store, progress["step"] if index == at else 0)
@@ -100,12 +115,12 @@ class LayerStream:
         for file in self.work.glob(f"hidden-{self.accelerator.process_index}-*.bin"):  # they are large
             file.unlink()
 
-    def _store(self) -> HiddenStates:
-        """Room for the hidden states of all forwards."""
+    def _store(self, *, begun: bool) -> HiddenStates:
+        """Room for the hidden states of all forwards; once layers are `begun`, with those of the last one in it."""
         batch = self.batches(0)[0]
         start, _ = self._enter(self.teacher, batch)
         shape = (self.steps * self.config.accumulate, *start.shape)
-        return HiddenStates(self.work, self.accelerator.process_index, shape, start.dtype)
+        return HiddenStates(self.work, self.accelerator.process_index, shape, start.dtype, begun=begun)
 
     def _enter(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, list[dict[str, Any]]]:
         positions = None if batch.position_ids is None else batch.position_ids.to(model.device)
@@ -149,10 +164,16 @@ class LayerStream:
         _put_trained(self.student.model.layers[index], trained)
         if accelerator.is_main_process:
             with replaced(work / "layers" / f"{index:03d}.safetensors") as partial_file:
-                save_file({name: value.contiguous() for name, value in trained.items()}, partial_file)
+                save_tensors(trained, partial_file)
         optimizer.state.clear()
         module.requires_grad_(False)  # nothing of this layer needs saving any more
         save_state(accelerator, module, optimizer, work, {"stage": 1, "layer": index + 1, "step": 0})
+
+
+def _sum_of(hidden: Tensor) -> Tensor:
+    """The sum of a tensor's bits, which no rounding changes; never 0, so that an emptied file doesn't pass."""
+    whole_number = {2: torch.int16, 4: torch.int32, 8: torch.int64}[hidden.element_size()]
+    return hidden.contiguous().view(whole_number).abs().sum(dtype=torch.int64) + 1
 
 
 def hidden_bytes(tokens: int, hidden_size: int, dtype: torch.dtype) -> int:

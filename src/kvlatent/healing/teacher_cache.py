@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ from transformers import PreTrainedModel
 
 from kvlatent.data.teacher_text import weights_mark
 from kvlatent.errors import UserError
-from kvlatent.files import replaced
+from kvlatent.files import replaced, sole_writer, sweep
 from kvlatent.healing import losses
 from kvlatent.healing.stages import Text
+from kvlatent.signals import Stopped
 
 SHARD = 64
 """Blocks per file."""
@@ -56,7 +59,14 @@ class TeacherCache:
         return self.folder / f"{first:08d}.safetensors"
 
     def fill(
-        self, teacher: PreTrainedModel, text: Text, blocks: range, *, temperature: float, accelerator: Accelerator
+        self,
+        teacher: PreTrainedModel,
+        text: Text,
+        blocks: range,
+        *,
+        temperature: float,
+        accelerator: Accelerator,
+        interrupted: Sequence[signal.Signals] = (),
     ) -> None:
         """Write the files that aren't there yet, each process its share.
 
@@ -66,9 +76,11 @@ class TeacherCache:
             blocks: Those that are needed.
             temperature: Divides the logits.
             accelerator: The processes.
+            interrupted: Signals that have come; looked at before every block.
 
         Raises:
             UserError: The folder holds the cache of another teacher, text, temperature or k.
+            KeyboardInterrupt: A signal came; files that are there stay and are used the next time.
         """
         about = {
             "k": self.k,
@@ -90,7 +102,11 @@ class TeacherCache:
             mine, desc="teacher's log-probabilities", unit="file", disable=not accelerator.is_main_process
         ):
             rows = range(first, min(first + SHARD, len(text.ids)))
-            found = [self._top_k(teacher, text, row, temperature) for row in rows]
+            found = []
+            for row in rows:
+                if interrupted:
+                    raise Stopped(interrupted[0])
+                found.append(self._top_k(teacher, text, row, temperature))
             tokens, log_probs = (torch.stack(x) for x in zip(*found, strict=True))
             with replaced(self._file(first)) as partial:
                 save_file({"tokens": tokens, "log_probs": log_probs}, partial)
@@ -98,15 +114,17 @@ class TeacherCache:
 
     def _claim(self, about: dict[str, Any]) -> None:
         file, wanted = self.folder / "about.json", json.dumps(about, indent=2) + "\n"
-        if not file.is_file():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
-                raise UserError(f"{self.folder} is not a teacher cache; give a new folder")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(wanted)
-        elif file.read_text() != wanted:
-            raise UserError(
-                f"{self.folder} caches another teacher, text, temperature or number of tokens; give another folder"
-            )
+        with sole_writer(self.folder, wait=True):
+            sweep(self.folder)
+            if not file.is_file():
+                if self.folder.is_dir() and any(self.folder.iterdir()):
+                    raise UserError(f"{self.folder} is not a teacher cache; give a new folder")
+                with replaced(file) as partial:
+                    partial.write_text(wanted)
+            elif file.read_bytes() != wanted.encode():
+                raise UserError(
+                    f"{self.folder} caches another teacher, text, temperature or number of tokens; give another folder"
+                )
 
     @torch.no_grad()
     def _top_k(self, teacher: PreTrainedModel, text: Text, row: int, temperature: float) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,9 @@ import json
 import os
 import platform
 import resource
+import shutil
 import sys
+from collections.abc import Iterable
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -94,6 +96,13 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that the device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 on accelerators and float32 on the CPU."""
     if name == "auto":
@@ -162,15 +171,29 @@ def locate(model: str) -> str:
 
 
 def save_checkpoint(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, *, record: dict[str, Any], card: str = ""
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    record: dict[str, Any],
+    card: str = "",
+    copied: Iterable[Path] = (),
 ) -> None:
-    """Write a Hugging Face folder with tokenizer, generation config, record and model card; whole or not at all."""
+    """Write a Hugging Face folder with tokenizer, generation config, record and model card; whole or not at all.
+
+    Files and folders to be `copied` into it are there from its first moment too; those that don't exist are left out.
+    """
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     with new_folder(out, needed_bytes=size + 50_000_000) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         (partial / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")  # names may be any bytes
+        for source in copied:
+            if source.is_dir():
+                shutil.copytree(source, partial / source.name)
+            elif source.exists():
+                shutil.copyfile(source, partial / source.name)
 
 
 def record_of(model: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import importlib.util
 import json
@@ -12,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvlatent.errors import UserError, needs
+from kvlatent.files import scratch_folder
 from kvlatent.model.checkpoints import load_model, locate, pick_device, pick_dtype
 from kvlatent.model.loading import load_config, load_tokenizer
 from kvlatent.serving.config import Engine, FileType, ServeConfig
-from kvlatent.serving.engines import check_gguf, check_vllm
+from kvlatent.serving.engines import check_gguf, check_vllm, window_of
 from kvlatent.signals import interruptible
 
 INSTALL = {
@@ -38,6 +39,10 @@ PATIENCE = DRAIN + 15.0
 """Seconds after which an engine that was told to stop is killed."""
 FORWARDED = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
 """Signals that stop us, and what the engine gets: engines don't handle the closing of our terminal."""
+SLOTS = 4
+"""Requests that llama.cpp answers at once."""
+PR_SET_PDEATHSIG = 1
+"""Of prctl(2)."""
 
 
 def pick_engine(name: Literal["auto"] | Engine) -> Engine:
@@ -73,13 +78,16 @@ def vllm_command(
     ]  # fmt: skip
 
 
-def llama_cpp_command(gguf: Path, *, name: str, host: str, port: int, context: int | None, seed: int) -> list[str]:
-    """How to start llama.cpp's server on a GGUF file: the program if there is one, else the one inside `xllamacpp`."""
+def llama_cpp_command(gguf: Path, *, name: str, host: str, port: int, context: int, seed: int) -> list[str]:
+    """How to start llama.cpp's server on a GGUF file: the program if there is one, else the one inside `xllamacpp`.
+
+    Its slots share `--ctx-size` evenly, so that each has `context` tokens whatever the others hold.
+    """
     program = shutil.which("llama-server")
     server = [program, "--jinja"] if program else [sys.executable, "-m", "kvlatent.serving.xllamacpp_server"]
-    length = [] if context is None else ["--ctx-size", str(context)]
+    size = ["--parallel", str(SLOTS), "--ctx-size", str(SLOTS * context)]
     where = ["--host", host, "--port", str(port)]
-    return [*server, "--model", str(gguf), "--alias", name, *where, "--seed", str(seed), *length]
+    return [*server, "--model", str(gguf), "--alias", name, *where, "--seed", str(seed), *size]
 
 
 def check_port(host: str, port: int) -> None:
@@ -133,6 +141,7 @@ def run_server(
             stdin=subprocess.DEVNULL,
             stdout=2,  # stderr: stdout is for our answer
             start_new_session=True,  # ^C at the terminal reaches us alone
+            preexec_fn=_ends_with_parent(),
         )
         try:
             told: float | None = None
@@ -160,6 +169,20 @@ def run_server(
     ended = time.monotonic()
     started = None if ready is None else round(ready - began, 1)
     return {"url": f"{url}/v1", "start_seconds": started, "served_seconds": ready and round(ended - ready, 1)}
+
+
+def _ends_with_parent() -> Callable[[], None] | None:
+    """What a child calls so that it is told to stop when we are killed; None where the system has no such thing."""
+    if sys.platform != "linux":
+        return None
+    parent, prctl = os.getpid(), ctypes.CDLL(None).prctl  # looked up here: little is safe between fork and exec
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # killed already
+            os._exit(1)
+
+    return ask
 
 
 def llama_cpp_is_busy(url: str) -> bool:
@@ -199,11 +222,11 @@ def gguf_of(source: str, *, dtype: str) -> Iterator[Path]:
         from kvlatent.serving.export.gguf import export_gguf
 
     kinds: dict[str, FileType] = {"auto": "f16", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-    with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
+    with scratch_folder() as folder:
         model, tokenizer = load_model(source, device="cpu", dtype="float32")
-        export_gguf(model, tokenizer, Path(folder, "model.gguf"), file_type=kinds[dtype])
+        export_gguf(model, tokenizer, folder / "model.gguf", file_type=kinds[dtype])
         del model
-        yield Path(folder, "model.gguf")
+        yield folder / "model.gguf"
 
 
 VLLM_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1"}
@@ -249,6 +272,7 @@ def serve(config: ServeConfig, *, dtype: str = "auto", seed: int = 0) -> dict[st
             command = vllm_command(source, dtype=kind, eager=eager, **where)
             options["environment"] = VLLM_ENVIRONMENT
         else:
+            where["context"] = config.context or window_of(shape) or positions
             gguf = stack.enter_context(gguf_of(source, dtype=dtype))
             command = llama_cpp_command(gguf, **where)
             options["busy"] = llama_cpp_is_busy

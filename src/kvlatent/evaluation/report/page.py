@@ -55,11 +55,8 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
         metrics=metrics,
     )
     out = Path(runs[0], "report.html") if out is None else Path(out)
-    try:
-        with replaced(out) as partial:
-            partial.write_bytes(page.encode("utf-8", errors="replace"))  # generations may hold lone surrogates
-    except OSError as error:
-        raise UserError(f"can't write the report to {out}: {error.strerror}") from error
+    with replaced(out) as partial:
+        partial.write_bytes(page.encode("utf-8", errors="replace"))  # generations may hold lone surrogates
     return out
 
 
