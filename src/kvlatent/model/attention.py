@@ -151,7 +151,7 @@ class LatentAttention(nn.Module):
         q, k, v = self.queries_keys_values(hidden, *position_embeddings)
         maps = self.far_maps().of(k.dtype)
         near, far = self._split(k, v, maps, mask) if cache is None else cache.update(k, v, self.layer_idx, maps, mask)
-        if isinstance(near, Segment):
+        if isinstance(near, Segment) and isinstance(far, Segment):
             out = decode(q, near, far, maps, scale=self.scale)
         else:
             pays = taking_back_pays(maps.o, q.shape[2])
