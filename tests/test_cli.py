@@ -443,6 +443,13 @@ BAD = {
         "name it with --teacher",
     ),
     "evaluating on training text": ([*EVAL, "--text", "{folder}/train.txt"], "evaluate on other text"),
+    "far gain of nobody": ([*EVAL, "--text", "{folder}/other.txt", "--far"], "--against"),
+    "far gain on no text": ([*EVAL, "--against", "{folder}/teacher", "--needle", "--far"], "--text"),
+    "far gain on short blocks": (
+        [*EVAL, "--text", "{folder}/other.txt", "--against", "{folder}/teacher", "--far"],
+        "at least 512; got 32",
+    ),
+    "retrieval from no context": (["eval", "{folder}/student", "--retrieval", "--trials", "0"], "at least 1 trial"),
     "evaluating on nothing": (EVAL, "nothing to evaluate on"),
     "context longer than the model": ([*CONVERT, *TEXT, *DIMS, "--context", "257"], "the model's 256 positions"),
     "healing in no context": ([*HEAL, *TEXT[:2], *STAGES, "--context", "0"], "context must be"),

@@ -14,6 +14,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from kvlatent.evaluation.config import NEAR_ONLY
 from kvlatent.evaluation.report.results import Results, Score, Step
 from kvlatent.evaluation.report.summary import milliseconds, score_ratio, times
 from kvlatent.model.card import per_layer
@@ -111,7 +112,7 @@ def _drawn(title: str, draw: Callable[[Axes], None], scheme: str) -> Markup:
 
 
 def _colour(model: str) -> str:
-    return TEACHER if model == "teacher" else OTHER if model.startswith("paper") else STUDENT
+    return TEACHER if model in ("teacher", NEAR_ONLY) else OTHER if model.startswith("paper") else STUDENT
 
 
 def _short(text: str, width: int = 26) -> str:
