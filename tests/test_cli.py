@@ -48,7 +48,7 @@ def folder(
 
 
 def convert(root: Path, *changes: str) -> list[str]:
-    text = ["--text", f"{root}/train.txt", "--tokens", "512", "--block-size", "32"]
+    text = ["--text", f"{root}/train.txt", "--tokens", "512", "--block-size", "32", "--window", "0"]
     dims = [] if "--budget" in changes else ["--d-qk", "8", "--d-vo", "8"]
     return ["convert", f"{root}/teacher", *text, *dims, *changes]
 
@@ -116,7 +116,7 @@ def test_a_path_may_begin_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cli.parse(["convert", "smollm2", "--out=~/x"]).out == tmp_path / "x"
     merged = cli.parse(["calibrate", "smollm2", "--out", "~/s", "--merge", "~/a", "b"])
-    assert (merged.out, merged.merge) == (tmp_path / "s", (tmp_path / "a", Path("b")))
+    assert (merged.out, merged.asked.merge) == (tmp_path / "s", (tmp_path / "a", Path("b")))
 
 
 def test_names_of_any_bytes_are_shown(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_info_counts_parameters_as_loading_does(
 
 def test_statistics_replace_text(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     stats, out = tmp_path / "stats.safetensors", tmp_path / "out"
-    text = ["--text", f"{folder}/train.txt", "--tokens", "512", "--block-size", "32"]
+    text = ["--text", f"{folder}/train.txt", "--tokens", "512", "--block-size", "32", "--window", "0"]
     told = answer(capsys, ["calibrate", f"{folder}/teacher", *text, "--out", str(stats)])
     assert told["tokens"] == 512
     told = answer(capsys, ["convert", f"{folder}/teacher", "--stats", str(stats), "--budget", "0.5", "--out", str(out)])
@@ -173,7 +173,7 @@ def test_statistics_replace_text(folder: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_statistics_of_shards_are_merged(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    shards, size = [], ["--tokens", "256", "--block-size", "32"]
+    shards, size = [], ["--tokens", "256", "--block-size", "32", "--window", "0"]
     for name in ("train", "other"):
         shards.append(f"{tmp_path}/{name}")
         answer(capsys, ["calibrate", f"{folder}/teacher", "--text", f"{folder}/{name}.txt", *size, "--out", shards[-1]])
@@ -187,7 +187,7 @@ def test_statistics_of_shards_are_merged(folder: Path, capsys: pytest.CaptureFix
 
 def test_a_plan_is_shown_drawn_and_followed(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     stats, plot = tmp_path / "stats.safetensors", tmp_path / "new" / "plan.svg"
-    text = ["--text", f"{folder}/train.txt", "--tokens", "512", "--block-size", "32"]
+    text = ["--text", f"{folder}/train.txt", "--tokens", "512", "--block-size", "32", "--window", "0"]
     answer(capsys, ["calibrate", f"{folder}/teacher", *text, "--out", str(stats)])
     argv = ["plan", f"{folder}/teacher", "--budget", "0.4", "--stats", str(stats), "--out", str(plot)]
     told = answer(capsys, argv)
@@ -387,7 +387,7 @@ def make_bad_files(root: Path, folder: Path) -> None:
     (root / "no-record" / RECORD).unlink()
 
 
-TEXT = ["--text", "{folder}/train.txt", "--tokens", "512", "--block-size", "32"]
+TEXT = ["--text", "{folder}/train.txt", "--tokens", "512", "--block-size", "32", "--window", "0"]
 CONVERT = ["convert", "{folder}/teacher", "--out", "{root}/out"]
 DIMS = ["--d-qk", "8", "--d-vo", "8"]
 HEAL = ["heal", "{folder}/student", "--out", "{root}/out", "--block-size", "32"]
@@ -493,7 +493,7 @@ def test_a_full_disk_gives_one_line_and_leaves_nothing(
     verb: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "total used free")(100, 90, 10))
-    text = ["--text", f"{folder}/train.txt", "--tokens", "512", "--block-size", "32"]
+    text = ["--text", f"{folder}/train.txt", "--tokens", "512", "--block-size", "32", "--window", "0"]
     argv = {"convert": convert(folder), "heal": healed(folder), "calibrate": ["calibrate", f"{folder}/teacher", *text]}
     check_refused([*argv[verb], "--out", f"{tmp_path}/out"], "0 MB are free", tmp_path, capfd)
 

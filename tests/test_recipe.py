@@ -53,7 +53,7 @@ def recipe(root: Path) -> dict[str, Any]:
         "calibration": {"text": [train], "tokens": 512},
         "training": {"text": [train]},
         "held_out": {"text": [write_text(root / "other.txt", seed=2)], "tokens": 256},
-        "students": {"best": {"budget": 0.5, "heal": heal}, "paper": {"d_qk": 8, "d_vo": 8, "heal": heal}},
+        "students": {"best": {"budget": 0.5, "window": 0, "heal": heal}, "paper": {"d_qk": 8, "d_vo": 8, "heal": heal}},
         "bench": {"context": 16, "batch": 1, "new_tokens": 2},
         "generate": {"prompts": ["river stone", "bread"], "max_new_tokens": 4},
     }
