@@ -151,6 +151,36 @@ def test_info_counts_from_the_config_alone(folder: Path, capsys: pytest.CaptureF
     assert "cache bytes per token" in capsys.readouterr().out
 
 
+def test_a_window_shows_in_plan_convert_info_and_card(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = ["--text", f"{folder}/train.txt", "--tokens", "512", "--block-size", "32", "--window", "6", "--sinks", "2"]
+    argv = [f"{folder}/teacher", "--budget", "0.5", *text]
+    planned = answer(capsys, ["plan", *argv, "--out", f"{tmp_path}/plan.svg"])
+    assert (planned["window"], planned["sinks"], planned["context"]) == (6, 2, 256)
+    whole, latent = planned["teacher_cache_bytes_per_token"], planned["cache_bytes_per_token"]
+    assert planned["cache_bytes"] == 8 * whole + 248 * latent <= 0.5 * planned["teacher_cache_bytes"] == 128 * whole
+    assert planned["cache_bytes"] + 248 * whole / 32 > 128 * whole  # what one more step of dims would take
+    assert "of 256 tokens, the newest 6 tokens and the first 2 whole" in (tmp_path / "plan.svg").read_text()
+    assert cli.main(["plan", *argv, "--out", f"{tmp_path}/again.svg"]) == 0
+    assert "context                        256" in capsys.readouterr().out
+
+    made = answer(capsys, ["convert", *argv, "--out", f"{tmp_path}/student"])
+    assert (made["d_qk"], made["d_vo"]) == (planned["d_qk"], planned["d_vo"])
+    told = answer(capsys, ["info", f"{tmp_path}/student"])
+    assert (told["window"], told["sinks"]) == (6, 2)
+    assert told["window_bytes"] == {"float32": 8 * whole, "bfloat16": 4 * whole}
+    assert told["cache_bytes_at"] == {
+        "context": 256, "float32": planned["cache_bytes"], "bfloat16": planned["cache_bytes"] // 2,
+    }  # fmt: skip
+    added = told["parameters"] - answer(capsys, ["info", f"{folder}/teacher"])["parameters"]
+    assert f"the maps to latents add {added:,} parameters" in told["step"]  # no weight has shrunk
+    assert cli.main(["info", f"{tmp_path}/student"]) == 0
+    assert "window bytes" in capsys.readouterr().out
+    assert "the newest 6 tokens and the first 2 whole" in (tmp_path / "student" / "README.md").read_text()
+    assert "window" not in answer(capsys, ["info", f"{folder}/student"])
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2-mha-tied"])
 def test_info_counts_parameters_as_loading_does(
     name: str, tiny_teacher: Callable[[str], PreTrainedModel], capsys: pytest.CaptureFixture[str], tmp_path: Path

@@ -8,6 +8,14 @@ from kvlatent.model.graft import dims_by_layer, head_dim_of, spec_in
 from kvlatent.model.window import ALL_FAR, Near
 from kvlatent.model.window_cache import SLACK
 
+MOST_CONTEXT = 8192
+"""Bytes of a sequence are told and budgeted at the model's positions, or at so many tokens if those are more."""
+
+
+def counted_context(config: PreTrainedConfig) -> int:
+    """Tokens of the sequence whose bytes are told or budgeted."""
+    return int(min(config.max_position_embeddings, MOST_CONTEXT))
+
 
 def near_tokens(config: PreTrainedConfig) -> Near:
     """Tokens that a model meets whole, beside latents."""

@@ -57,6 +57,7 @@ class BenchRow(_Section):
     cache_bytes: float | None = None
     cache_bytes_predicted: float | None = None
     cache_bytes_per_token: float | None = None
+    window_bytes: float = 0
     ttft_ms: float | None = None
     ttft_ms_range: tuple[float, float] | None = None
     tpot_ms: float | None = None
@@ -102,6 +103,11 @@ class Results(_Section):
         preset = self.spec.get("preset") or self.recipe.get("preset")
         preferred = ("student", f"{preset}, healed", f"{preset}, no training", "best, healed", "best, no training")
         return next((name for name in preferred if name in names), names[-1] if names else None)
+
+    @property
+    def whole_tokens(self) -> int:
+        """Tokens of a sequence that the student holds whole, window and sinks."""
+        return int(self.spec.get("window") or 0) + int(self.spec.get("sinks") or 0)
 
     @property
     def bench_pair(self) -> dict[str, BenchRow]:

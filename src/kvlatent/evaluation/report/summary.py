@@ -148,8 +148,10 @@ def summary_of(results: Results) -> list[Metric]:
         Metric("Far gain kept", "", "tokens that need far text", False, *far, _quotient(far[1], far[0])),
     ]
     pair = results.bench_pair
+    window = any(row.window_bytes for row in pair.values())
     for field, name, unit, lower, show in (
-        ("cache_bytes_per_token", "KV cache", "bytes per token", True, count),
+        ("cache_bytes_per_token", "KV cache", f"bytes per token{' beyond the window' if window else ''}", True, count),
+        *([("cache_bytes", "KV cache in use", "bytes", True, count)] if window else []),
         ("ttft_ms", "TTFT", "ms", True, milliseconds),
         ("tpot_ms", "TPOT", "ms", True, milliseconds),
         ("tokens_per_s", "Throughput", "tokens/s", False, milliseconds),
@@ -159,6 +161,8 @@ def summary_of(results: Results) -> list[Metric]:
         if pair:
             row = next(iter(pair.values()))
             condition = row.dtype if field == "cache_bytes_per_token" else f"context {row.context:,}, batch {row.batch}"
+            if field == "cache_bytes":
+                condition += f", {row.new_tokens} new tokens, {row.dtype}"
         rows.append(Metric(name, unit, condition, lower, *cells, _quotient(cells[1], cells[0])))
     return [row for row in rows if row.teacher.value is not None or row.student.value is not None]
 
@@ -179,11 +183,15 @@ def headline_of(results: Results) -> str:
     """What the run achieved, in one line; empty if it measured nothing."""
     metrics = {metric.name: metric for metric in summary_of(results)}
     parts = []
-    cache, quality = metrics.get("KV cache"), metrics.get("Perplexity")
+    cache, in_use, quality = (metrics.get(name) for name in ("KV cache", "KV cache in use", "Perplexity"))
     if cache and cache.ratio.value is not None:
-        parts.append(
-            f"{_share_of_cache(cache.ratio.value)} ({cache.teacher.text} → {cache.student.text} bytes per token)"
-        )
+        per_token = f"{cache.teacher.text} → {cache.student.text} bytes per token"
+        if in_use and in_use.ratio.value is not None:
+            context = next(iter(results.bench_pair.values())).context
+            per_token = f"at context {context:,}; {per_token} beyond {results.whole_tokens} whole ones"
+            cache = in_use
+        assert cache.ratio.value is not None
+        parts.append(f"{_share_of_cache(cache.ratio.value)} ({per_token})")
     if quality and quality.ratio.value is not None:
         untrained = ", before any training" if "no training" in (results.student or "") else ""
         gain = metrics.get("Far gain kept")
