@@ -232,6 +232,11 @@ def notes_on(results: Results) -> list[str]:
         notes.append("± is the standard error of the perplexity, with blocks of held-out text as the samples.")
     if far := far_note(evaluate.models):
         notes.append(far)
+    if any(row.window_bytes for row in results.bench.rows):
+        notes.append(
+            f"The student holds {results.whole_tokens} tokens of a sequence whole, in as many bytes as the teacher; "
+            "its bytes per token are those of all others."
+        )
     for row in results.bench.rows:
         if row.cache_bytes_predicted is not None and row.cache_bytes != row.cache_bytes_predicted:
             notes.append(
