@@ -174,7 +174,7 @@ def main() -> None:
         judged_file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     judged = [json.loads(line) for line in judged_file.read_text().splitlines()]
     held_out = load_blocks(args.run / "text" / "held_out.safetensors")
-    score = {"text_bytes": held_out.bytes, "batch_size": 2}  # the number of bytes cancels in a ratio
+    score: dict[str, Any] = {"text_bytes": held_out.bytes, "batch_size": 2}  # the number of bytes cancels in a ratio
     reference: list[Any] = []
 
     plain = load_blocks(args.run / "text" / "training.safetensors").ids

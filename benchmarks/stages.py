@@ -97,7 +97,10 @@ def main() -> None:
         teacher = load_model(teacher_name, device="cpu", dtype="float32")[0]
         ids = load_blocks(args.run / "text" / "training.safetensors").ids
         held_out = load_blocks(args.run / "text" / "held_out.safetensors").ids[: args.held_out_blocks]
-        score = {"text_bytes": held_out.numel(), "batch_size": 2}  # the number of bytes cancels in a ratio
+        score: dict[str, Any] = {
+            "text_bytes": held_out.numel(),
+            "batch_size": 2,
+        }  # the number of bytes cancels in a ratio
         reference = perplexity(teacher, held_out, **score)
         for start, stage1, stage2 in missing:
             folder = args.run / start / "start"

@@ -10,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from kvlatent.compress.convert import convert
 from kvlatent.errors import UserError
-from kvlatent.evaluation.bench import benchmark, filled_cache, n_max_of, predicted_cache_bytes, weight_bytes
+from kvlatent.evaluation.bench import benchmark, filled_cache, n_max_of, weight_bytes
 from kvlatent.model.cache import allocated_bytes, cache_bytes
-from kvlatent.model.graft import dims_by_layer
+from kvlatent.model.graft import dims_by_layer, spec_of
+from kvlatent.model.sizes import predicted_cache_bytes
+from kvlatent.model.spec import LatentSpec, bytes_per_token
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -36,8 +39,7 @@ def test_live_cache_bytes_equal_the_prediction(dtype: torch.dtype) -> None:
     model = tiny().to(dtype)
     with torch.no_grad():
         cache = model(input_ids=torch.randint(64, (3, 10)), use_cache=True).past_key_values
-    d_qk, d_vo = dims_by_layer(model.config)
-    predicted = predicted_cache_bytes(kv_heads=2, d_qk=d_qk, d_vo=d_vo, batch=3, tokens=10, element_size=dtype.itemsize)
+    predicted = predicted_cache_bytes(model.config, batch=3, tokens=10, element_size=dtype.itemsize)
     assert cache_bytes(cache) == predicted == 2 * 2 * (8 + 8) * 3 * 10 * dtype.itemsize
 
 
@@ -56,9 +58,7 @@ def test_cache_bytes_count_keys_and_values_of_differing_widths(
         shape = (batch, kv_heads, tokens)
         cache.update(torch.zeros(*shape, d_qk).half(), torch.zeros(*shape, d_vo).half(), layer)
     d_qk_list, d_vo_list = [d_qk for d_qk, _ in dims], [d_vo for _, d_vo in dims]
-    assert cache_bytes(cache) == predicted_cache_bytes(
-        kv_heads=kv_heads, d_qk=d_qk_list, d_vo=d_vo_list, batch=batch, tokens=tokens, element_size=2
-    )
+    assert cache_bytes(cache) == batch * tokens * bytes_per_token(d_qk_list, d_vo_list, kv_heads, 2)
 
 
 def test_empty_cache_holds_nothing() -> None:
@@ -96,7 +96,7 @@ def test_benchmark_rows_are_complete() -> None:
     assert " ".join(sorted(rows[0])) == (
         "bandwidth_gb_per_s batch cache_bytes cache_bytes_allocated cache_bytes_per_token cache_bytes_predicted "
         "context dtype model new_tokens peak_memory_bytes roofline_ms roofline_share synthetic tokens_per_s tpot_ms "
-        "tpot_ms_range ttft_ms ttft_ms_range"
+        "tpot_ms_range ttft_ms ttft_ms_range window_bytes"
     )
     json.dumps(rows)
 
@@ -120,7 +120,11 @@ def test_sliding_window_layers_count_what_they_hold() -> None:
 
 
 def test_full_width_cache_of_a_claimed_student_is_an_error() -> None:
-    model = tiny(latent={"d_qk": [4, 4], "d_vo": [4, 4]})
+    claimed = LatentSpec(
+        preset="portable", head_dim=8, d_qk=(4, 4), d_vo=(4, 4), qk_map="folded", inv_freq=(1.0, 0.1),
+        per_head_frequencies=False, scale=0.5,
+    )  # fmt: skip
+    model = tiny(latent=claimed.to_dict())
     with pytest.raises(RuntimeError, match=r"holds 1280 bytes, but 640 were predicted"):
         benchmark({"student": model}, context=4, batch=1, new_tokens=1, repeats=1, seed=0)
 
@@ -168,3 +172,65 @@ def test_n_max_is_the_longest_context_that_fits(
     longer = allocated_bytes(filled_cache(model, batch=batch, tokens=found["context"] + 1))
     assert weights + longer > memory
     assert n_max_of(model, memory=weights - 1, batch=batch)["context"] == 0
+
+
+# --- students with a window
+
+
+@pytest.fixture
+def student(tiny_teacher: Callable[[str], PreTrainedModel], ids: torch.Tensor) -> Callable[..., PreTrainedModel]:
+    """A conversion with a window of 6 tokens and 2 sinks, from 2 layers of 2 KV heads of 16 dims to 8 and 4."""
+    return lambda name: convert(tiny_teacher(name), d_qk=8, d_vo=4, ids=ids, window=6, sinks=2)
+
+
+FAR, WHOLE = 2 * 2 * (8 + 4) * 4, 2 * 2 * 32 * 4
+"""Bytes of a token as latents and whole."""
+
+
+@pytest.mark.parametrize("synthetic", [False, True])
+@pytest.mark.parametrize(("context", "near", "far"), [(3, 5, 0), (6, 8, 0), (7, 8, 1), (18, 8, 12)])
+def test_bytes_of_a_window_are_counted_whole_and_of_the_rest_as_latents(
+    student: Callable[..., PreTrainedModel], synthetic: bool, context: int, near: int, far: int
+) -> None:
+    model = student("llama")
+    (row,) = benchmark({"s": model}, context=context, batch=3, new_tokens=2, repeats=1, synthetic=synthetic, seed=0)
+    assert row["cache_bytes"] == row["cache_bytes_predicted"] == 3 * (near * WHOLE + far * FAR)
+    spec = spec_of(model)
+    assert spec is not None and row["cache_bytes"] == 3 * spec.cache_bytes(2, 4, context + 2)
+    assert (row["cache_bytes_per_token"], row["window_bytes"]) == (FAR, 8 * WHOLE)
+    moved = weight_bytes(model) + row["cache_bytes"]
+    assert row["roofline_ms"] == pytest.approx(1000 * moved / (row["bandwidth_gb_per_s"] * 1e9))
+
+
+def test_a_sliding_window_limits_the_latents_beside_a_window(student: Callable[..., PreTrainedModel]) -> None:
+    model = student("mistral")  # which slides over 6 tokens
+    for context, far in ((20, 14), (90, 6 - 1 + 64 - 6)):
+        (row,) = benchmark({"s": model}, context=context, batch=1, new_tokens=2, repeats=1, seed=0)
+        assert row["cache_bytes"] == row["cache_bytes_predicted"] == 8 * WHOLE + far * FAR
+
+
+def test_a_synthetic_cache_is_one_that_decoding_goes_on_with(student: Callable[..., PreTrainedModel]) -> None:
+    model = student("llama")
+    prompt = torch.randint(260, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        real = model(input_ids=prompt, use_cache=True).past_key_values
+    made = filled_cache(model, batch=2, tokens=20)
+    for mine, its in zip(made.layers, real.layers, strict=True):
+        assert (mine.length, mine.latents_from, mine.left_from) == (its.length, its.latents_from, its.left_from)
+        for a, b in zip((*mine.whole, *mine.left), (*its.whole, *its.left), strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype
+        assert [x.held().shape for x in mine.latents] == [x.held().shape for x in its.latents]
+        assert all(x.abs().sum() > 0 for x in (*mine.whole, *(buffer.held() for buffer in mine.latents)))
+
+
+@pytest.mark.parametrize("extra", [0, 10_000, 400_000])
+def test_n_max_counts_the_window_and_its_slack(student: Callable[..., PreTrainedModel], extra: int) -> None:
+    model = student("llama")
+    weights, taken_at_once = sum(x.nbytes for x in model.parameters()), 2 * (8 + 64) * WHOLE
+    memory = weights + taken_at_once + extra
+    found = n_max_of(model, memory=memory, batch=2)
+    assert weights < found["bytes"] <= memory
+    assert found["context"] >= 8
+    longer = allocated_bytes(filled_cache(model, batch=2, tokens=found["context"] + 1))
+    assert weights + longer > memory
+    assert n_max_of(model, memory=weights + taken_at_once - 1, batch=2)["context"] == 0

@@ -48,7 +48,7 @@ def folder(
 
 
 def convert(root: Path, *changes: str) -> list[str]:
-    text = ["--text", f"{root}/train.txt", "--tokens", "512", "--block-size", "32"]
+    text = ["--text", f"{root}/train.txt", "--tokens", "512", "--block-size", "32", "--window", "0"]
     dims = [] if "--budget" in changes else ["--d-qk", "8", "--d-vo", "8"]
     return ["convert", f"{root}/teacher", *text, *dims, *changes]
 
@@ -116,7 +116,7 @@ def test_a_path_may_begin_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cli.parse(["convert", "smollm2", "--out=~/x"]).out == tmp_path / "x"
     merged = cli.parse(["calibrate", "smollm2", "--out", "~/s", "--merge", "~/a", "b"])
-    assert (merged.out, merged.merge) == (tmp_path / "s", (tmp_path / "a", Path("b")))
+    assert (merged.out, merged.asked.merge) == (tmp_path / "s", (tmp_path / "a", Path("b")))
 
 
 def test_names_of_any_bytes_are_shown(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -151,6 +151,36 @@ def test_info_counts_from_the_config_alone(folder: Path, capsys: pytest.CaptureF
     assert "cache bytes per token" in capsys.readouterr().out
 
 
+def test_a_window_shows_in_plan_convert_info_and_card(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = ["--text", f"{folder}/train.txt", "--tokens", "512", "--block-size", "32", "--window", "6", "--sinks", "2"]
+    argv = [f"{folder}/teacher", "--budget", "0.5", *text]
+    planned = answer(capsys, ["plan", *argv, "--out", f"{tmp_path}/plan.svg"])
+    assert (planned["window"], planned["sinks"], planned["context"]) == (6, 2, 256)
+    whole, latent = planned["teacher_cache_bytes_per_token"], planned["cache_bytes_per_token"]
+    assert planned["cache_bytes"] == 8 * whole + 248 * latent <= 0.5 * planned["teacher_cache_bytes"] == 128 * whole
+    assert planned["cache_bytes"] + 248 * whole / 32 > 128 * whole  # what one more step of dims would take
+    assert "of 256 tokens, the newest 6 tokens and the first 2 whole" in (tmp_path / "plan.svg").read_text()
+    assert cli.main(["plan", *argv, "--out", f"{tmp_path}/again.svg"]) == 0
+    assert "context                        256" in capsys.readouterr().out
+
+    made = answer(capsys, ["convert", *argv, "--out", f"{tmp_path}/student"])
+    assert (made["d_qk"], made["d_vo"]) == (planned["d_qk"], planned["d_vo"])
+    told = answer(capsys, ["info", f"{tmp_path}/student"])
+    assert (told["window"], told["sinks"]) == (6, 2)
+    assert told["window_bytes"] == {"float32": 8 * whole, "bfloat16": 4 * whole}
+    assert told["cache_bytes_at"] == {
+        "context": 256, "float32": planned["cache_bytes"], "bfloat16": planned["cache_bytes"] // 2,
+    }  # fmt: skip
+    added = told["parameters"] - answer(capsys, ["info", f"{folder}/teacher"])["parameters"]
+    assert f"the maps to latents add {added:,} parameters" in told["step"]  # no weight has shrunk
+    assert cli.main(["info", f"{tmp_path}/student"]) == 0
+    assert "window bytes" in capsys.readouterr().out
+    assert "the newest 6 tokens and the first 2 whole" in (tmp_path / "student" / "README.md").read_text()
+    assert "window" not in answer(capsys, ["info", f"{folder}/student"])
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2-mha-tied"])
 def test_info_counts_parameters_as_loading_does(
     name: str, tiny_teacher: Callable[[str], PreTrainedModel], capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -161,7 +191,7 @@ def test_info_counts_parameters_as_loading_does(
 
 def test_statistics_replace_text(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     stats, out = tmp_path / "stats.safetensors", tmp_path / "out"
-    text = ["--text", f"{folder}/train.txt", "--tokens", "512", "--block-size", "32"]
+    text = ["--text", f"{folder}/train.txt", "--tokens", "512", "--block-size", "32", "--window", "0"]
     told = answer(capsys, ["calibrate", f"{folder}/teacher", *text, "--out", str(stats)])
     assert told["tokens"] == 512
     told = answer(capsys, ["convert", f"{folder}/teacher", "--stats", str(stats), "--budget", "0.5", "--out", str(out)])
@@ -173,7 +203,7 @@ def test_statistics_replace_text(folder: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_statistics_of_shards_are_merged(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    shards, size = [], ["--tokens", "256", "--block-size", "32"]
+    shards, size = [], ["--tokens", "256", "--block-size", "32", "--window", "0"]
     for name in ("train", "other"):
         shards.append(f"{tmp_path}/{name}")
         answer(capsys, ["calibrate", f"{folder}/teacher", "--text", f"{folder}/{name}.txt", *size, "--out", shards[-1]])
@@ -187,7 +217,7 @@ def test_statistics_of_shards_are_merged(folder: Path, capsys: pytest.CaptureFix
 
 def test_a_plan_is_shown_drawn_and_followed(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     stats, plot = tmp_path / "stats.safetensors", tmp_path / "new" / "plan.svg"
-    text = ["--text", f"{folder}/train.txt", "--tokens", "512", "--block-size", "32"]
+    text = ["--text", f"{folder}/train.txt", "--tokens", "512", "--block-size", "32", "--window", "0"]
     answer(capsys, ["calibrate", f"{folder}/teacher", *text, "--out", str(stats)])
     argv = ["plan", f"{folder}/teacher", "--budget", "0.4", "--stats", str(stats), "--out", str(plot)]
     told = answer(capsys, argv)
@@ -387,7 +417,7 @@ def make_bad_files(root: Path, folder: Path) -> None:
     (root / "no-record" / RECORD).unlink()
 
 
-TEXT = ["--text", "{folder}/train.txt", "--tokens", "512", "--block-size", "32"]
+TEXT = ["--text", "{folder}/train.txt", "--tokens", "512", "--block-size", "32", "--window", "0"]
 CONVERT = ["convert", "{folder}/teacher", "--out", "{root}/out"]
 DIMS = ["--d-qk", "8", "--d-vo", "8"]
 HEAL = ["heal", "{folder}/student", "--out", "{root}/out", "--block-size", "32"]
@@ -443,6 +473,13 @@ BAD = {
         "name it with --teacher",
     ),
     "evaluating on training text": ([*EVAL, "--text", "{folder}/train.txt"], "evaluate on other text"),
+    "far gain of nobody": ([*EVAL, "--text", "{folder}/other.txt", "--far"], "--against"),
+    "far gain on no text": ([*EVAL, "--against", "{folder}/teacher", "--needle", "--far"], "--text"),
+    "far gain on short blocks": (
+        [*EVAL, "--text", "{folder}/other.txt", "--against", "{folder}/teacher", "--far"],
+        "at least 512; got 32",
+    ),
+    "retrieval from no context": (["eval", "{folder}/student", "--retrieval", "--trials", "0"], "at least 1 trial"),
     "evaluating on nothing": (EVAL, "nothing to evaluate on"),
     "context longer than the model": ([*CONVERT, *TEXT, *DIMS, "--context", "257"], "the model's 256 positions"),
     "healing in no context": ([*HEAL, *TEXT[:2], *STAGES, "--context", "0"], "context must be"),
@@ -486,7 +523,7 @@ def test_a_full_disk_gives_one_line_and_leaves_nothing(
     verb: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "total used free")(100, 90, 10))
-    text = ["--text", f"{folder}/train.txt", "--tokens", "512", "--block-size", "32"]
+    text = ["--text", f"{folder}/train.txt", "--tokens", "512", "--block-size", "32", "--window", "0"]
     argv = {"convert": convert(folder), "heal": healed(folder), "calibrate": ["calibrate", f"{folder}/teacher", *text]}
     check_refused([*argv[verb], "--out", f"{tmp_path}/out"], "0 MB are free", tmp_path, capfd)
 

@@ -134,9 +134,7 @@ def test_model_compared_with_itself_has_ratio_one_and_no_error() -> None:
 
 
 def measured_as(block_nll: list[float]) -> Perplexity:
-    nll = torch.tensor(block_nll, dtype=torch.float64)
-    at = torch.full((9,), nll.mean().item())
-    return Perplexity(nll=nll.sum().item() * 9, tokens=9 * len(nll), bytes=100, block_nll=nll, position_nll=at)
+    return Perplexity(token_nll=torch.tensor(block_nll, dtype=torch.float64)[:, None].expand(-1, 9), bytes=100)
 
 
 def test_compare_is_the_perplexity_ratio_with_the_paired_error() -> None:
@@ -207,7 +205,7 @@ def test_needle_prompts_fill_the_context_and_repeat_with_the_seed(
         seen.append((prompt, answer))
         return False, 0.0
 
-    monkeypatch.setattr("kvlatent.evaluation.needle._score_answer", record)
+    monkeypatch.setattr("kvlatent.evaluation.needle.score_answer", record)
     needle(tiny(), tokenizer, context=600, trials=10, seed=3)
     needle(tiny(1), tokenizer, context=600, trials=10, seed=3)
     assert seen[:10] == seen[10:]
@@ -221,7 +219,7 @@ def test_needle_prompts_fill_the_context_and_repeat_with_the_seed(
 
 
 def test_needle_refuses_contexts_that_do_not_fit(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match="needle and question alone"):
+    with pytest.raises(UserError, match="facts and question alone"):
         needle(tiny(), tokenizer, context=20, trials=1, seed=0)
     with pytest.raises(UserError, match="max_position_embeddings"):
         needle(tiny(), tokenizer, context=5000, trials=1, seed=0)

@@ -17,6 +17,7 @@ from kvlatent import cli
 from kvlatent.cli import recipe as pipeline
 from kvlatent.data.blocks import TokenBlocks
 from kvlatent.errors import UserError
+from kvlatent.evaluation.config import NEAR_ONLY
 from kvlatent.model.checkpoints import RECORD
 from kvlatent.model.spec import LatentSpec
 
@@ -52,7 +53,7 @@ def recipe(root: Path) -> dict[str, Any]:
         "calibration": {"text": [train], "tokens": 512},
         "training": {"text": [train]},
         "held_out": {"text": [write_text(root / "other.txt", seed=2)], "tokens": 256},
-        "students": {"best": {"budget": 0.5, "heal": heal}, "paper": {"d_qk": 8, "d_vo": 8, "heal": heal}},
+        "students": {"best": {"budget": 0.5, "window": 0, "heal": heal}, "paper": {"d_qk": 8, "d_vo": 8, "heal": heal}},
         "bench": {"context": 16, "batch": 1, "new_tokens": 2},
         "generate": {"prompts": ["river stone", "bread"], "max_new_tokens": 4},
     }
@@ -171,6 +172,28 @@ def test_a_step_done_again_renews_the_report(
     assert renewed["bench"] == json.loads((out / "results.json").read_text())["bench"]
     assert renewed["evaluate"] == results["evaluate"]
     assert renewed["bench"] != results["bench"]
+
+
+def test_long_blocks_are_judged_by_far_text_too(
+    recipe: dict[str, Any],
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    byte_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    teacher = tiny_teacher("llama")
+    teacher.config.max_position_embeddings = 512
+    teacher.save_pretrained(tmp_path / "teacher")
+    byte_tokenizer.save_pretrained(tmp_path / "teacher")
+    small = recipe | {"model": f"{tmp_path}/teacher", "students": {"paper": {"d_qk": 8, "d_vo": 8}}}
+    small["held_out"] = recipe["held_out"] | {"tokens": 2048, "block_size": 512}
+    small.pop("training")
+    models = pipeline.run(write(small, tmp_path / "small.yaml"), tmp_path / "run")["evaluate"]["models"]
+    assert list(models) == ["teacher", NEAR_ONLY, "paper, no training"]
+    assert (models["teacher"]["far_gain_kept"], models[NEAR_ONLY]["far_gain_kept"]) == (1, pytest.approx(0))
+    assert models["paper, no training"]["far_tokens"] == models[NEAR_ONLY]["far_tokens"] > 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert NEAR_ONLY in page and "Far gain kept" in page
+    assert "far gain" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
+from matplotlib.axes import Axes
 
 from kvlatent.errors import UserError
+from kvlatent.evaluation.report import figures
 from kvlatent.evaluation.report.page import write_report
+from kvlatent.evaluation.report.results import parse_results
 from kvlatent.evaluation.report.text import model_card, summary_table
 
 SECTIONS = ("record", "recipe", "seconds", "evaluate", "bench", "generations", "spec")
@@ -278,6 +281,37 @@ def test_summary_table_is_aligned_and_holds_the_numbers():
         assert row[:end].endswith(number)
     assert "higher is better" in rows[-1] and "lower is better" in rows[0]
     assert "51,234" in blocks[2]
+
+
+def test_a_window_bends_the_line_of_the_cache_and_counts_in_the_headline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = full_results()
+    results["spec"] |= {"window": 64, "sinks": 4}
+    for row in results["bench"]["rows"]:
+        student = row["model"] == "student"
+        row["window_bytes"] = 68 * 46080 if student else 0
+        near = 68 if student else 0
+        row["cache_bytes"] = near * 46080 + (row["context"] + 16 - near) * row["cache_bytes_per_token"]
+    drawn: dict[str, tuple[list[float], list[float]]] = {}
+
+    def plot(self: Axes, x: list[float], y: list[float], *_: Any, color: str = "", **__: Any) -> None:
+        drawn[color] = (list(x), list(y))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Axes, "plot", plot)
+        (picture,) = figures.cache_lines(parse_results(results, ""))
+    assert "the student's first 68 tokens whole" in picture.caption
+    whole, latent, mib = 46080, 23040, 2**20
+    assert drawn[figures.TEACHER] == ([0, 0, 8192], [0, 0, whole * 8192 / mib])
+    assert drawn[figures.STUDENT] == ([0, 68, 8192], [0, 68 * whole / mib, (68 * whole + 8124 * latent) / mib])
+    used = f"{68 * whole + (1040 - 68) * latent:,}"
+    page = write_report([make_run(tmp_path / "run", results)], tmp_path / "page.html").read_text()
+    assert used in page and "the newest 64 tokens and the first 4 whole" in page
+    headline = summary_table(results).splitlines()[0]
+    assert headline.startswith(
+        "53 % of the KV cache (at context 1,024; 46,080 → 23,040 bytes per token beyond 68 whole ones) at 1.32 ×"
+    )
 
 
 def test_student_of_the_summary_is_the_spec_preset():

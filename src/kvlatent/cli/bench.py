@@ -25,8 +25,9 @@ class Bench(Command):
 
     def table(self, result: dict[str, Any]) -> str:
         if len(result["rows"]) <= 2:
-            keys = ("cache_bytes", "cache_bytes_per_token", "ttft_ms", "tpot_ms", "tokens_per_s", "roofline_share")
-            return side_by_side(result, (*keys, "peak_memory_bytes"))
+            keys = ("ttft_ms", "tpot_ms", "tokens_per_s", "roofline_share", "peak_memory_bytes")
+            window = ["window_bytes"] if any(row["window_bytes"] for row in result["rows"]) else []
+            return side_by_side(result, ("cache_bytes", "cache_bytes_per_token", *window, *keys))
         from kvlatent.evaluation.report.text import bench_table
 
         return bench_table(result)

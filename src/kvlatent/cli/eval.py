@@ -14,7 +14,7 @@ from kvlatent.evaluation.config import EvalConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Eval(Command):
-    """Measure a model: perplexity and bits per byte on held-out text, a needle test, lm-eval tasks.
+    """Measure a model: perplexity and bits per byte on held-out text, far text, retrieval, lm-eval tasks.
 
     Text that the model was calibrated or trained on is refused.
     """
@@ -27,12 +27,16 @@ class Eval(Command):
         return evaluate(self.config, **self.common.place())
 
     def table(self, result: dict[str, Any]) -> str:
-        table = side_by_side(
-            result, ("perplexity", "perplexity_stderr", "perplexity_at", "bits_per_byte", "needle", "tasks")
-        )
+        from kvlatent.evaluation.report.text import models_table
+
+        quantities = ("perplexity", "perplexity_stderr", "perplexity_at", "bits_per_byte")
+        blocks = [side_by_side(result, (*quantities, "needle", "retrieval", "tasks"))]
+        if "near_only" in result:
+            rows = {"teacher": result["against"], result["near_only"]["model"]: result["near_only"], "student": result}
+            blocks.append(models_table(rows))
         lines = [
             f"{task} {metric}: {test['difference']:+.4f} ± {test['stderr']:.4f}, p = {test['p_value']:.3g}"
             for task, tests in result.get("paired", {}).items()
             for metric, test in tests.items()
         ]
-        return "\n".join((table, *(["", "on the same samples:", *lines] if lines else [])))
+        return "\n\n".join([*blocks, *(["\n".join(("on the same samples:", *lines))] if lines else [])])

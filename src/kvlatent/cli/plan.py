@@ -34,5 +34,8 @@ class Plan(Command):
         lines = ["layer  d_qk  d_vo  loss of keys  loss of values  (each alone, nats per token)"]
         for layer, (d_qk, d_vo, qk, vo) in enumerate(zip(*columns, strict=True)):
             lines.append(f"{layer:5}  {d_qk:4}  {d_vo:4}  {qk:12.4f}  {vo:14.4f}")
-        keys = ("budget", "cache_bytes_per_token", "teacher_cache_bytes_per_token", "expected_loss", "uniform_loss")
-        return "\n".join([*lines, "", pairs({key: result[key] for key in (*keys, "out")})])
+        keys = ["budget", "cache_bytes_per_token", "teacher_cache_bytes_per_token"]
+        if result["window"]:
+            keys += ["window", "sinks", "context", "cache_bytes", "teacher_cache_bytes"]
+        keys += ["expected_loss", "uniform_loss", "out"]
+        return "\n".join([*lines, "", pairs({key: result[key] for key in keys})])

@@ -34,9 +34,11 @@ from kvlatent.data.positions import context_of
 from kvlatent.data.sources import read_text
 from kvlatent.errors import UserError
 from kvlatent.evaluation.bench import benchmark
+from kvlatent.evaluation.config import LEAST_FAR_BLOCK, NEAR_ONLY
 from kvlatent.evaluation.evaluate import scores_of
+from kvlatent.evaluation.far import near_only_perplexity
 from kvlatent.evaluation.generate import complete
-from kvlatent.evaluation.perplexity import Perplexity, compare, perplexity
+from kvlatent.evaluation.perplexity import Perplexity, perplexity
 from kvlatent.evaluation.report.page import write_report
 from kvlatent.evaluation.report.text import model_card
 from kvlatent.fields import given
@@ -280,9 +282,14 @@ class _Run:
         """The folder of a finished student."""
         return self.out / "model" if preset == next(iter(self.recipe.students)) else self.out / preset / "model"
 
+    @property
+    def judges_far(self) -> bool:
+        """Whether blocks of held-out text are long enough to judge by far text too."""
+        return (self.recipe.held_out.block_size or self.recipe.block_size) >= LEAST_FAR_BLOCK
+
     def evaluations(self) -> dict[str, Path]:
         """Where the score of each label is kept."""
-        labels = ["teacher"]
+        labels = ["teacher", *([NEAR_ONLY] if self.judges_far else [])]
         for preset, student in self.recipe.students.items():
             labels += [f"{preset}, no training", *([f"{preset}, healed"] if student.heal else ())]
         return {label: self.out / "evaluate" / f"{label.replace(', ', '-').replace(' ', '-')}.json" for label in labels}
@@ -298,6 +305,9 @@ class _Run:
             _Step("text", folder / "held_out.safetensors", self._text),
             evaluate("teacher", self.recipe.model),
         ]
+        if self.judges_far:
+            near_only = partial(self._evaluate, self.recipe.model, measure=near_only_perplexity)
+            steps.append(_Step(f"evaluate {NEAR_ONLY}", scores[NEAR_ONLY], near_only))
         for preset, student in self.recipe.students.items():
             start, final = self.start(preset), self.final(preset)
             steps.append(_Step(f"convert {preset}", start, partial(self._convert, preset)))
@@ -375,11 +385,11 @@ class _Run:
         """A model for measuring; the teacher is shared, a student is read from its folder."""
         return self.teacher(self.dtype) if model == self.recipe.model else self._load(model, self.dtype)
 
-    def _evaluate(self, model: str, out: Path) -> None:
+    def _evaluate(self, model: str, out: Path, *, measure: Callable[..., Perplexity] = perplexity) -> None:
         held_out = self._blocks("held_out")
         check_held_out(record_of(model).get("fingerprints", ()), held_out)
         size = batch_size_for(held_out.ids.shape[1])
-        score = perplexity(self._model(model), held_out.ids, text_bytes=held_out.bytes, batch_size=size)
+        score = measure(self._model(model), held_out.ids, text_bytes=held_out.bytes, batch_size=size)
         _write_json(out, {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in vars(score).items()})
 
     def _pair(self) -> dict[str, PreTrainedModel]:
@@ -414,13 +424,8 @@ class _Run:
 
     def _results(self) -> dict[str, Any]:
         scores = {label: _read_score(path) for label, path in self.evaluations().items()}
-        models = {}
-        for label, score in scores.items():
-            ratio = compare(scores["teacher"], score)
-            models[label] = scores_of(score) | {
-                "perplexity_ratio": ratio.perplexity_ratio,
-                "perplexity_ratio_stderr": ratio.stderr,
-            }
+        teacher, near_only = scores["teacher"], scores.get(NEAR_ONLY)
+        models = {label: scores_of(score, teacher, near_only) for label, score in scores.items()}
         held_out = self._blocks("held_out")
         return {
             "title": self.recipe.title,

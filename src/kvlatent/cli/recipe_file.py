@@ -51,6 +51,10 @@ class Student(Entry):
     """Share of the cache bytes that is kept."""
     heads_per_latent: int | None = None
     """KV heads that are reduced together."""
+    window: int | None = None
+    """Newest tokens met whole; the preset's own by default."""
+    sinks: int | None = None
+    """First tokens met whole, likewise."""
     heal: HealChanges | None = None
     """What its healing changes of a preset's `HealConfig`."""
 
@@ -93,7 +97,7 @@ class Recipe(Entry):
         """How a student is converted."""
         student = self.students[preset]
         asked: dict[str, Any] = {
-            name: getattr(student, name) for name in ("d_qk", "d_vo", "budget", "heads_per_latent")
+            name: getattr(student, name) for name in ("d_qk", "d_vo", "budget", "heads_per_latent", "window", "sinks")
         }
         if PRESETS[preset].calibrated:
             asked |= {"text": tuple(self.calibration.text), "tokens": self.calibration.tokens}

@@ -24,6 +24,7 @@ from kvlatent.model.attention import LatentAttention
 from kvlatent.model.graft import graft, head_dim_of
 from kvlatent.model.layers import layer_arguments
 from kvlatent.model.offload import OffloadedLayers
+from kvlatent.model.sizes import counted_context
 from kvlatent.model.window import ALL_FAR, Near
 
 PROBE_SHARE = 0.5
@@ -34,8 +35,6 @@ PLAN_TOKENS = 4096
 """Without statistics, a budget is spent by those of this much of the calibration text."""
 PROBE_TOKENS = (2048, 4096)
 """How much layers matter is measured on an eighth of the text, within these limits; less is too few documents."""
-MOST_CONTEXT = 8192
-"""A budget counts at the model's positions, or at so many tokens if those are more."""
 PIECE = 512
 """Both are taken evenly from all of the text, in pieces of this many tokens, read as if they began a context."""
 
@@ -71,12 +70,12 @@ def far_share(config: PreTrainedConfig, budget: float, near: Near, at_context: i
         config: The teacher's.
         budget: Share of the cache bytes of a sequence that is kept.
         near: Tokens met whole.
-        at_context: Tokens of that sequence; None is the model's positions, or `MOST_CONTEXT` if those are more.
+        at_context: Tokens of that sequence; None is what `counted_context` says.
 
     Raises:
         UserError: Whole tokens alone cost more than the budget.
     """
-    tokens = at_context or min(config.max_position_embeddings, MOST_CONTEXT)
+    tokens = at_context or counted_context(config)
     whole = min(tokens, sum(near))
     if whole >= budget * tokens and near.window:
         raise UserError(

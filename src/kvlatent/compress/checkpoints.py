@@ -25,11 +25,12 @@ from kvlatent.data.positions import context_of
 from kvlatent.data.sources import TEACHER_TEXT, read_text
 from kvlatent.errors import UserError, needs
 from kvlatent.files import check_disk, refuse_existing
-from kvlatent.model.card import unmeasured_card
+from kvlatent.model.card import unmeasured_card, window_text
 from kvlatent.model.checkpoints import environment, load_model, record_of, save_checkpoint
 from kvlatent.model.graft import check_teacher, dims_by_layer, head_dim_of, heads_per_latent_of, spec_of
 from kvlatent.model.loading import load_config, load_tokenizer, stored_dtype, teacher_name, weight_bytes
 from kvlatent.model.offload import OffloadedLayers, open_offloaded
+from kvlatent.model.sizes import counted_context
 from kvlatent.model.spec import bytes_per_token
 from kvlatent.model.window import ALL_FAR, Near
 
@@ -163,14 +164,26 @@ def plan_checkpoint(
         statistics = budgets.planning_statistics(teacher, blocks.ids, heads_per_latent=grouped, near=near)
     allocation = budgets.spend(teacher, statistics, total)
     kv_heads, size = config.num_key_value_heads, stored_dtype(config, dtype).itemsize
-    draw(allocation, out, title=f"{model}: {asked.budget:.4g} of the cache", head_dim=head_dim_of(config))
+    context = counted_context(config)
+    title = f"{model}: {asked.budget:.4g} of the cache"
+    if near.window:
+        title += f" of {context:,} tokens, {window_text(*near)}"
+    draw(allocation, out, title=title, head_dim=head_dim_of(config))
+    latent, whole = (
+        bytes_per_token(*dims, kv_heads, size) for dims in ((allocation.d_qk, allocation.d_vo), dims_by_layer(config))
+    )
     return {
         "model": model,
         "budget": asked.budget,
+        "window": near.window,
+        "sinks": near.sinks,
+        "context": context,
         **asdict(allocation),
         "expected_loss": allocation.expected_loss,
-        "cache_bytes_per_token": bytes_per_token(allocation.d_qk, allocation.d_vo, kv_heads, size),
-        "teacher_cache_bytes_per_token": bytes_per_token(*dims_by_layer(config), kv_heads, size),
+        "cache_bytes_per_token": latent,
+        "teacher_cache_bytes_per_token": whole,
+        "cache_bytes": latent * max(0, context - sum(near)) + whole * min(context, sum(near)),
+        "teacher_cache_bytes": whole * context,
         "out": str(out),
     }
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from kvlatent.errors import UserError, needs
 from kvlatent.evaluation.config import BenchConfig
@@ -24,7 +24,9 @@ from kvlatent.model.checkpoints import load_model, peak_memory
 from kvlatent.model.compatibility import CACHE
 from kvlatent.model.graft import cached_dims, cached_heads, dims_by_layer, graft, spec_of
 from kvlatent.model.loading import load_config
+from kvlatent.model.sizes import near_tokens, predicted_cache_bytes, whole_token_bytes
 from kvlatent.model.spec import bytes_per_token
+from kvlatent.model.window_cache import SLACK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,22 +93,6 @@ def bench(config: BenchConfig, *, device: str = "auto", dtype: str = "auto", see
     return result
 
 
-def predicted_cache_bytes(
-    *, kv_heads: int, d_qk: Sequence[int], d_vo: Sequence[int], batch: int, tokens: int, element_size: int
-) -> int:
-    """Return the bytes of keys and values of `tokens` tokens in every layer.
-
-    Args:
-        kv_heads: Key/value heads per layer.
-        d_qk: Key dims per head, one entry per layer.
-        d_vo: Value dims per head, one entry per layer.
-        batch: Sequences.
-        tokens: Cached tokens per sequence.
-        element_size: Bytes per number.
-    """
-    return batch * tokens * bytes_per_token(d_qk, d_vo, kv_heads, element_size)
-
-
 def benchmark(
     models: Mapping[str, PreTrainedModel],
     *,
@@ -139,7 +125,8 @@ def benchmark(
     Returns:
         A row per model: `model, context, batch, new_tokens, dtype, synthetic, cache_bytes` (in use at the end, from the
         live tensors), `cache_bytes_predicted, cache_bytes_allocated` (with room for growth), `cache_bytes_per_token`
-        (one token of one sequence in all layers), `ttft_ms, ttft_ms_range, tpot_ms, tpot_ms_range, tokens_per_s`
+        (one token of one sequence in all layers, beyond a window), `window_bytes` (what a sequence's window and sinks
+        take once they are full), `ttft_ms, ttft_ms_range, tpot_ms, tpot_ms_range, tokens_per_s`
         (`batch / TPOT`), `bandwidth_gb_per_s, roofline_ms, roofline_share` and `peak_memory_bytes`: on a GPU what
         torch allocated on it, on a CPU the resident memory of the process; the weights of every model count in both,
         so the difference between rows is what tells.
@@ -176,7 +163,8 @@ def benchmark(
             "dtype": str(model.dtype).removeprefix("torch."),
             "synthetic": synthetic,
             **_summary(model, measured[name], batch=batch),
-            "cache_bytes_per_token": _predicted_bytes(model, batch=1, tokens=[1] * model.config.num_hidden_layers),
+            "cache_bytes_per_token": _bytes_per_token(model),
+            "window_bytes": sum(near_tokens(model.config)) * whole_token_bytes(model.config, model.dtype.itemsize),
         }
         for name, model in models.items()
     ]
@@ -208,10 +196,8 @@ def _measure(
         token = logits[:, -1:].argmax(dim=-1)
         steps.append(_now(device) - start)
 
-    tokens = ids.shape[1] + new_tokens
-    # Dynamic sliding layers keep the window less the token that will attend next.
-    held = [min(tokens, layer.sliding_window - 1) if layer.is_sliding else tokens for layer in cache.layers]
-    live, predicted = cache_bytes(cache), _predicted_bytes(model, batch=len(ids), tokens=held)
+    sizes = {"batch": len(ids), "tokens": ids.shape[1] + new_tokens, "element_size": model.dtype.itemsize}
+    live, predicted = cache_bytes(cache), predicted_cache_bytes(model.config, **sizes)
     if live != predicted:
         raise RuntimeError(f"the live cache holds {live} bytes, but {predicted} were predicted")
     return Measurement(
@@ -228,14 +214,16 @@ def _measure(
 @torch.no_grad()
 def filled_cache(model: PreTrainedModel, *, batch: int, tokens: int) -> Cache:
     """Return the cache a model makes by default, filled with random numbers."""
-    spec = spec_of(model)
-    cache = DynamicCache(config=model.config) if spec is None else LatentCache(model.config)
-    shape = 1, _kv_heads(model.config) if spec is None else cached_heads(model.config), 1
-    for index, dims in enumerate(zip(*cached_dims(model.config), strict=True)):
-        keys, values = (
-            torch.randn(*shape, d, dtype=model.dtype, device=model.device).expand(batch, -1, tokens, -1) for d in dims
-        )
-        cache.update(keys, values, index)
+    config, spec = model.config, spec_of(model)
+    cache = DynamicCache(config=config) if spec is None else LatentCache(config)
+    where = {"dtype": model.dtype, "device": model.device}
+    for index, dims in enumerate(zip(*cached_dims(config), strict=True)):
+        heads, beside = cached_heads(config), list[Any]()
+        if spec is not None and spec.window:  # the cache itself reduces what leaves the window
+            heads, dims = config.num_key_value_heads, (spec.head_dim, spec.head_dim)
+            beside = [model.model.layers[index].self_attn.far_maps().of(model.dtype), None]
+        keys, values = (torch.randn(1, heads, 1, d, **where).expand(batch, -1, tokens, -1) for d in dims)
+        cache.update(keys, values, index, *beside)
     return cache
 
 
@@ -271,14 +259,17 @@ def n_max_of(model: PreTrainedModel, *, memory: int, batch: int) -> dict[str, An
     Raises:
         RuntimeError: What was allocated takes more than `memory`.
     """
-    per_token = _predicted_bytes(model, batch=batch, tokens=[1] * model.config.num_hidden_layers)
+    per_token, near = batch * _bytes_per_token(model), near_tokens(model.config)
     weights = sum(x.nbytes for x in model.parameters())
+    slots = sum(near) + SLACK if near.window else 0  # taken at once
+    whole = batch * slots * whole_token_bytes(model.config, model.dtype.itemsize)
     grows = spec_of(model) is not None
 
     def needed(tokens: int) -> int:
-        return weights + (tokens + (room(tokens) if grows else 0)) * per_token
+        others = max(0, tokens - sum(near))
+        return weights + whole + (others + (room(others) if grows and others else 0)) * per_token
 
-    low, high = 0, max(0, memory - weights) // per_token
+    low, high = 0, max(0, memory - weights - whole) // per_token + sum(near)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if needed(middle) <= memory else (low, middle - 1)
@@ -290,24 +281,10 @@ def n_max_of(model: PreTrainedModel, *, memory: int, batch: int) -> dict[str, An
     return {"context": low, "bytes": taken, "dtype": str(model.dtype).removeprefix("torch.")}
 
 
-def _kv_heads(config: PreTrainedConfig) -> int:
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
-def _predicted_bytes(model: PreTrainedModel, *, batch: int, tokens: Sequence[int]) -> int:
-    """Return the cache bytes of a model whose layers hold `tokens` tokens each."""
+def _bytes_per_token(model: PreTrainedModel) -> int:
+    """Bytes that one more token of a sequence adds to the cache, in layers that hold every token."""
     config = model.config
-    return sum(
-        predicted_cache_bytes(
-            kv_heads=_kv_heads(config),
-            d_qk=[d_qk],
-            d_vo=[d_vo],
-            batch=batch,
-            tokens=held,
-            element_size=model.dtype.itemsize,
-        )
-        for d_qk, d_vo, held in zip(*dims_by_layer(config), tokens, strict=True)
-    )
+    return bytes_per_token(*dims_by_layer(config), config.num_key_value_heads, model.dtype.itemsize)
 
 
 def _summary(model: PreTrainedModel, measured: Sequence[Measurement], *, batch: int) -> dict[str, Any]:

@@ -10,6 +10,15 @@ from tyro.conf import Positional, arg
 from kvlatent.errors import UserError
 from kvlatent.fields import Model, Number, Numbers, OptionalFolder, OptionalNumber, OtherModel, Sources
 
+NEAR, SINKS = 128, 4
+"""What a teacher without far text sees: so many newest tokens, and the first ones."""
+NEAR_ONLY = "teacher, near only"
+"""What results and tables call it."""
+THRESHOLD = 0.5
+"""Nats by which a token's loss must fall when all text is visible, to count as one that needs far text."""
+LEAST_FAR_BLOCK = 512
+"""Tokens of the shortest blocks on which far text is judged."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
@@ -25,16 +34,36 @@ class EvalConfig:
     """Tokens of text."""
     block_size: Number = 512
     """Tokens per block; above 512, perplexity is reported by position too."""
+    far: bool = False
+    """Also judge by the tokens of the text that need more than the newest 128 before them: the share of far gain kept,
+    beside the model of --against as the teacher, whole and without far text."""
     needle: bool = False
     """Ask for a code hidden in 1,024, 2,048 and 4,096 tokens of filler."""
+    retrieval: bool = False
+    """Ask for the code of one name among many pairs, and among a few in filler; with --against, tested in pairs."""
+    retrieval_contexts: Numbers = (1024, 2048, 4096, 8192)
+    """Tokens of the prompts of --retrieval; more than the model has positions are left out."""
+    trials: Number = 20
+    """Prompts of --retrieval for each context and test."""
     tasks: Annotated[tuple[str, ...], arg(metavar="T…", help_behavior_hint="")] = ()
     """Tasks of lm-eval (pip install 'kvlatent[eval]'), by name or .yaml file; with --against, tested in pairs."""
     limit: OptionalNumber = None
     """Samples of each task, from the first; all of them by default."""
 
     def __post_init__(self) -> None:
-        if not (self.text or self.needle or self.tasks):
-            raise UserError("nothing to evaluate on: give --text, --needle or --tasks")
+        if not (self.text or self.needle or self.retrieval or self.tasks):
+            raise UserError("nothing to evaluate on: give --text, --needle, --retrieval or --tasks")
+        if self.far and self.against is None:
+            raise UserError("--far measures what is kept of a teacher's gain; give the teacher with --against")
+        if self.far and not self.text:
+            raise UserError("--far needs held-out text; give --text")
+        if self.far and self.block_size < LEAST_FAR_BLOCK:
+            raise UserError(
+                f"--far needs text with far tokens: give --block-size of at least {LEAST_FAR_BLOCK}; "
+                f"got {self.block_size}"
+            )
+        if self.retrieval and not self.retrieval_contexts:
+            raise UserError("give at least one of --retrieval-contexts")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,20 @@
-"""How good a model is, beside another: perplexity on held-out text, a needle test and lm-eval tasks."""
+"""How good a model is, beside another: perplexity on held-out text, far text, retrieval and lm-eval tasks."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvlatent.data.blocks import batch_size_for, check_held_out
 from kvlatent.data.sources import read_text
 from kvlatent.errors import UserError
-from kvlatent.evaluation.config import EvalConfig
+from kvlatent.evaluation.config import NEAR_ONLY, EvalConfig
+from kvlatent.evaluation.far import far_scores, near_only_perplexity
 from kvlatent.evaluation.needle import needle
 from kvlatent.evaluation.perplexity import Perplexity, compare, perplexity
-from kvlatent.evaluation.tasks import TaskScore, lm_eval_tasks, paired_test
+from kvlatent.evaluation.retrieval import RETRIEVAL_TESTS, retrieval
+from kvlatent.evaluation.tasks import lm_eval_tasks, paired_test
 from kvlatent.model.checkpoints import load_model, record_of
 from kvlatent.model.loading import load_config, load_tokenizer
 
@@ -18,10 +22,11 @@ NEEDLE_CONTEXTS, NEEDLE_TRIALS = (1024, 2048, 4096), 10
 
 
 def evaluate(config: EvalConfig, *, device: str = "auto", dtype: str = "auto", seed: int = 0) -> dict[str, Any]:
-    """Measure perplexity and bits per byte of a model on held-out text, a needle test and lm-eval tasks.
+    """Measure perplexity and bits per byte of a model on held-out text, far text, retrieval and lm-eval tasks.
 
     With another model, every metric of a task comes with a test on the samples that both answered, under `paired`: its
-    difference (model less the other), the standard error of that, and the p-value.
+    difference (model less the other), the standard error of that, and the p-value. With `far`, both and the other one
+    without far text (`near_only`) have `far_gain_kept` and the perplexity ratio over the tokens that need far text.
 
     Raises:
         UserError: The text was used for calibration or training, or a model can't be used.
@@ -40,53 +45,88 @@ def evaluate(config: EvalConfig, *, device: str = "auto", dtype: str = "auto", s
         for name in names:
             check_held_out(record_of(name).get("fingerprints", ()), blocks)
     positions = min(shape.max_position_embeddings for shape in shapes)
-    contexts = [context for context in NEEDLE_CONTEXTS if context <= positions] or [positions]
     scores: list[Perplexity] = []
-    answers: list[dict[str, TaskScore]] = []
+    samples: list[dict[str, dict[str, list[float]]]] = []  # of each model, by task and metric
     entries: list[dict[str, Any]] = []
+    near_only = None
     for name in names:
         loaded, _ = load_model(name, device=device, dtype=dtype)
         entry: dict[str, Any] = {"model": name}
+        samples.append({})
         if blocks is not None:
-            size = batch_size_for(config.block_size)
-            scores.append(perplexity(loaded, blocks.ids, text_bytes=blocks.bytes, batch_size=size))
-            entry |= scores_of(scores[-1])
+            settings: dict[str, Any] = {"text_bytes": blocks.bytes, "batch_size": batch_size_for(config.block_size)}
+            scores.append(perplexity(loaded, blocks.ids, **settings))
+            if config.far and name == config.against:
+                near_only = near_only_perplexity(loaded, blocks.ids, **settings)
         if config.needle:
             entry["needle"] = {
                 str(context): needle(loaded, tokenizer, context=context, trials=NEEDLE_TRIALS, seed=seed)
-                for context in contexts
+                for context in _within(positions, NEEDLE_CONTEXTS)
             }
+        if config.retrieval:
+            sizes = itertools.product(RETRIEVAL_TESTS, _within(positions, config.retrieval_contexts))
+            answered = {
+                f"{test} {context}": retrieval(
+                    loaded, tokenizer, test, context=context, trials=config.trials, seed=seed
+                )
+                for test, context in sizes
+            }
+            entry["retrieval"] = {test: each.scores() for test, each in answered.items()}
+            samples[-1] |= {test: each.samples for test, each in answered.items()}
         if config.tasks:
-            answers.append(lm_eval_tasks(loaded, tokenizer, config.tasks, limit=config.limit))
-            entry["tasks"] = {task: score.metrics for task, score in answers[-1].items()}
+            tasks = lm_eval_tasks(loaded, tokenizer, config.tasks, limit=config.limit)
+            entry["tasks"] = {task: score.metrics for task, score in tasks.items()}
+            samples[-1] |= {task: score.samples for task, score in tasks.items()}
         entries.append(entry)
         del loaded
+    teacher = scores[1] if len(scores) > 1 else None
+    for entry, score in zip(entries, scores, strict=False):
+        entry |= scores_of(score, teacher, near_only)
     result = entries[0]
     if blocks is not None:
         result |= {"text": list(blocks.sources), "tokens": blocks.ids.numel(), "bytes": blocks.bytes}
     if config.against is not None:
         result["against"] = entries[1]
-        if scores:
-            ratio = compare(scores[1], scores[0])
-            result |= {"perplexity_ratio": ratio.perplexity_ratio, "perplexity_ratio_stderr": ratio.stderr}
-        if answers:
-            mine, theirs = answers
-            result["paired"] = {
-                task: {
-                    metric: paired_test(theirs[task].samples[metric], samples)._asdict()
-                    for metric, samples in score.samples.items()
-                    if metric in theirs[task].samples and len(samples) > 1
-                }
-                for task, score in mine.items()
-            }
+        if near_only is not None:
+            result["near_only"] = {"model": NEAR_ONLY, **scores_of(near_only, teacher, near_only)}
+        if config.retrieval or config.tasks:
+            result["paired"] = _paired(*samples)
     return result
 
 
-def scores_of(score: Perplexity) -> dict[str, Any]:
-    """What results say of a perplexity."""
+def _within(positions: int, contexts: Sequence[int]) -> Sequence[int]:
+    """The contexts that a model has positions for, or all of its positions."""
+    return [context for context in contexts if context <= positions] or [positions]
+
+
+def _paired(
+    mine: Mapping[str, Mapping[str, list[float]]], theirs: Mapping[str, Mapping[str, list[float]]]
+) -> dict[str, Any]:
+    """Tests on the samples that both models answered, by task and metric."""
     return {
+        task: {
+            metric: paired_test(theirs[task][metric], samples)._asdict()
+            for metric, samples in metrics.items()
+            if metric in theirs[task] and len(samples) > 1
+        }
+        for task, metrics in mine.items()
+    }
+
+
+def scores_of(
+    score: Perplexity, teacher: Perplexity | None = None, near_only: Perplexity | None = None
+) -> dict[str, Any]:
+    """What results say of a perplexity, beside a teacher's and, by far gain, that of the teacher without far text."""
+    told: dict[str, Any] = {
         "perplexity": score.perplexity,
         "perplexity_stderr": score.perplexity_stderr,
         "bits_per_byte": score.bits_per_byte,
-        **({"perplexity_at": score.by_position} if len(score.by_position) > 1 else {}),
     }
+    if len(score.by_position) > 1:
+        told["perplexity_at"] = score.by_position
+    if teacher is not None:
+        ratio = compare(teacher, score)
+        told |= {"perplexity_ratio": ratio.perplexity_ratio, "perplexity_ratio_stderr": ratio.stderr}
+        if near_only is not None:
+            told |= far_scores(teacher, near_only, score)
+    return told

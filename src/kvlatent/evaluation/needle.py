@@ -1,6 +1,7 @@
 """A needle in a haystack: is a code that was mentioned once in long filler text known at its end?"""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def needle(
             bin_index = trial % DEPTH_BINS
             depth = (bin_index + rng.random()) / DEPTH_BINS
             prompt, answer = _needle_prompt(tokenizer, context=context, depth=depth, rng=rng)
-            scores[bin_index].append(_score_answer(model, prompt, answer))
+            scores[bin_index].append(score_answer(model, prompt, answer))
     by_depth = [
         {"depth": [index / DEPTH_BINS, (index + 1) / DEPTH_BINS], "trials": len(of_bin), **_mean_scores(of_bin)}
         for index, of_bin in enumerate(scores)
@@ -76,30 +77,57 @@ def _needle_prompt(
     sentence = f"Please remember that the secret code is {code}."
     question = "Now you are asked for the secret code that was mentioned above. The secret code is"
 
-    def encode(filler: list[str]) -> tuple[list[int], list[int]]:
+    def text(filler: list[str]) -> list[str]:
         before = round(depth * len(filler))
-        prompt = " ".join([*filler[:before], sentence, *filler[before:], question])
+        return [*filler[:before], sentence, *filler[before:], question]
+
+    return filled_prompt(tokenizer, text, code, context=context, rng=rng)
+
+
+def filled_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    text: Callable[[list[str]], list[str]],
+    answer: str,
+    *,
+    context: int,
+    rng: random.Random,
+) -> tuple[list[int], list[int]]:
+    """Return the token ids of a prompt and of its answer, with as much filler as there is room for.
+
+    Args:
+        tokenizer: The model's.
+        text: Sentences of the prompt, the question last, around the sentences of filler it is given.
+        answer: What should follow.
+        context: Most tokens of both together.
+        rng: Chooses the filler.
+
+    Raises:
+        UserError: They don't fit without any filler.
+    """
+
+    def encode(filler: list[str]) -> tuple[list[int], list[int]]:
+        prompt = " ".join(text(filler))
         # Tokenized as one text, then cut where the prompt alone ends, so the answer is spelt as the model knows it.
-        alone, whole = tokenizer(prompt)["input_ids"], tokenizer(f"{prompt} {code}")["input_ids"]
+        alone, whole = tokenizer(prompt)["input_ids"], tokenizer(f"{prompt} {answer}")["input_ids"]
         cut = next((i for i, (x, y) in enumerate(zip(alone, whole, strict=False)) if x != y), len(alone))
         return whole[:cut], whole[cut:]
 
     bare = sum(map(len, encode([])))
     if bare > context:
-        raise UserError(f"needle and question alone need {bare} tokens; got a context of {context}")
+        raise UserError(f"facts and question alone need {bare} tokens; got a context of {context}")
     filler: list[str] = []
     room = context - bare
     while room > 0:
         filler.append(_filler(rng))
         room -= len(tokenizer(" " + filler[-1], add_special_tokens=False)["input_ids"])
-    prompt, answer = encode(filler)
-    while len(prompt) + len(answer) > context:  # the last sentence, as a rule
+    ids = encode(filler)
+    while sum(map(len, ids)) > context:  # the last sentence, as a rule
         filler.pop()
-        prompt, answer = encode(filler)
-    return prompt, answer
+        ids = encode(filler)
+    return ids
 
 
-def _score_answer(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> tuple[bool, float]:
+def score_answer(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> tuple[bool, float]:
     """Return whether greedy decoding gives the answer, and the answer's log-probability in nats."""
     ids = torch.tensor([prompt + answer], device=model.device)
     # One row more than the answer has tokens: each row predicts the next token, and the last row has none to predict.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -24,16 +24,30 @@ SHORT = 512  # tokens of a short context
 class Perplexity:
     """Negative log-likelihood of packed text under one model."""
 
-    nll: float
-    """Total over all predicted tokens, in nats."""
-    tokens: int
-    """Predicted tokens: every token but the first of each block, which has no context to be predicted from."""
+    token_nll: Float[Tensor, "blocks block_size-1"]
+    """Of every predicted token, in nats; float64, on the CPU. The first of a block has nothing to be predicted from."""
     bytes: int
     """UTF-8 bytes of the text behind all tokens, the first of each block included."""
-    block_nll: Float[Tensor, "blocks"]
-    """Mean over the predicted tokens of each block, in nats; float64, on the CPU."""
-    position_nll: Float[Tensor, "block_size-1"]
-    """Mean over blocks of each predicted position, likewise."""
+
+    @property
+    def nll(self) -> float:
+        """Total over all predicted tokens, in nats."""
+        return float(self.block_nll.sum()) * self.token_nll.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens."""
+        return self.token_nll.numel()
+
+    @property
+    def block_nll(self) -> Float[Tensor, "blocks"]:
+        """Mean over the predicted tokens of each block, in nats."""
+        return self.token_nll.mean(dim=1)
+
+    @property
+    def position_nll(self) -> Float[Tensor, "block_size-1"]:
+        """Mean over blocks of each predicted position, in nats."""
+        return self.token_nll.mean(dim=0)
 
     @property
     def perplexity(self) -> float:
@@ -82,7 +96,12 @@ class PerplexityRatio(NamedTuple):
 
 @torch.no_grad()
 def perplexity(
-    model: PreTrainedModel, ids: Int[Tensor, "blocks block_size"], *, text_bytes: int, batch_size: int
+    model: PreTrainedModel,
+    ids: Int[Tensor, "blocks block_size"],
+    *,
+    text_bytes: int,
+    batch_size: int,
+    visible: Bool[Tensor, "1 1 block_size block_size"] | None = None,
 ) -> Perplexity:
     """Measure how well a model predicts packed text.
 
@@ -94,31 +113,21 @@ def perplexity(
         ids: Packed text, on any device.
         text_bytes: UTF-8 bytes of the text that all of `ids` stands for.
         batch_size: Blocks per forward pass; changes speed and memory, not the result.
+        visible: Which tokens of its block each token sees; None is all up to itself.
 
     Raises:
         UserError: No text, blocks too short or longer than the model's positions, or ids outside its vocabulary.
     """
     _check_blocks(model, ids, text_bytes=text_bytes, batch_size=batch_size)
-    blocks, block_size = ids.shape
-    block_nll = torch.empty(blocks, dtype=torch.float64)
-    position_nll = torch.zeros(block_size - 1, dtype=torch.float64)
+    kwargs = {} if visible is None else {"attention_mask": visible.to(model.device)}
+    parts: list[Tensor] = []
     progress = tqdm(total=ids.numel(), desc="perplexity", unit="tokens", unit_scale=True)
     with evaluation_mode(model), progress:
-        for start in range(0, blocks, batch_size):
-            batch = ids[start : start + batch_size].to(model.device)
-            nll = _token_nll(model, batch).cpu().double()
-            block_nll[start : start + len(batch)] = nll.mean(dim=1)
-            position_nll += nll.sum(dim=0) / blocks
-            progress.set_postfix(perplexity=f"{block_nll[: start + len(batch)].mean().exp():.2f}", refresh=False)
+        for batch in ids.split(batch_size):
+            parts.append(_token_nll(model, batch.to(model.device), **kwargs).cpu().double())
+            progress.set_postfix(perplexity=f"{torch.cat(parts).mean().exp():.2f}", refresh=False)
             progress.update(batch.numel())
-    predicted = block_size - 1
-    return Perplexity(
-        nll=block_nll.sum().item() * predicted,
-        tokens=blocks * predicted,
-        bytes=text_bytes,
-        block_nll=block_nll,
-        position_nll=position_nll,
-    )
+    return Perplexity(token_nll=torch.cat(parts), bytes=text_bytes)
 
 
 def compare(teacher: Perplexity, student: Perplexity) -> PerplexityRatio:

@@ -105,7 +105,7 @@ def per_layer(spec: Mapping[str, Any], key: str) -> list[float]:
 
 
 def dims_text(spec: Mapping[str, Any]) -> str:
-    """`d_qk = 32, d_vo = 16 to 48`, with the mean where layers differ; empty if the spec gives no dims."""
+    """`d_qk = 32, d_vo = 16 to 48, the newest 64 tokens whole`, with means where layers differ; empty without dims."""
     parts = []
     for key in ("d_qk", "d_vo"):
         dims = per_layer(spec, key) or ([spec[key]] if isinstance(spec.get(key), int) else [])
@@ -113,7 +113,14 @@ def dims_text(spec: Mapping[str, Any]) -> str:
             same = min(dims) == max(dims)
             spread = f"{min(dims):g}" if same else f"{min(dims):g} to {max(dims):g} (mean {sum(dims) / len(dims):.3g})"
             parts.append(f"{key} = {spread}")
+    if parts and spec.get("window"):
+        parts.append(window_text(spec["window"], spec.get("sinks", 0)))
     return ", ".join(parts)
+
+
+def window_text(window: int, sinks: int) -> str:
+    """Which tokens are met whole."""
+    return f"the newest {window} tokens{f' and the first {sinks}' if sinks else ''} whole"
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

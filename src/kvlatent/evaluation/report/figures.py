@@ -14,6 +14,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from kvlatent.evaluation.config import NEAR_ONLY
 from kvlatent.evaluation.report.results import Results, Score, Step
 from kvlatent.evaluation.report.summary import milliseconds, score_ratio, times
 from kvlatent.model.card import per_layer
@@ -111,7 +112,7 @@ def _drawn(title: str, draw: Callable[[Axes], None], scheme: str) -> Markup:
 
 
 def _colour(model: str) -> str:
-    return TEACHER if model == "teacher" else OTHER if model.startswith("paper") else STUDENT
+    return TEACHER if model in ("teacher", NEAR_ONLY) else OTHER if model.startswith("paper") else STUDENT
 
 
 def _short(text: str, width: int = 26) -> str:
@@ -256,26 +257,31 @@ def held_out_curve(steps: Sequence[Step]) -> Iterator[Picture]:
 
 def cache_lines(results: Results) -> Iterator[Picture]:
     """Cache of one sequence against its length, from the measured bytes per token."""
-    per_token = {name: row.cache_bytes_per_token for name, row in results.bench_pair.items()}
-    lines = {name: per_token[name] for name in ("teacher", "student") if per_token.get(name)}
+    longest = max(8192, 2 * max((row.context for row in results.bench.rows), default=0))
+    lines: dict[str, tuple[list[int], list[float]]] = {}
+    for name, row in sorted(results.bench_pair.items(), reverse=True):
+        if row.cache_bytes_per_token:  # steeper while tokens are held whole
+            bend = results.whole_tokens if row.window_bytes else 0
+            end = row.window_bytes + row.cache_bytes_per_token * (longest - bend)
+            lines[name] = [0, bend, longest], [0, row.window_bytes / 2**20, end / 2**20]
     if not lines:
         return
-    longest = max(8192, 2 * max(row.context for row in results.bench.rows))
 
     def draw(ax: Axes) -> None:
-        for name, size in lines.items():
-            assert size is not None
-            ax.plot([0, longest], [0, size * longest / 2**20], color=_colour(name))
-            ax.annotate(name, (longest, size * longest / 2**20), xytext=(-4, 6), textcoords="offset points", ha="right")
+        for name, (tokens, size) in lines.items():
+            ax.plot(tokens, size, color=_colour(name))
+            ax.annotate(name, (longest, size[-1]), xytext=(-4, 6), textcoords="offset points", ha="right")
         ax.set_xlim(0, longest)
-        ax.set_ylim(0, max(size or 0 for size in lines.values()) * longest / 2**20 * 1.12)
+        ax.set_ylim(0, max(size[-1] for _, size in lines.values()) * 1.12)
         ax.set_xticks([longest * i // 4 for i in range(5)])
         _plain_axis(ax.xaxis)
         ax.set_xlabel("Context (tokens)")
         ax.set_ylabel("KV cache of one sequence (MiB)")
 
     dtype = next(iter(results.bench_pair.values())).dtype
-    note = f"Computed from the bytes per token{f' in {dtype}' if dtype else ''}. Lower is better."
+    window = any(row.window_bytes for row in results.bench_pair.values())
+    whole = f", the student's first {results.whole_tokens} tokens whole" if window else ""
+    note = f"Computed from the bytes per token{f' in {dtype}' if dtype else ''}{whole}. Lower is better."
     yield _picture("KV cache against context", note, draw)
 
 

@@ -15,6 +15,9 @@ from kvlatent.evaluation.report import figures
 from kvlatent.evaluation.report.results import Run, Score, read_run
 from kvlatent.evaluation.report.summary import (
     count,
+    far_gain_cell,
+    far_note,
+    far_ratio_cell,
     fixed,
     headline_of,
     mib,
@@ -73,9 +76,15 @@ def _run_context(run: Run) -> dict[str, Any]:
         "summary": summary_of(results),
         "dims": dims_text(results.spec),
         "models": [
-            (name, perplexity_cell(score), score_ratio(score, teacher), score.bits_per_byte)
+            (
+                name,
+                [perplexity_cell(score), score_ratio(score, teacher)],
+                score.bits_per_byte,
+                [far_gain_cell(score), far_ratio_cell(score)],
+            )
             for name, score in results.evaluate.models.items()
         ],
+        "far": far_note(results.evaluate.models),
         "bench": results.bench.rows,
         "quality": [*figures.perplexity_bars(results)],
         "healing": [

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from kvlatent.errors import UserError
+from kvlatent.evaluation.config import NEAR_ONLY
 
 
 class _Section(BaseModel):
@@ -31,6 +32,11 @@ class Score(_Section):
     perplexity_ratio: float | None = None
     perplexity_ratio_stderr: float | None = None
     bits_per_byte: float | None = None
+    far_gain_kept: float | None = None
+    far_gain_kept_stderr: float | None = None
+    far_perplexity_ratio: float | None = None
+    far_tokens: int | None = None
+    far_share: float | None = None
 
 
 class _Evaluate(_Section):
@@ -51,6 +57,7 @@ class BenchRow(_Section):
     cache_bytes: float | None = None
     cache_bytes_predicted: float | None = None
     cache_bytes_per_token: float | None = None
+    window_bytes: float = 0
     ttft_ms: float | None = None
     ttft_ms_range: tuple[float, float] | None = None
     tpot_ms: float | None = None
@@ -92,10 +99,15 @@ class Results(_Section):
     @property
     def student(self) -> str | None:
         """The evaluated model that the headline is about: this run's own preset, healed if it was healed."""
-        names = [name for name in self.evaluate.models if name != "teacher"]
+        names = [name for name in self.evaluate.models if name not in ("teacher", NEAR_ONLY)]
         preset = self.spec.get("preset") or self.recipe.get("preset")
         preferred = ("student", f"{preset}, healed", f"{preset}, no training", "best, healed", "best, no training")
         return next((name for name in preferred if name in names), names[-1] if names else None)
+
+    @property
+    def whole_tokens(self) -> int:
+        """Tokens of a sequence that the student holds whole, window and sinks."""
+        return int(self.spec.get("window") or 0) + int(self.spec.get("sinks") or 0)
 
     @property
     def bench_pair(self) -> dict[str, BenchRow]:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from kvlatent.evaluation.config import NEAR, NEAR_ONLY, SINKS, THRESHOLD
 from kvlatent.evaluation.report.results import BenchRow, Results, Score
 
 
@@ -84,6 +85,33 @@ def perplexity_cell(score: Score) -> Cell:
     return Cell(score.perplexity, _perplexity(score.perplexity), error)
 
 
+def far_gain_cell(score: Score) -> Cell:
+    """The share of far gain that is kept, and its standard error."""
+    if score.far_gain_kept is None:
+        return Cell(None, "–")
+    error = score.far_gain_kept_stderr
+    spread = "" if error is None else f"± {fixed(100 * error, 1)}"
+    return Cell(score.far_gain_kept, f"{fixed(100 * score.far_gain_kept, 1)} %", spread)
+
+
+def far_ratio_cell(score: Score) -> Cell:
+    """Perplexity over the teacher's, of tokens that need far text."""
+    return Cell(score.far_perplexity_ratio, times(score.far_perplexity_ratio))
+
+
+def far_note(models: Mapping[str, Score]) -> str:
+    """What far gain is and over how many tokens; empty where it wasn't measured."""
+    score = next((score for score in models.values() if score.far_tokens is not None), None)
+    if score is None:
+        return ""
+    return (
+        f"Far gain is what the teacher gains from text beyond the newest {NEAR} tokens, over the tokens whose loss "
+        f"that text lowers by {THRESHOLD:g} nats or more: {count(score.far_tokens)} of this text"
+        + (f" ({100 * score.far_share:.1f} %)" if score.far_share is not None else "")
+        + f". '{NEAR_ONLY}' sees the newest {NEAR} tokens and the first {SINKS}, and keeps none of it."
+    )
+
+
 def _bits_cell(score: Score) -> Cell:
     return Cell(score.bits_per_byte, fixed(score.bits_per_byte, 3))
 
@@ -113,13 +141,17 @@ def summary_of(results: Results) -> list[Metric]:
     teacher, student = models.get("teacher", Score()), models.get(results.student or "", Score())
     perplexities = perplexity_cell(teacher), perplexity_cell(student)
     bits = _bits_cell(teacher), _bits_cell(student)
+    far = far_gain_cell(teacher), far_gain_cell(student)
     rows = [
         Metric("Perplexity", "", "held-out text", True, *perplexities, score_ratio(student, teacher)),
         Metric("Bits per byte", "", "held-out text", True, *bits, _quotient(bits[1], bits[0])),
+        Metric("Far gain kept", "", "tokens that need far text", False, *far, _quotient(far[1], far[0])),
     ]
     pair = results.bench_pair
+    window = any(row.window_bytes for row in pair.values())
     for field, name, unit, lower, show in (
-        ("cache_bytes_per_token", "KV cache", "bytes per token", True, count),
+        ("cache_bytes_per_token", "KV cache", f"bytes per token{' beyond the window' if window else ''}", True, count),
+        *([("cache_bytes", "KV cache in use", "bytes", True, count)] if window else []),
         ("ttft_ms", "TTFT", "ms", True, milliseconds),
         ("tpot_ms", "TPOT", "ms", True, milliseconds),
         ("tokens_per_s", "Throughput", "tokens/s", False, milliseconds),
@@ -129,6 +161,8 @@ def summary_of(results: Results) -> list[Metric]:
         if pair:
             row = next(iter(pair.values()))
             condition = row.dtype if field == "cache_bytes_per_token" else f"context {row.context:,}, batch {row.batch}"
+            if field == "cache_bytes":
+                condition += f", {row.new_tokens} new tokens, {row.dtype}"
         rows.append(Metric(name, unit, condition, lower, *cells, _quotient(cells[1], cells[0])))
     return [row for row in rows if row.teacher.value is not None or row.student.value is not None]
 
@@ -149,14 +183,20 @@ def headline_of(results: Results) -> str:
     """What the run achieved, in one line; empty if it measured nothing."""
     metrics = {metric.name: metric for metric in summary_of(results)}
     parts = []
-    cache, quality = metrics.get("KV cache"), metrics.get("Perplexity")
+    cache, in_use, quality = (metrics.get(name) for name in ("KV cache", "KV cache in use", "Perplexity"))
     if cache and cache.ratio.value is not None:
-        parts.append(
-            f"{_share_of_cache(cache.ratio.value)} ({cache.teacher.text} → {cache.student.text} bytes per token)"
-        )
+        per_token = f"{cache.teacher.text} → {cache.student.text} bytes per token"
+        if in_use and in_use.ratio.value is not None:
+            context = next(iter(results.bench_pair.values())).context
+            per_token = f"at context {context:,}; {per_token} beyond {results.whole_tokens} whole ones"
+            cache = in_use
+        assert cache.ratio.value is not None
+        parts.append(f"{_share_of_cache(cache.ratio.value)} ({per_token})")
     if quality and quality.ratio.value is not None:
         untrained = ", before any training" if "no training" in (results.student or "") else ""
-        parts.append(f"{'at ' if parts else 'At '}{quality.ratio.text} the teacher's perplexity{untrained}")
+        gain = metrics.get("Far gain kept")
+        far = f" and {gain.student.text} of its far gain" if gain and gain.student.value is not None else ""
+        parts.append(f"{'at ' if parts else 'At '}{quality.ratio.text} the teacher's perplexity{far}{untrained}")
     return " ".join(parts)
 
 
@@ -190,6 +230,13 @@ def notes_on(results: Results) -> list[str]:
             notes.append("No held-out source is among the calibration and training sources.")
     if any(score.perplexity_stderr is not None for score in evaluate.models.values()):
         notes.append("± is the standard error of the perplexity, with blocks of held-out text as the samples.")
+    if far := far_note(evaluate.models):
+        notes.append(far)
+    if any(row.window_bytes for row in results.bench.rows):
+        notes.append(
+            f"The student holds {results.whole_tokens} tokens of a sequence whole, in as many bytes as the teacher; "
+            "its bytes per token are those of all others."
+        )
     for row in results.bench.rows:
         if row.cache_bytes_predicted is not None and row.cache_bytes != row.cache_bytes_predicted:
             notes.append(

@@ -5,6 +5,9 @@ from typing import Any
 
 from kvlatent.evaluation.report.results import Score, parse_results
 from kvlatent.evaluation.report.summary import (
+    far_gain_cell,
+    far_note,
+    far_ratio_cell,
     fixed,
     headline_of,
     mib,
@@ -39,13 +42,27 @@ def summary_table(results: Mapping[str, Any]) -> str:
             )
         )
     if len(parsed.evaluate.models) > 2:
-        teacher = parsed.evaluate.models.get("teacher", Score())
-        rows = [
-            [name, str(perplexity_cell(score)), str(score_ratio(score, teacher)), fixed(score.bits_per_byte, 3)]
-            for name, score in parsed.evaluate.models.items()
-        ]
-        blocks.append(aligned(["", "perplexity", "ratio", "bits per byte"], rows))
+        blocks.append(_models_table(parsed.evaluate.models))
     return "\n\n".join(blocks) or "no measurements yet"
+
+
+def models_table(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what each of several models scored on the same text as aligned plain text, the teacher's name `teacher`.
+
+    Raises:
+        UserError: A score has the wrong type.
+    """
+    return _models_table(parse_results({"evaluate": {"models": models}}, "the given object").evaluate.models)
+
+
+def _models_table(models: Mapping[str, Score]) -> str:
+    teacher, far = models.get("teacher", Score()), far_note(models)
+    header = ["", "perplexity", "ratio", "bits per byte", *(["far gain kept", "far ratio"] if far else [])]
+    rows = []
+    for name, score in models.items():
+        cells = [str(perplexity_cell(score)), str(score_ratio(score, teacher)), fixed(score.bits_per_byte, 3)]
+        rows.append([name, *cells, *([str(far_gain_cell(score)), str(far_ratio_cell(score))] if far else [])])
+    return "\n".join([aligned(header, rows), *([far] if far else [])])
 
 
 def bench_table(bench: Mapping[str, Any]) -> str:

@@ -1,0 +1,122 @@
+"""Retrieval from far text: which code belongs to a name, of many that were given?
+
+Two tests of one kind. `key_value` gives as many pairs of name and code as the context has room for at a fixed density;
+`needles` hides a few in long filler. Both ask for one that is not among the newest tokens, by the beginning of its
+sentence. A model that only knows that codes were given guesses among them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvlatent.errors import UserError
+from kvlatent.evaluation.config import NEAR
+from kvlatent.evaluation.needle import filled_prompt, score_answer
+from kvlatent.evaluation.perplexity import check_positions, evaluation_mode, standard_error
+
+TOKENS_PER_PAIR = 32
+"""`key_value` gives one pair for so many tokens of context; filler takes what they leave."""
+NEEDLES = 4
+"""Pairs that `needles` hides."""
+RETRIEVAL_TESTS = ("key_value", "needles")
+FIRST = (
+    "Alice", "Bob", "Carol", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "Jack", "Karen", "Leo",
+    "Maria", "Nathan", "Olivia", "Peter", "Rachel", "Simon", "Tina", "Victor", "Wendy", "Albert", "Bruno",
+    "Clara", "Diana", "Edward", "Felix", "George", "Hannah", "Ivan", "Julia", "Kevin",
+)  # fmt: skip
+LAST = (
+    "Adams", "Baker", "Carter", "Dixon", "Ellis", "Foster", "Grant", "Hayes", "Irving", "Jones", "King",
+    "Lopez", "Mason", "Nelson", "Owens", "Parker", "Quinn", "Reed", "Scott", "Turner", "Usher", "Vance",
+    "Walker", "Young", "Zimmer", "Black", "Cook", "Drake", "Evans", "Ford", "Green", "Hill",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """Answers of one model, prompt by prompt."""
+
+    pairs: int
+    """Pairs in each prompt."""
+    samples: dict[str, list[float]]
+    """`exact_match`, 1 where greedy decoding writes the right code, and its `log_probability` in nats."""
+
+    def scores(self) -> dict[str, Any]:
+        """Means and their standard errors, with prompts as samples; None for one prompt."""
+        found: dict[str, Any] = {"pairs": self.pairs, "trials": len(self.samples["exact_match"])}
+        for metric, values in self.samples.items():
+            samples = torch.tensor(values, dtype=torch.float64)
+            found |= {metric: samples.mean().item(), f"{metric}_stderr": standard_error(samples)}
+        return found
+
+
+@torch.no_grad()
+def retrieval(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    test: str,
+    *,
+    context: int,
+    trials: int,
+    seed: int,
+) -> Retrieval:
+    """Ask for the code of one name among several, once per prompt, scored as `needle` scores.
+
+    Args:
+        model: On any device.
+        tokenizer: The model's.
+        test: One of `RETRIEVAL_TESTS`.
+        context: Tokens of prompt and answer together; a few fewer are used.
+        trials: Prompts; what is asked for is spread evenly over all of the text but the newest `2 * NEAR` tokens.
+        seed: Chooses names, codes and filler; the same seed gives two models the same prompts.
+
+    Raises:
+        UserError: `context` is too short for far text or for the pairs, or too long for the model, or `trials` < 1.
+    """
+    if trials < 1:
+        raise UserError(f"retrieval needs at least 1 trial; got {trials}")
+    if context <= 2 * NEAR:
+        raise UserError(f"retrieval from far text needs a context of over {2 * NEAR} tokens; got {context}")
+    check_positions(model, context)
+    rng = random.Random(f"{test} {context} {seed}")
+    pairs = NEEDLES if test == "needles" else context // TOKENS_PER_PAIR
+    answers = []
+    with evaluation_mode(model):
+        for trial in tqdm(range(trials), desc=f"{test} {context}", unit="prompts"):
+            depth = (trial + rng.random()) / trials * (1 - 2 * NEAR / context)
+            prompt, answer = _prompt(tokenizer, pairs, context=context, depth=depth, rng=rng)
+            answers.append(score_answer(model, prompt, answer))
+    samples = {"exact_match": [float(exact) for exact, _ in answers], "log_probability": [p for _, p in answers]}
+    return Retrieval(pairs=pairs, samples=samples)
+
+
+def _prompt(
+    tokenizer: PreTrainedTokenizerBase, pairs: int, *, context: int, depth: float, rng: random.Random
+) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt that asks for the pair at `depth`, a share of the pairs' text, and of the answer."""
+    names = FIRST if pairs <= len(FIRST) else [" ".join(name) for name in itertools.product(FIRST, LAST)]
+    if pairs > len(names):
+        raise UserError(f"there are names for {len(names)} pairs; a context of {context} tokens takes {pairs}")
+    chosen = rng.sample(names, pairs)
+    codes = [f"{rng.randrange(10, 100)}" for _ in chosen]
+    sentences = [f"The code of {name} is {code}." for name, code in zip(chosen, codes, strict=True)]
+    places = sorted([depth, *(rng.random() for _ in range(pairs - 1))])
+    asked = places.index(depth)
+
+    def text(filler: list[str]) -> list[str]:
+        """Every pair at its place among the filler."""
+        parts: list[str] = []
+        done = 0
+        for place, sentence in zip(places, sentences, strict=True):
+            until = round(place * len(filler))
+            parts += [*filler[done:until], sentence]
+            done = until
+        return [*parts, *filler[done:], f"The code of {chosen[asked]} is"]
+
+    return filled_prompt(tokenizer, text, codes[asked], context=context, rng=rng)
