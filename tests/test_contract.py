@@ -10,6 +10,7 @@ from gguf import GGUFReader
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from kvlatent.errors import UserError
 from kvlatent.healing.config import HealConfig
 from kvlatent.healing.heal import heal
 from kvlatent.model.checkpoints import load_model, save_checkpoint
@@ -20,7 +21,8 @@ from kvlatent.serving.export.stock import export_stock
 pytestmark = pytest.mark.contract
 PLAIN = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
 each_family = pytest.mark.parametrize("family", FAMILIES)
-each_preset = pytest.mark.parametrize("preset", ["best", "paper"])
+each_preset = pytest.mark.parametrize("preset", ["windowed", "best", "paper"])
+with_and_without_window = pytest.mark.parametrize("preset", ["windowed", "best"])
 
 
 @each_family
@@ -31,23 +33,30 @@ def test_greedy_tokens_are_the_same_cached_uncached_and_in_a_static_cache(
     student = tiny_student(family, preset)
     wanted = student.generate(ids[:2, :9], use_cache=False, **PLAIN)
     assert torch.equal(student.generate(ids[:2, :9], **PLAIN), wanted)
-    assert torch.equal(student.generate(ids[:2, :9], cache_implementation="static", **PLAIN), wanted)
+    static = {**PLAIN, "cache_implementation": "static"}
+    if preset == "windowed" and getattr(student.config, "sliding_window", None):
+        with pytest.raises(UserError, match="sliding window of 6 tokens and the student's own"):
+            student.generate(ids[:2, :9], **static)
+    else:
+        assert torch.equal(student.generate(ids[:2, :9], **static), wanted)
 
 
 @each_family
+@with_and_without_window
 def test_beams_are_the_same_cached_and_uncached(
-    tiny_student: Callable[..., PreTrainedModel], ids: Tensor, family: str
+    tiny_student: Callable[..., PreTrainedModel], ids: Tensor, family: str, preset: str
 ) -> None:
-    student = tiny_student(family)
+    student = tiny_student(family, preset)
     cached, uncached = (student.generate(ids[:2, :9], num_beams=3, use_cache=use, **PLAIN) for use in (True, False))
     assert torch.equal(cached, uncached)
 
 
 @each_family
+@with_and_without_window
 def test_a_left_padded_prompt_continues_as_alone(
-    tiny_student: Callable[..., PreTrainedModel], ids: Tensor, family: str
+    tiny_student: Callable[..., PreTrainedModel], ids: Tensor, family: str, preset: str
 ) -> None:
-    student, prompts = tiny_student(family), ids[:2, :9].clone()
+    student, prompts = tiny_student(family, preset), ids[:2, :9].clone()
     mask = torch.ones_like(prompts)
     mask[0, :4] = prompts[0, :4] = 0
     got = student.generate(prompts, attention_mask=mask, **PLAIN)
@@ -56,14 +65,16 @@ def test_a_left_padded_prompt_continues_as_alone(
 
 
 @each_family
+@with_and_without_window
 def test_a_training_step_with_adapters_changes_attention_and_ffn(
     tiny_teacher: Callable[[str], PreTrainedModel],
     tiny_student: Callable[..., PreTrainedModel],
     ids: Tensor,
     tmp_path: Path,
     family: str,
+    preset: str,
 ) -> None:
-    student = tiny_student(family)
+    student = tiny_student(family, preset)
     before = copy.deepcopy(student.state_dict())
     tokens = ids.numel() // 2
     config = HealConfig(stage1_tokens=tokens, stage2_tokens=tokens, lora_rank=4, lora_alpha=8)
@@ -74,6 +85,7 @@ def test_a_training_step_with_adapters_changes_attention_and_ffn(
 
 
 @each_family
+@with_and_without_window
 @torch.no_grad()
 def test_a_checkpoint_loads_with_the_same_logits(
     tiny_student: Callable[..., PreTrainedModel],
@@ -81,8 +93,9 @@ def test_a_checkpoint_loads_with_the_same_logits(
     ids: Tensor,
     tmp_path: Path,
     family: str,
+    preset: str,
 ) -> None:
-    student = tiny_student(family)
+    student = tiny_student(family, preset)
     save_checkpoint(student, byte_tokenizer, tmp_path / "student", record={})
     for loaded in (
         load_model(str(tmp_path / "student"))[0],
