@@ -254,6 +254,7 @@ def serve(config: ServeConfig, *, dtype: str = "auto", seed: int = 0) -> dict[st
         )
     folder = Path(config.model).expanduser()
     name, source = folder.resolve().name if folder.exists() else config.model, locate(config.model)
+    (check_gguf if config.engine == "llama.cpp" else check_vllm)(shape)  # before an engine is installed in vain
     chosen = pick_engine(config.engine)
     check_port(config.host, config.port)
     where: dict[str, Any] = {"name": name, "host": config.host, "port": config.port}
@@ -265,7 +266,6 @@ def serve(config: ServeConfig, *, dtype: str = "auto", seed: int = 0) -> dict[st
     options: dict[str, Any] = {"host": config.host, "port": config.port, "announce": announce}
     with contextlib.ExitStack() as stack:
         if chosen == "vllm":
-            check_vllm(shape)
             device = pick_device()
             kind = str(pick_dtype(dtype, device)).removeprefix("torch.")
             eager = device.type == "cpu"  # where compiling takes a C++ compiler, and minutes before the first answer
