@@ -8,7 +8,7 @@ offloads with them as with its own. Keys and values have widths of their own, la
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxtyping import Float
@@ -23,6 +23,9 @@ from kvlatent.model.window_cache import FixedWindowLayer, WindowLayer
 Keys = Float[Tensor, "batch kv_heads seq d_qk"]
 Values = Float[Tensor, "batch kv_heads seq d_vo"]
 Held = tuple[Float[Tensor, "batch kv_heads held d_qk"], Float[Tensor, "batch kv_heads held d_vo"]]
+Others = Mapping[str, Any] | None
+"""What a stock attention module was itself given, which it hands to its cache since transformers 5.24; before, nothing.
+No layer here depends on it. Anything else that a release may hand over is a `TypeError`."""
 
 
 class _InPlace(Buffered):
@@ -67,7 +70,7 @@ class _InPlace(Buffered):
 class GrowingLayer(_InPlace, DynamicLayer):
     """A layer that holds every token."""
 
-    def update(self, key_states: Keys, value_states: Values, *args: Any, **kwargs: Any) -> Held:
+    def update(self, key_states: Keys, value_states: Values, *, kwargs: Others = None) -> Held:
         """Append, and return all that is held.
 
         Where gradients flow the tensors are concatenated instead: what autograd has saved must not be overwritten.
@@ -89,7 +92,7 @@ class GrowingLayer(_InPlace, DynamicLayer):
 class RollingLayer(_InPlace, DynamicSlidingWindowLayer):
     """A layer that holds the last `sliding_window - 1` tokens: those the next one will look at."""
 
-    def update(self, key_states: Keys, value_states: Values, *args: Any, **kwargs: Any) -> Held:
+    def update(self, key_states: Keys, value_states: Values, *, kwargs: Others = None) -> Held:
         """Append, forget what is out of the window, and return what the new tokens look at.
 
         Where gradients flow, and while the past is recorded for `crop`, transformers' own layer does it.
@@ -115,7 +118,7 @@ class FixedLayer(StaticLayer):
     is_croppable = True
     empty = True
 
-    def update(self, key_states: Keys, value_states: Values, *args: Any, **kwargs: Any) -> Held:
+    def update(self, key_states: Keys, value_states: Values, *, kwargs: Others = None) -> Held:
         """Write behind what is held, and return the whole room; its mask says what of it is held.
 
         Raises:

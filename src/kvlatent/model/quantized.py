@@ -8,7 +8,6 @@ quantised again. Attention sees dequantised tensors, one layer at a time, so thi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from kvlatent.errors import UserError
 from kvlatent.model.buffers import LEAST_ROOM, Buffer, Buffered, check_crop
-from kvlatent.model.cache import GrowingLayer, Held, Keys, LatentCache, Values
+from kvlatent.model.cache import GrowingLayer, Held, Keys, LatentCache, Others, Values
 
 GROUP = 128
 """Tokens whose keys share the ranges of their channels; they are quantised together."""
@@ -64,7 +63,7 @@ class QuantisedLayer(Buffered, DynamicLayer):
         self.codes = [Buffer(x, least) for x, least in zip(empty, rooms, strict=True)]
         self.is_initialized = True
 
-    def update(self, key_states: Keys, value_states: Values, *args: Any, **kwargs: Any) -> Held:
+    def update(self, key_states: Keys, value_states: Values, *, kwargs: Others = None) -> Held:
         """Append; return all keys and values, those of whole groups as they are after quantisation.
 
         A first update returns what it was given: a prefill attends in full precision.
