@@ -294,6 +294,19 @@ def test_first_uses_at_once_all_succeed(
     assert [str(path) for path in cache.iterdir()] == list(folders)
 
 
+def test_what_a_killed_process_has_left_is_removed_and_what_another_works_in_is_not(
+    tiny_teacher: Callable[[str], PreTrainedModel], tmp_path: Path, cache: Path
+) -> None:
+    write_gguf(tiny_teacher("llama"), tmp_path / "model.gguf")
+    killed = cache / ".unpacking-killed" / "model"
+    killed.mkdir(parents=True)
+    with unpacked._work_folder(cache) as work:
+        assert not killed.parent.exists()
+        folder = locate(str(tmp_path / "model.gguf"))
+        assert set(cache.iterdir()) == {work, Path(folder)}
+    assert set(cache.iterdir()) == {Path(folder)}
+
+
 def test_without_a_home_directory_the_cache_is_where_temporary_files_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("HOME", raising=False)

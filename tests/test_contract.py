@@ -4,12 +4,14 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from gguf import GGUFReader
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from kvlatent.data.blocks import read_documents
 from kvlatent.errors import UserError
 from kvlatent.healing.config import HealConfig
 from kvlatent.healing.heal import heal
@@ -103,6 +105,11 @@ def test_a_checkpoint_loads_with_the_same_logits(
     ):
         assert type(loaded) is type(student)
         torch.testing.assert_close(loaded(ids[:1]).logits, student(ids[:1]).logits, rtol=0, atol=1e-5)
+
+
+def test_datasets_reads_parquet(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), tmp_path / "rows.parquet")
+    assert list(read_documents(str(tmp_path / "rows.parquet"))) == ["one", "two"]
 
 
 @torch.no_grad()

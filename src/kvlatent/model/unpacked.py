@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,11 +23,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers import initialization as init
 
 from kvlatent.errors import UserError
-from kvlatent.files import check_disk
+from kvlatent.files import at_home, check_disk
 from kvlatent.model.folder import check_all_used, one_line, read_config, read_tokenizer
 
 HASHES = "hashes.json"
 """Of every other file in an unpacked folder."""
+UNPACKING = ".unpacking-"
+"""What names of temporary folders begin with."""
 BIASES = {"attn_q.bias": "attention_bias", "ffn_gate.bias": "mlp_bias"}
 """Config entry that says a Llama has biases, by a tensor that only such files have."""
 
@@ -46,17 +52,16 @@ def unpacked(file: Path) -> Path:
     with one_line(f"can't read {file} as GGUF"):
         model, tokenizer = _read(file)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    check_disk(folder, size + 50_000_000)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as work:
-        partial = Path(work, "model")
+    with _work_folder(folder.parent) as work:
+        check_disk(folder, size + 50_000_000)
+        partial = work / "model"
         with one_line(f"can't write {folder}"):
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             hashes = {path.name: _hash_of(path, xxhash.xxh3_128) for path in partial.iterdir()}
             (partial / HASHES).write_text(json.dumps(hashes, indent=2) + "\n")
         if folder.is_dir() and not _intact(folder):
-            folder.rename(Path(work, "damaged"))
+            folder.rename(work / "damaged")
         try:
             partial.rename(folder)
         except OSError:
@@ -65,9 +70,30 @@ def unpacked(file: Path) -> Path:
     return folder
 
 
+@contextmanager
+def _work_folder(parent: Path) -> Iterator[Path]:
+    """A temporary folder in `parent`; those that killed processes have left there are removed first.
+
+    Who has such a folder holds a shared lock on `parent`, which the system takes back when a process dies.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # another process is unpacking, or the file system has no such locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in parent.glob(f"{UNPACKING}*"):
+                shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        with tempfile.TemporaryDirectory(dir=parent, prefix=UNPACKING) as work:
+            yield Path(work)
+    finally:
+        os.close(lock)
+
+
 def _cache() -> Path:
     """`$XDG_CACHE_HOME/kvlatent`, by default under the home directory, or where temporary files go without one."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    cache = at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return (cache if cache.is_absolute() else Path(tempfile.gettempdir())) / "kvlatent"
 
 
@@ -103,6 +129,7 @@ def _read(file: Path) -> tuple[Any, Any]:
     config = read_config(str(file.parent), **where)
     reader = gguf.GGUFReader(file)
     _check_rope(reader, file)
+    _check_merges(reader, file)
     names = {tensor.name for tensor in reader.tensors}
     for tensor, entry in BIASES.items():
         if config.model_type == "llama" and f"blk.0.{tensor}" in names:
@@ -131,6 +158,16 @@ def _check_rope(reader: gguf.GGUFReader, file: Path) -> None:
         raise UserError(
             f"{file} has frequencies of its own ({'rope_freqs' if own else scaled[0]}), which transformers ignores; "
             f"llama.cpp reads them (llama-server -m {file.name}), and kvlatent the folder that it was exported from"
+        )
+
+
+def _check_merges(reader: gguf.GGUFReader, file: Path) -> None:
+    """Raise `UserError` if a BPE tokenizer merges nothing, which transformers can't read back."""
+    kind, merges = (reader.get_field(f"tokenizer.ggml.{name}") for name in ("model", "merges"))
+    if kind is not None and kind.contents() == "gpt2" and not (merges is not None and any(merges.contents())):
+        raise UserError(
+            f"the tokenizer of {file} has no merges, which transformers can't read; give the folder that the file was "
+            "exported from"
         )
 
 
