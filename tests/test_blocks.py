@@ -131,9 +131,7 @@ def test_folder_without_text_is_a_user_error(tmp_path: Path) -> None:
         list(read_documents(str(tmp_path)))
 
 
-def test_no_home_directory_is_needed_to_read_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_home_directory_is_needed_to_read_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])  # KeyError, as for a user that has no entry
     (tmp_path / "a.txt").write_text("one")

@@ -94,7 +94,7 @@ def test_crop_refuses_a_final_length() -> None:
         GrowingLayer().crop(3)
 
 
-def test_offloaded_buffers_come_back_with_their_room() -> None:
+def test_offloaded_buffers_come_back_with_their_capacity() -> None:
     layer = GrowingLayer()
     layer.update(rows(1, 5, 4, 0), rows(1, 5, 6, 1))
     whole = layer.allocated_bytes()

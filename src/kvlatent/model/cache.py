@@ -1,8 +1,8 @@
 """Caches that a step writes in place: one row per head, nothing is copied.
 
-`LatentCache` grows, with a little room set aside ahead; `StaticLatentCache` has all its room from the start, so that a
-decode step can be compiled. Layers plug into transformers' `Cache`, so `generate()` pads, searches beams, crops and
-offloads with them as with its own. Keys and values have widths of their own, layer by layer. Converted models use
+`LatentCache` grows, with a little capacity reserved ahead; `StaticLatentCache` has all its capacity from the start, so
+that a decode step can be compiled. Layers plug into transformers' `Cache`, so `generate()` pads, searches beams, crops
+and offloads with them as with its own. Keys and values have widths of their own, layer by layer. Converted models use
 `LatentCache` unless another cache is asked for or passed.
 """
 
@@ -60,7 +60,7 @@ class _InPlace(Buffered):
         self.is_initialized = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder sequences in place, keeping the room."""
+        """Reorder sequences in place, keeping the reserved capacity."""
         for buffer in self.buffers():
             if buffer.length:
                 held = buffer.held()
@@ -110,19 +110,19 @@ class RollingLayer(_InPlace, DynamicSlidingWindowLayer):
 
 
 class FixedLayer(StaticLayer):
-    """A layer whose room is set aside once and never moves, as compiled code and CUDA graphs want it.
+    """A layer whose capacity is reserved once and never moves, as compiled code and CUDA graphs want it.
 
-    A first update returns what it was given: a prefill attends to its own tokens, not to the room behind them.
+    A first update returns what it was given: a prefill attends to its own tokens, not to the unused capacity.
     """
 
     is_croppable = True
     empty = True
 
     def update(self, key_states: Keys, value_states: Values, *, kwargs: Others = None) -> Held:
-        """Write behind what is held, and return the whole room; its mask says what of it is held.
+        """Write behind what is held, and return the whole capacity; its mask says what of it is held.
 
         Raises:
-            ValueError: The first tokens are more than there is room for.
+            ValueError: The first tokens exceed the capacity.
         """
         prefill, self.empty = self.empty, False
         if prefill and key_states.shape[-2] > self.max_cache_len:
@@ -146,12 +146,12 @@ class FixedLayer(StaticLayer):
         self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
 
     def reset(self) -> None:
-        """Forget everything, keep the room."""
+        """Forget everything, keep the capacity."""
         super().reset()
         self.empty = True
 
     def held_bytes(self) -> int:
-        """Bytes of the tokens held, without the room behind them."""
+        """Bytes of the tokens held, without reserved capacity."""
         if not self.is_initialized:
             return 0
         return (self.keys.nbytes + self.values.nbytes) // self.max_cache_len * int(self.cumulative_length)
@@ -172,9 +172,9 @@ class LatentCache(DynamicCache):
 
 
 class StaticLatentCache(StaticCache):
-    """transformers' `StaticCache` with layers that reorder and crop in place, and a prefill that skips unused room.
+    """transformers' `StaticCache` with layers that reorder and crop in place, and a prefill that skips unused capacity.
 
-    Layers with a sliding window shorter than the room are transformers' own, which move their content at every step.
+    Layers with a sliding window shorter than that are transformers' own, which move their content at every step.
     """
 
     def __init__(self, config: PreTrainedConfig, max_cache_len: int, **kwargs: Any) -> None:
@@ -182,7 +182,7 @@ class StaticLatentCache(StaticCache):
 
         Args:
             config: Of the model; says which layers have a sliding window.
-            max_cache_len: Tokens per sequence that there is room for.
+            max_cache_len: Capacity in tokens per sequence.
             kwargs: As of `StaticCache`, such as `offloading`.
         """
         super().__init__(config=config, max_cache_len=max_cache_len, **kwargs)
@@ -237,7 +237,7 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def allocated_bytes(cache: Cache) -> int:
-    """Return the bytes a cache takes, the room it has set aside included."""
+    """Return the bytes a cache takes, reserved capacity included."""
     total = 0
     for layer in cache.layers:
         own = getattr(layer, "allocated_bytes", None)
