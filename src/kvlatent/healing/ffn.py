@@ -25,7 +25,7 @@ def keep_little(mlp: nn.Module) -> None:
         mlp.forward = MethodType(_forward, mlp)
 
 
-def _is_plain(layer: object) -> bool:
+def _is_plain(layer: Any) -> bool:
     """Whether a layer is exactly x Wᵀ + scale · B A x: no subclass, quantized weight, bias or variant such as DoRA."""
     return (
         type(layer) is Linear
