@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,13 +19,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers import initialization as init
 
 from kvlatent.errors import UserError
-from kvlatent.files import at_home, check_disk
+from kvlatent.files import at_home, check_disk, discard, replaced, sole_writer, sweep
 from kvlatent.model.folder import check_all_used, one_line, read_config, read_tokenizer
 
 HASHES = "hashes.json"
 """Of every other file in an unpacked folder."""
-UNPACKING = ".unpacking-"
-"""What names of temporary folders begin with."""
 BIASES = {"attn_q.bias": "attention_bias", "ffn_gate.bias": "mlp_bias"}
 """Config entry that says a Llama has biases, by a tensor that only such files have."""
 
@@ -37,58 +31,32 @@ BIASES = {"attn_q.bias": "attention_bias", "ffn_gate.bias": "mlp_bias"}
 def unpacked(file: Path) -> Path:
     """The float32 safetensors folder of a GGUF file; made at the first use and again when it is damaged.
 
-    Processes that come first at the same time all unpack, and take the folder of whoever is done first.
+    Of processes that come first at the same time one unpacks and the others wait for it.
 
     Raises:
         UserError: The file can't be read, or its model is not supported.
     """
     folder = _cache() / f"{file.stem[:80]}-{_hash_of(file, hashlib.sha256)[:16]}"
-    if folder.is_dir():
+    if _intact(folder):
+        return folder
+    with sole_writer(folder, wait=True):
         if _intact(folder):
             return folder
-        print(f"{folder} is damaged; unpacking {file.name} again", file=sys.stderr)
-    else:
-        print(f"unpacking {file.name} into {folder}", file=sys.stderr)
-    with one_line(f"can't read {file} as GGUF"):
-        model, tokenizer = _read(file)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    with _work_folder(folder.parent) as work:
-        check_disk(folder, size + 50_000_000)
-        partial = work / "model"
-        with one_line(f"can't write {folder}"):
+        sweep(folder.parent)
+        if folder.is_dir():
+            print(f"{folder} is damaged; unpacking {file.name} again", file=sys.stderr)
+            discard(folder, of=folder)
+        else:
+            print(f"unpacking {file.name} into {folder}", file=sys.stderr)
+        with one_line(f"can't read {file} as GGUF"):
+            model, tokenizer = _read(file)
+        check_disk(folder, sum(p.numel() * p.element_size() for p in model.parameters()) + 50_000_000)
+        with one_line(f"can't write {folder}"), replaced(folder) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             hashes = {path.name: _hash_of(path, xxhash.xxh3_128) for path in partial.iterdir()}
             (partial / HASHES).write_text(json.dumps(hashes, indent=2) + "\n")
-        if folder.is_dir() and not _intact(folder):
-            folder.rename(work / "damaged")
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster
-                raise
     return folder
-
-
-@contextmanager
-def _work_folder(parent: Path) -> Iterator[Path]:
-    """A temporary folder in `parent`; those that killed processes have left there are removed first.
-
-    Who has such a folder holds a shared lock on `parent`, which the system takes back when a process dies.
-    """
-    parent.mkdir(parents=True, exist_ok=True)
-    lock = os.open(parent, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # another process is unpacking, or the file system has no such locks
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in parent.glob(f"{UNPACKING}*"):
-                shutil.rmtree(left, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_SH)
-        with tempfile.TemporaryDirectory(dir=parent, prefix=UNPACKING) as work:
-            yield Path(work)
-    finally:
-        os.close(lock)
 
 
 def _cache() -> Path:
