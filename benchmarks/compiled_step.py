@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/compiled_step.py STUDENT [--context 512 2048] [--batch 1] [--device cuda]
 
-Cache contents are random: time depends on shapes only. Static caches have room for twice the context. On CUDA the
+Cache contents are random: time depends on shapes only. Static caches reserve twice the context. On CUDA the
 compiled step is replayed as a CUDA graph.
 """
 

@@ -120,13 +120,18 @@ def any_teacher(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def tiny_student(ids: torch.Tensor) -> Callable[..., PreTrainedModel]:
-    """A fresh copy of a teacher's conversion to 8 and 4 dims (or those asked for); `apart` is best without latents."""
+    """A fresh copy of a teacher's conversion to 8 and 4 dims (or those asked for).
+
+    `apart` is best without latents, `windowed` best with its newest five tokens and two sinks whole.
+    """
 
     @cache
     def student(name: str, preset: str, d_qk: int, d_vo: int) -> PreTrainedModel:
         options: dict[str, Any] = {"preset": preset, "ids": None if preset == "paper" else ids}
         if preset == "apart":
             options = {"heads_per_latent": 1, "ids": ids}
+        if preset == "windowed":
+            options = {"window": 5, "sinks": 2, "ids": ids}
         return convert(_teacher(name), d_qk=d_qk, d_vo=d_vo, **options).requires_grad_(False)
 
     return lambda name, preset="best", d_qk=8, d_vo=4: copy.deepcopy(student(name, preset, d_qk, d_vo))

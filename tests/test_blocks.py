@@ -131,6 +131,15 @@ def test_folder_without_text_is_a_user_error(tmp_path: Path) -> None:
         list(read_documents(str(tmp_path)))
 
 
+def test_no_home_directory_is_needed_to_read_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])  # KeyError, as for a user that has no entry
+    (tmp_path / "a.txt").write_text("one")
+    assert list(read_documents(str(tmp_path / "a.txt"))) == ["one"]
+    with pytest.raises(UserError, match=r"text ~/a.txt does not exist"):
+        list(read_documents("~/a.txt"))
+
+
 def test_lone_surrogates_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(r'{"text": "a \ud800 b"}')
     assert list(read_documents(str(tmp_path / "a.jsonl"))) == ["a ? b"]

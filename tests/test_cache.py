@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from kvlatent.model.cache import GrowingLayer, LatentCache, RollingLayer, allocated_bytes, cache_bytes
+from kvlatent.model.cache import FixedLayer, GrowingLayer, LatentCache, RollingLayer, allocated_bytes, cache_bytes
+from kvlatent.model.quantized import QuantisedLayer
 
 
 def rows(batch: int, tokens: int, dim: int, seed: int) -> Tensor:
@@ -33,6 +34,16 @@ def test_content_equals_that_of_transformers(pieces: list[int], window: int | No
             assert torch.equal(got, wanted)
         assert ours.get_seq_length() == stock.get_seq_length()
         assert torch.equal(ours.keys, stock.keys) and torch.equal(ours.values, stock.values)
+
+
+@pytest.mark.parametrize("layer", [GrowingLayer(), RollingLayer(7), FixedLayer(9), QuantisedLayer(8)])
+def test_what_a_release_may_newly_hand_over_is_refused(layer: DynamicLayer) -> None:
+    new = rows(1, 2, 4, 0), rows(1, 2, 6, 1)
+    layer.update(*new, kwargs={"position_ids": None})  # as transformers 5.24 does
+    with pytest.raises(TypeError, match="block_table"):
+        layer.update(*new, block_table=None)
+    with pytest.raises(TypeError, match="positional"):
+        layer.update(*new, None, None)
 
 
 def test_a_step_writes_in_place() -> None:
@@ -83,7 +94,7 @@ def test_crop_refuses_a_final_length() -> None:
         GrowingLayer().crop(3)
 
 
-def test_offloaded_buffers_come_back_with_their_room() -> None:
+def test_offloaded_buffers_come_back_with_their_capacity() -> None:
     layer = GrowingLayer()
     layer.update(rows(1, 5, 4, 0), rows(1, 5, 6, 1))
     whole = layer.allocated_bytes()

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import tempfile
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -275,23 +274,23 @@ def test_damage_in_the_cache_is_noticed_and_mended(
     assert list(cache.iterdir()) == [folder]
 
 
-def test_first_uses_at_once_all_succeed(
-    tiny_teacher: Callable[[str], PreTrainedModel], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+def test_of_first_uses_at_once_one_unpacks_for_all(
+    tiny_teacher: Callable[[str], PreTrainedModel], tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_gguf(tiny_teacher("llama"), tmp_path / "model.gguf")
-    read, together = unpacked._read, threading.Barrier(3)
-
-    def read_together(file: Path) -> Any:
-        with lock:  # importing model classes is not for threads
-            found = read(file)
-        together.wait()
-        return found
-
-    lock = threading.Lock()
-    monkeypatch.setattr(unpacked, "_read", read_together)
     with ThreadPoolExecutor(3) as pool:
         folders = set(pool.map(locate, [str(tmp_path / "model.gguf")] * 3))
     assert [str(path) for path in cache.iterdir()] == list(folders)
+    assert capsys.readouterr().err.count("unpacking") == 1
+
+
+def test_what_a_killed_process_has_left_is_removed_at_the_next_unpacking(
+    tiny_teacher: Callable[[str], PreTrainedModel], tmp_path: Path, cache: Path
+) -> None:
+    write_gguf(tiny_teacher("llama"), tmp_path / "model.gguf")
+    (cache / ".other-0123.partial-0123456789ab" / "model").mkdir(parents=True)
+    folder = locate(str(tmp_path / "model.gguf"))
+    assert list(cache.iterdir()) == [Path(folder)]
 
 
 def test_without_a_home_directory_the_cache_is_where_temporary_files_go(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,15 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from gguf import GGUFReader
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from kvlatent.data.blocks import read_documents
+from kvlatent.errors import UserError
 from kvlatent.healing.config import HealConfig
 from kvlatent.healing.heal import heal
 from kvlatent.model.checkpoints import load_model, save_checkpoint
@@ -20,7 +23,8 @@ from kvlatent.serving.export.stock import export_stock
 pytestmark = pytest.mark.contract
 PLAIN = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
 each_family = pytest.mark.parametrize("family", FAMILIES)
-each_preset = pytest.mark.parametrize("preset", ["best", "paper"])
+each_preset = pytest.mark.parametrize("preset", ["windowed", "best", "paper"])
+with_and_without_window = pytest.mark.parametrize("preset", ["windowed", "best"])
 
 
 @each_family
@@ -31,23 +35,30 @@ def test_greedy_tokens_are_the_same_cached_uncached_and_in_a_static_cache(
     student = tiny_student(family, preset)
     wanted = student.generate(ids[:2, :9], use_cache=False, **PLAIN)
     assert torch.equal(student.generate(ids[:2, :9], **PLAIN), wanted)
-    assert torch.equal(student.generate(ids[:2, :9], cache_implementation="static", **PLAIN), wanted)
+    static = {**PLAIN, "cache_implementation": "static"}
+    if preset == "windowed" and getattr(student.config, "sliding_window", None):
+        with pytest.raises(UserError, match="sliding window of 6 tokens and the student's own"):
+            student.generate(ids[:2, :9], **static)
+    else:
+        assert torch.equal(student.generate(ids[:2, :9], **static), wanted)
 
 
 @each_family
+@with_and_without_window
 def test_beams_are_the_same_cached_and_uncached(
-    tiny_student: Callable[..., PreTrainedModel], ids: Tensor, family: str
+    tiny_student: Callable[..., PreTrainedModel], ids: Tensor, family: str, preset: str
 ) -> None:
-    student = tiny_student(family)
+    student = tiny_student(family, preset)
     cached, uncached = (student.generate(ids[:2, :9], num_beams=3, use_cache=use, **PLAIN) for use in (True, False))
     assert torch.equal(cached, uncached)
 
 
 @each_family
+@with_and_without_window
 def test_a_left_padded_prompt_continues_as_alone(
-    tiny_student: Callable[..., PreTrainedModel], ids: Tensor, family: str
+    tiny_student: Callable[..., PreTrainedModel], ids: Tensor, family: str, preset: str
 ) -> None:
-    student, prompts = tiny_student(family), ids[:2, :9].clone()
+    student, prompts = tiny_student(family, preset), ids[:2, :9].clone()
     mask = torch.ones_like(prompts)
     mask[0, :4] = prompts[0, :4] = 0
     got = student.generate(prompts, attention_mask=mask, **PLAIN)
@@ -56,14 +67,16 @@ def test_a_left_padded_prompt_continues_as_alone(
 
 
 @each_family
+@with_and_without_window
 def test_a_training_step_with_adapters_changes_attention_and_ffn(
     tiny_teacher: Callable[[str], PreTrainedModel],
     tiny_student: Callable[..., PreTrainedModel],
     ids: Tensor,
     tmp_path: Path,
     family: str,
+    preset: str,
 ) -> None:
-    student = tiny_student(family)
+    student = tiny_student(family, preset)
     before = copy.deepcopy(student.state_dict())
     tokens = ids.numel() // 2
     config = HealConfig(stage1_tokens=tokens, stage2_tokens=tokens, lora_rank=4, lora_alpha=8)
@@ -74,6 +87,7 @@ def test_a_training_step_with_adapters_changes_attention_and_ffn(
 
 
 @each_family
+@with_and_without_window
 @torch.no_grad()
 def test_a_checkpoint_loads_with_the_same_logits(
     tiny_student: Callable[..., PreTrainedModel],
@@ -81,8 +95,9 @@ def test_a_checkpoint_loads_with_the_same_logits(
     ids: Tensor,
     tmp_path: Path,
     family: str,
+    preset: str,
 ) -> None:
-    student = tiny_student(family)
+    student = tiny_student(family, preset)
     save_checkpoint(student, byte_tokenizer, tmp_path / "student", record={})
     for loaded in (
         load_model(str(tmp_path / "student"))[0],
@@ -90,6 +105,11 @@ def test_a_checkpoint_loads_with_the_same_logits(
     ):
         assert type(loaded) is type(student)
         torch.testing.assert_close(loaded(ids[:1]).logits, student(ids[:1]).logits, rtol=0, atol=1e-5)
+
+
+def test_datasets_reads_parquet(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), tmp_path / "rows.parquet")
+    assert list(read_documents(str(tmp_path / "rows.parquet"))) == ["one", "two"]
 
 
 @torch.no_grad()

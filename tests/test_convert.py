@@ -336,10 +336,10 @@ def test_students_are_not_converted_again(
 
 def test_paper_list_follows_the_teachers_rope_scaling(tiny_teacher: Callable[[str], PreTrainedModel]) -> None:
     teacher = tiny_teacher("llama-llama3-rope")
-    ladder = identity_spec(teacher).inv_freq
-    d_qk = len(ladder)  # half of head_dim: exponent e stands at place e of the ladder
+    inv_freq = identity_spec(teacher).inv_freq
+    d_qk = len(inv_freq)  # half of head_dim: exponent e stands at place e
     spec = spec_of(convert(teacher, preset="paper", d_qk=d_qk, d_vo=d_qk))
     assert spec is not None
-    assert spec.inv_freq == tuple(ladder[e] for e in frequency_aware_exponents(d_qk))
+    assert spec.inv_freq == tuple(inv_freq[e] for e in frequency_aware_exponents(d_qk))
     with pytest.raises(UserError, match="llama3 RoPE scaling"):
-        convert(teacher, preset="paper", d_qk=2 * len(ladder), d_vo=d_qk)
+        convert(teacher, preset="paper", d_qk=2 * len(inv_freq), d_vo=d_qk)

@@ -124,6 +124,25 @@ def test_what_the_layout_rules_out_does_not_run_where_it_is_installed(
     assert rows["llama.cpp", "export --to gguf"]["installed"] == ["xllamacpp 1", "llama-cpp-python 2"]
 
 
+def test_a_student_with_a_window_runs_on_transformers_alone_and_is_told_what_would_run(
+    tiny_student: Callable[..., PreTrainedModel], packages: dict[str, str]
+) -> None:
+    packages |= {"transformers": "5.23.0", "vllm": "0.32.0", "sglang": "0.5.23", "xllamacpp": "1"}
+    for family in ("llama", "qwen3"):
+        config = tiny_student(family, "windowed").config
+        assert engine_names(config) == ["transformers + kvlatent"]
+        rows = diagnose(config)
+        assert [row["runs"] for row in rows] == [True, False, False, False, False, False]
+        assert rows[0]["note"] == "besides, the newest 5 and the first 2 tokens of a sequence are cached whole"
+        assert all(row["why_not"].count("\n") == 0 and "--window 0" in row["why_not"] for row in rows[1:])
+        assert "vLLM has one cache per layer" in rows[1]["why_not"]
+        for row in rows[2:]:
+            assert ("--preset portable" if family == "llama" else "QK-norm") in row["why_not"]
+            assert "and vLLM with kvlatent" not in row["why_not"]
+    with pytest.raises(UserError, match=r"newest 5 tokens whole.*--window 0"):
+        check_vllm(config)
+
+
 def test_vllms_cpu_backend_takes_fewer_sizes_than_its_gpu_ones(
     tiny_student: Callable[..., PreTrainedModel], packages: dict[str, str]
 ) -> None:

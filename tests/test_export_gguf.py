@@ -264,3 +264,15 @@ def test_transformers_reads_no_frequencies_from_gguf_so_loading_one_with_them_is
     export_gguf(tiny_student("llama", "portable", 8, 8), byte_tokenizer, tmp_path / "model.gguf", file_type="f32")
     with pytest.raises(UserError, match=r"rope_freqs.*llama-server -m model\.gguf"):
         load_model(str(tmp_path / "model.gguf"))
+
+
+def test_a_file_whose_tokenizer_merges_nothing_is_refused_when_it_is_read(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    byte_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    export_gguf(tiny_teacher("llama"), byte_tokenizer, tmp_path / "model.gguf", file_type="f32")
+    with pytest.raises(UserError, match=r"tokenizer of .*model\.gguf has no merges"):
+        load_model(str(tmp_path / "model.gguf"))

@@ -14,7 +14,13 @@ from kvlatent.errors import UserError
 from kvlatent.model.attention import LatentAttention, side_by_side
 from kvlatent.model.spec import LatentSpec
 from kvlatent.serving import vllm_plugin
-from kvlatent.serving.export.vllm import cache_bytes_per_token, cache_widths, gpu_backend, pad_heads
+from kvlatent.serving.export.vllm import (
+    cache_bytes_per_token,
+    cache_widths,
+    check_windowless,
+    gpu_backend,
+    pad_heads,
+)
 
 SMOLLM2 = LatentSpec(
     preset="best",
@@ -55,6 +61,12 @@ def test_heads_wider_than_any_kernel_are_refused() -> None:
     with pytest.raises(UserError, match="at most 512"):
         cache_widths(replace(SMOLLM2, head_dim=600, d_qk=(64,), d_vo=(600,), qk_map="after_rope",
                              inv_freq=(0.1,) * 300), "CPU_ATTN")  # fmt: skip
+
+
+def test_students_with_a_window_are_refused_with_what_would_run() -> None:
+    check_windowless(SMOLLM2)
+    with pytest.raises(UserError, match=r"newest 64 tokens whole.* transformers with kvlatent.* --window 0"):
+        check_windowless(replace(SMOLLM2, window=64, sinks=4))
 
 
 def test_smollm2_at_half_its_cache_holds_twice_the_tokens() -> None:

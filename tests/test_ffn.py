@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvlatent.healing.adapters import with_adapters
 from kvlatent.healing.config import HealConfig
-from kvlatent.healing.ffn import keep_all
+from kvlatent.healing.ffn import FFN, keep_all, keep_little
 
 
 def trained(model: PreTrainedModel) -> nn.Module:
@@ -83,6 +84,21 @@ def test_it_keeps_less(tiny_student: Callable[..., PreTrainedModel]) -> None:
         return sum(size for at, size in seen.items() if at not in weights)
 
     assert kept(little) < 0.7 * kept(plain)
+
+
+@pytest.mark.parametrize("change", ["DoRA", "a quantized weight"])
+def test_other_layers_are_left_to_peft(tiny_student: Callable[..., PreTrainedModel], change: str) -> None:
+    student = tiny_student("llama")
+    mlp = student.model.layers[0].mlp
+    if change == "DoRA":
+        get_peft_model(student, LoraConfig(target_modules=list(FFN), use_dora=True))
+    else:
+        with_adapters(student, HealConfig(lora_rank=4, lora_alpha=8))
+        keep_all(mlp)
+        quantized = type("QuantizedLinear", (nn.Linear,), {})(64, 80, bias=False)
+        mlp.up_proj.base_layer = quantized
+    keep_little(mlp)
+    assert "forward" not in vars(mlp)
 
 
 def test_biases_are_left_to_peft(tiny_student: Callable[..., PreTrainedModel]) -> None:

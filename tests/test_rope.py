@@ -60,11 +60,11 @@ def test_frequency_list_refuses_dims_without_whole_quarters(d: int) -> None:
 
 
 @pytest.mark.parametrize(("head_dim", "d"), [(128, 64), (128, 32), (128, 16), (64, 32), (64, 16), (64, 8), (32, 16)])
-def test_frequency_list_of_a_halved_head_is_an_exact_subset_of_the_original_ladder(head_dim: int, d: int) -> None:
+def test_frequency_list_of_a_halved_head_is_an_exact_subset_of_the_original(head_dim: int, d: int) -> None:
     stretched = [e * head_dim // d for e in frequency_aware_exponents(d)]
     assert set(stretched) <= set(plain_exponents(head_dim))
-    ladder = inverse_frequencies(plain_exponents(head_dim), d=head_dim, theta=10000.0)
-    expected = [ladder[e // 2] for e in stretched]
+    original = inverse_frequencies(plain_exponents(head_dim), d=head_dim, theta=10000.0)
+    expected = [original[e // 2] for e in stretched]
     got = inverse_frequencies(frequency_aware_exponents(d), d=d, theta=10000.0)
     assert got == tuple(expected)
 

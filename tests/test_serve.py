@@ -326,6 +326,24 @@ def test_layouts_that_llama_cpp_cannot_hold_are_refused_with_the_reason(
     assert "projected after RoPE" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(("engine", "instead"), [("auto", "--window 0"), ("llama.cpp", "--preset portable")])
+def test_a_student_with_a_window_is_refused_before_an_engine_is_installed(
+    tmp_path: Path,
+    tiny_student: Callable[..., PreTrainedModel],
+    byte_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    engine: str,
+    instead: str,
+) -> None:
+    install(monkeypatch)
+    tiny_student("llama", "windowed").save_pretrained(tmp_path / "student")
+    byte_tokenizer.save_pretrained(tmp_path / "student")
+    assert cli.main(["serve", f"{tmp_path}/student", "--engine", engine]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "newest 5 tokens whole" in line and instead in line
+
+
 @contextmanager
 def started(command: list[str], log: Path, line: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process that has written the line to its log; killed at the end if it still runs."""

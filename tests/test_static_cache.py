@@ -33,7 +33,7 @@ def test_content_equals_that_of_transformers() -> None:
     prefill = rows(3, 5, 4, 0), rows(3, 5, 6, 1)
     keys, values = ours.update(*prefill)
     stock.update(*prefill)
-    assert torch.equal(keys, prefill[0]) and torch.equal(values, prefill[1])  # not the room behind them
+    assert torch.equal(keys, prefill[0]) and torch.equal(values, prefill[1])  # not the unused capacity
     at = ours.keys.data_ptr(), ours.values.data_ptr()
     for seed, tokens in enumerate((1, 3, 1)):
         assert ours.get_mask_sizes(tokens) == stock.get_mask_sizes(tokens) == (20, 0)
@@ -78,7 +78,7 @@ def test_a_prompt_that_does_not_fit_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_room_and_content_are_counted_apart(
+def test_capacity_and_content_are_counted_separately(
     tiny_student: Callable[..., PreTrainedModel], name: str, ids: Tensor
 ) -> None:
     student = tiny_student(name)

@@ -15,6 +15,7 @@ import torch
 from reference import VLLM_CPU_BLOCK, vllm_tokens_per_gib
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from kvlatent.errors import UserError
 from kvlatent.model.graft import graft, set_spec, spec_of
 from kvlatent.model.spec import QKMap
 from kvlatent.serving.export.vllm import cache_bytes_per_token
@@ -159,6 +160,12 @@ def test_log_probabilities_are_those_of_transformers(
     whole, padding = cache_bytes_per_token(spec_of(student), "CPU_ATTN", kv_heads=heads, element_size=4)
     assert padding > 0
     assert cache.num_gpu_blocks * VLLM_CPU_BLOCK == vllm_tokens_per_gib(whole)
+
+
+def test_a_student_with_a_window_is_refused(tiny_student: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    tiny_student("llama", "windowed").save_pretrained(tmp_path / "student")
+    with pytest.raises(UserError, match="vLLM has one cache per layer"), engine(tmp_path / "student"):
+        pass
 
 
 def test_a_cached_prefix_is_used_and_changes_nothing(

@@ -100,6 +100,11 @@ def sweep(folder: Path) -> None:
                 pass
 
 
+def at_home(path: str | Path) -> Path:
+    """A path with `~` replaced; unlike `Path.expanduser`, it stays as it is where there is no home directory."""
+    return Path(os.path.expanduser(path))
+
+
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """Give a temporary sibling of `path` to write; if the block ends without an error, it takes the place of `path`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +9,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import OmitArgPrefixes, arg
 
 from kvlatent.cli.tables import pairs
+from kvlatent.files import at_home
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Command:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            object.__setattr__(self, name, _at_home(value))
+            object.__setattr__(self, name, _paths_at_home(value))
 
     def run(self) -> dict[str, Any]:
         """Do it, and return what --json prints."""
@@ -53,10 +53,10 @@ class Command:
         return "nothing was written"
 
 
-def _at_home(value: Any) -> Any:
+def _paths_at_home(value: Any) -> Any:
     """A path, or each in a tuple or a config, with `~` replaced: no shell does so in `--out=~/x`."""
     if isinstance(value, tuple):
-        return tuple(map(_at_home, value))
+        return tuple(map(_paths_at_home, value))
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{each.name: _at_home(getattr(value, each.name)) for each in fields(value)})
-    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
+        return replace(value, **{each.name: _paths_at_home(getattr(value, each.name)) for each in fields(value)})
+    return at_home(value) if isinstance(value, Path) else value

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from kvlatent.data.chats import Chat, chat_text
 from kvlatent.data.corpora import read_corpus
 from kvlatent.errors import UserError, needs
-from kvlatent.files import replaced
+from kvlatent.files import at_home, replaced
 
 PIECE_CHARACTERS = 8_000
 """Longer documents are cut here, at the end of a paragraph where there is one, so that a block mix is diverse."""
@@ -57,7 +57,7 @@ def read_documents(source: str) -> Iterator[str | Chat]:
     elif source.startswith("hf:"):
         documents = _read_hub(source.removeprefix("hf:"))
     else:
-        documents = _read_path(Path(source).expanduser())
+        documents = _read_path(at_home(source))
     empty = True
     for document in documents:
         if isinstance(document, list):

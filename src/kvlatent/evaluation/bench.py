@@ -18,7 +18,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from kvlatent.errors import UserError, needs
 from kvlatent.evaluation.config import BenchConfig
 from kvlatent.files import new_folder
-from kvlatent.model.buffers import room
+from kvlatent.model.buffers import reserve
 from kvlatent.model.cache import LatentCache, allocated_bytes, cache_bytes
 from kvlatent.model.checkpoints import load_model, peak_memory
 from kvlatent.model.compatibility import CACHE
@@ -124,7 +124,7 @@ def benchmark(
 
     Returns:
         A row per model: `model, context, batch, new_tokens, dtype, synthetic, cache_bytes` (in use at the end, from the
-        live tensors), `cache_bytes_predicted, cache_bytes_allocated` (with room for growth), `cache_bytes_per_token`
+        live tensors), `cache_bytes_predicted, cache_bytes_allocated` (with reserved capacity), `cache_bytes_per_token`
         (one token of one sequence in all layers, beyond a window), `window_bytes` (what a sequence's window and sinks
         take once they are full), `ttft_ms, ttft_ms_range, tpot_ms, tpot_ms_range, tokens_per_s`
         (`batch / TPOT`), `bandwidth_gb_per_s, roofline_ms, roofline_share` and `peak_memory_bytes`: on a GPU what
@@ -267,7 +267,7 @@ def n_max_of(model: PreTrainedModel, *, memory: int, batch: int) -> dict[str, An
 
     def needed(tokens: int) -> int:
         others = max(0, tokens - sum(near))
-        return weights + whole + (others + (room(others) if grows and others else 0)) * per_token
+        return weights + whole + (others + (reserve(others) if grows and others else 0)) * per_token
 
     low, high = 0, max(0, memory - weights - whole) // per_token + sum(near)
     while low < high:

@@ -1,7 +1,7 @@
 """A gated FFN with frozen weights and LoRA that keeps little for its backward pass: x, gate and up, not what they make.
 
 Two thirds of what a student's layer keeps for the backward pass are its FFN's activations, and half of those are cheap
-to compute again. LoRA's part is added in place. Values and gradients are peft's.
+to recompute. LoRA's part is added in place. Values and gradients are peft's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
@@ -20,12 +20,20 @@ FFN = ("gate_proj", "up_proj", "down_proj")
 
 
 def keep_little(mlp: nn.Module) -> None:
-    """Let the FFN of a layer keep little, if it is of a form that this module knows: SiLU, LoRA on all, no biases."""
-    parts = [getattr(mlp, name, None) for name in FFN]
-    if isinstance(mlp.act_fn, nn.SiLU | SiLUActivation) and all(
-        isinstance(x, LoraLayer) and x.base_layer.bias is None for x in parts
-    ):
+    """Let the FFN of a layer keep little, if it is SiLU and plain LoRA throughout; any other stays as it is."""
+    if isinstance(mlp.act_fn, nn.SiLU | SiLUActivation) and all(_is_plain(getattr(mlp, name, None)) for name in FFN):
         mlp.forward = MethodType(_forward, mlp)
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer is exactly x Wᵀ + scale · B A x: no subclass, quantized weight, bias or variant such as DoRA."""
+    return (
+        type(layer) is Linear
+        and type(layer.base_layer) is nn.Linear
+        and layer.base_layer.bias is None
+        and not layer.lora_variant
+        and not any(layer.lora_bias.values())
+    )
 
 
 def keep_all(mlp: nn.Module) -> None:

@@ -60,7 +60,7 @@ class Kernel(Writer):
         self.write_run(self._merge)
 
     def before_items(self) -> None:
-        """Set room aside for the weights of a block."""
+        """Reserve memory for the weights of a block."""
         self.weights = self.b.alloca(FLOAT, self.group_size * self.block)
         self.weights.align = 64
 

@@ -58,7 +58,7 @@ def attend(
     begin = tl.program_id(1) * part
     end = tl.minimum(begin + part, length)
     mask += row * mask_row
-    if MASKED:  # read no more than from the first key that is seen to the last: padding and unused room cost nothing
+    if MASKED:  # read from the first key that is seen to the last: padding and unused capacity cost nothing
         first, last = end, begin
         for at in range(begin, end, SCAN):
             token = at + tl.arange(0, SCAN)

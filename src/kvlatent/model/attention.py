@@ -83,7 +83,7 @@ class LatentAttention(nn.Module):
         joint = self.heads_per_latent * spec.head_dim
         self.v_map = head_map(self.latents, joint, cached_values) if self.window else None
         self.o_map = head_map(self.q_heads, cached_values, spec.head_dim) if output_map else None
-        # Which entries of the ladder each KV head rotates by; without it, all of them in order.
+        # Which of the inverse frequencies each KV head rotates by; without it, all of them in order.
         index = torch.arange(rotated // 2, device=weight.device).repeat(self.kv_heads, 1)
         self.register_buffer("freq_index", index if spec.per_head_frequencies else None)
 

@@ -7,33 +7,33 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-LEAST_ROOM = 64
-"""Tokens of room set aside at least."""
-ROOM_SHARE = 16
-"""Room is a sixteenth of what is held: 6 % of slack at most, and one copied row for each sixteen appended."""
+LEAST_RESERVE = 64
+"""The least capacity in tokens that is reserved."""
+RESERVE_SHARE = 16
+"""A sixteenth of what is held is reserved: 6 % of slack at most, and one copied row for each sixteen appended."""
 
 
-def room(tokens: int, least: int = LEAST_ROOM) -> int:
-    """Tokens of room that a layer sets aside behind `tokens` when it grows."""
-    return max(least, tokens // ROOM_SHARE)
+def reserve(tokens: int, least: int = LEAST_RESERVE) -> int:
+    """Capacity in tokens that a layer reserves behind `tokens` when it grows."""
+    return max(least, tokens // RESERVE_SHARE)
 
 
 class Buffer:
-    """A tensor (batch, heads, seq, dim) with room at its end along seq."""
+    """A tensor (batch, heads, seq, dim) with reserved capacity at its end along seq."""
 
-    def __init__(self, held: Tensor, least_room: int = LEAST_ROOM) -> None:
+    def __init__(self, held: Tensor, least_reserve: int = LEAST_RESERVE) -> None:
         self.whole, self.start, self.length = held, 0, held.shape[-2]
-        self.least_room = least_room
+        self.least_reserve = least_reserve
 
     def held(self) -> Tensor:
         """What is held, as a view."""
         return self.whole.narrow(2, self.start, self.length)
 
     def append(self, new: Tensor) -> Tensor:
-        """Write `new` behind what is held; grow, or close the gap in front, where there is no room."""
+        """Write `new` behind what is held; grow, or close the gap in front, where the capacity is used up."""
         length = self.length + new.shape[-2]
         if self.start + length > self.whole.shape[-2]:
-            whole = new.new_empty(*new.shape[:2], length + room(length, self.least_room), new.shape[-1])
+            whole = new.new_empty(*new.shape[:2], length + reserve(length, self.least_reserve), new.shape[-1])
             whole.narrow(2, 0, self.length).copy_(self.held())
             self.whole, self.start = whole, 0
         self.whole.narrow(2, self.start + self.length, new.shape[-2]).copy_(new)
@@ -43,10 +43,10 @@ class Buffer:
     def drop_front(self, tokens: int) -> None:
         """Forget the oldest tokens, and give memory back where they were many."""
         self.start, self.length = self.start + tokens, self.length - tokens
-        if self.whole.shape[-2] > self.length + 2 * room(self.length, self.least_room):
+        if self.whole.shape[-2] > self.length + 2 * reserve(self.length, self.least_reserve):
             held = self.held()
             self.whole = held.new_empty(
-                *held.shape[:2], self.length + room(self.length, self.least_room), held.shape[-1]
+                *held.shape[:2], self.length + reserve(self.length, self.least_reserve), held.shape[-1]
             )
             self.start = 0
             self.held().copy_(held)
@@ -63,7 +63,7 @@ class Buffered:
         raise NotImplementedError
 
     def allocated_bytes(self) -> int:
-        """Bytes of all buffers, room included."""
+        """Bytes of all buffers, reserved capacity included."""
         return sum(buffer.whole.nbytes for buffer in self.buffers())
 
     def offload(self) -> None:

@@ -1,14 +1,14 @@
 """Caches that a step writes in place: one row per head, nothing is copied.
 
-`LatentCache` grows, with a little room set aside ahead; `StaticLatentCache` has all its room from the start, so that a
-decode step can be compiled. Layers plug into transformers' `Cache`, so `generate()` pads, searches beams, crops and
-offloads with them as with its own. Keys and values have widths of their own, layer by layer. Converted models use
+`LatentCache` grows, with a little capacity reserved ahead; `StaticLatentCache` has all its capacity from the start, so
+that a decode step can be compiled. Layers plug into transformers' `Cache`, so `generate()` pads, searches beams, crops
+and offloads with them as with its own. Keys and values have widths of their own, layer by layer. Converted models use
 `LatentCache` unless another cache is asked for or passed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxtyping import Float
@@ -23,6 +23,9 @@ from kvlatent.model.window_cache import FixedWindowLayer, WindowLayer
 Keys = Float[Tensor, "batch kv_heads seq d_qk"]
 Values = Float[Tensor, "batch kv_heads seq d_vo"]
 Held = tuple[Float[Tensor, "batch kv_heads held d_qk"], Float[Tensor, "batch kv_heads held d_vo"]]
+Others = Mapping[str, Any] | None
+"""What a stock attention module was itself given, which it hands to its cache since transformers 5.24; before, nothing.
+No layer here depends on it. Anything else that a release may hand over is a `TypeError`."""
 
 
 class _InPlace(Buffered):
@@ -57,7 +60,7 @@ class _InPlace(Buffered):
         self.is_initialized = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder sequences in place, keeping the room."""
+        """Reorder sequences in place, keeping the reserved capacity."""
         for buffer in self.buffers():
             if buffer.length:
                 held = buffer.held()
@@ -67,7 +70,7 @@ class _InPlace(Buffered):
 class GrowingLayer(_InPlace, DynamicLayer):
     """A layer that holds every token."""
 
-    def update(self, key_states: Keys, value_states: Values, *args: Any, **kwargs: Any) -> Held:
+    def update(self, key_states: Keys, value_states: Values, *, kwargs: Others = None) -> Held:
         """Append, and return all that is held.
 
         Where gradients flow the tensors are concatenated instead: what autograd has saved must not be overwritten.
@@ -89,7 +92,7 @@ class GrowingLayer(_InPlace, DynamicLayer):
 class RollingLayer(_InPlace, DynamicSlidingWindowLayer):
     """A layer that holds the last `sliding_window - 1` tokens: those the next one will look at."""
 
-    def update(self, key_states: Keys, value_states: Values, *args: Any, **kwargs: Any) -> Held:
+    def update(self, key_states: Keys, value_states: Values, *, kwargs: Others = None) -> Held:
         """Append, forget what is out of the window, and return what the new tokens look at.
 
         Where gradients flow, and while the past is recorded for `crop`, transformers' own layer does it.
@@ -107,19 +110,19 @@ class RollingLayer(_InPlace, DynamicSlidingWindowLayer):
 
 
 class FixedLayer(StaticLayer):
-    """A layer whose room is set aside once and never moves, as compiled code and CUDA graphs want it.
+    """A layer whose capacity is reserved once and never moves, as compiled code and CUDA graphs want it.
 
-    A first update returns what it was given: a prefill attends to its own tokens, not to the room behind them.
+    A first update returns what it was given: a prefill attends to its own tokens, not to the unused capacity.
     """
 
     is_croppable = True
     empty = True
 
-    def update(self, key_states: Keys, value_states: Values, *args: Any, **kwargs: Any) -> Held:
-        """Write behind what is held, and return the whole room; its mask says what of it is held.
+    def update(self, key_states: Keys, value_states: Values, *, kwargs: Others = None) -> Held:
+        """Write behind what is held, and return the whole capacity; its mask says what of it is held.
 
         Raises:
-            ValueError: The first tokens are more than there is room for.
+            ValueError: The first tokens exceed the capacity.
         """
         prefill, self.empty = self.empty, False
         if prefill and key_states.shape[-2] > self.max_cache_len:
@@ -143,12 +146,12 @@ class FixedLayer(StaticLayer):
         self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
 
     def reset(self) -> None:
-        """Forget everything, keep the room."""
+        """Forget everything, keep the capacity."""
         super().reset()
         self.empty = True
 
     def held_bytes(self) -> int:
-        """Bytes of the tokens held, without the room behind them."""
+        """Bytes of the tokens held, without reserved capacity."""
         if not self.is_initialized:
             return 0
         return (self.keys.nbytes + self.values.nbytes) // self.max_cache_len * int(self.cumulative_length)
@@ -169,9 +172,9 @@ class LatentCache(DynamicCache):
 
 
 class StaticLatentCache(StaticCache):
-    """transformers' `StaticCache` with layers that reorder and crop in place, and a prefill that skips unused room.
+    """transformers' `StaticCache` with layers that reorder and crop in place, and a prefill that skips unused capacity.
 
-    Layers with a sliding window shorter than the room are transformers' own, which move their content at every step.
+    Layers with a sliding window shorter than that are transformers' own, which move their content at every step.
     """
 
     def __init__(self, config: PreTrainedConfig, max_cache_len: int, **kwargs: Any) -> None:
@@ -179,7 +182,7 @@ class StaticLatentCache(StaticCache):
 
         Args:
             config: Of the model; says which layers have a sliding window.
-            max_cache_len: Tokens per sequence that there is room for.
+            max_cache_len: Capacity in tokens per sequence.
             kwargs: As of `StaticCache`, such as `offloading`.
         """
         super().__init__(config=config, max_cache_len=max_cache_len, **kwargs)
@@ -234,7 +237,7 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def allocated_bytes(cache: Cache) -> int:
-    """Return the bytes a cache takes, the room it has set aside included."""
+    """Return the bytes a cache takes, reserved capacity included."""
     total = 0
     for layer in cache.layers:
         own = getattr(layer, "allocated_bytes", None)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import kvlatent
 from kvlatent.errors import UserError, first_error, needs
-from kvlatent.files import new_folder
+from kvlatent.files import at_home, new_folder
 from kvlatent.model.folder import (
     check_all_used,
     check_finite,
@@ -156,7 +156,7 @@ def locate(model: str) -> str:
         if spec is None or not spec.submodule_search_locations:
             raise UserError(f"model {model} comes from a package that is not installed: {install}")
         return str(_unpacked(Path(spec.submodule_search_locations[0]) / file))
-    path = Path(os.path.expanduser(model))  # which doesn't raise where there is no home directory
+    path = at_home(model)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"no such file: {model}")
@@ -202,7 +202,7 @@ def record_of(model: str) -> dict[str, Any]:
     Raises:
         UserError: It is damaged.
     """
-    path = Path(os.path.expanduser(model), RECORD)
+    path = at_home(model) / RECORD
     if not path.is_file():
         return {}
     if path.stat().st_size > RECORD_BYTES:

@@ -39,7 +39,7 @@ from kvlatent.model.rope import LatentRotaryEmbedding
 from kvlatent.model.spec import LatentSpec
 
 LATENT_DIMS = 256
-"""The widest that heads side by side are by default before they are reduced: fused attention takes no wider heads."""
+"""The widest that a group of heads is by default before it is reduced: fused attention takes no wider heads."""
 
 
 class KVLatentForCausalLM:
@@ -188,7 +188,7 @@ def dims_by_layer(config: PreTrainedConfig) -> tuple[tuple[int, ...], tuple[int,
 
 
 def cached_dims(config: PreTrainedConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Dims of what is cached as one head, layer by layer: as `dims_by_layer`, or of the heads of a latent together."""
+    """Dims of what is cached as one head, by layer: `dims_by_layer`, or those of a group that shares a latent."""
     spec = spec_in(config)
     return dims_by_layer(config) if spec is None else spec.latent_dims
 
@@ -205,7 +205,7 @@ def head_dim_of(config: PreTrainedConfig) -> int:
 
 
 def heads_per_latent_of(config: PreTrainedConfig, asked: int | None = None) -> int:
-    """How many KV heads share a latent: as many as were asked for, or as have `LATENT_DIMS` together.
+    """How many KV heads share a latent: as many as were asked for, or as have `LATENT_DIMS` in all.
 
     Raises:
         UserError: Latents would not be alike.

@@ -17,7 +17,7 @@ def layer_arguments(model: PreTrainedModel, starts: Int[Tensor, "batch"], block_
     starts = starts.to(model.device)
     positions = starts[:, None] + torch.arange(block_size, device=starts.device)
     _, arguments = enter_layers(model, torch.zeros_like(positions), positions)
-    return [{name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")} for kwargs in arguments]
+    return [{name: kwargs[name] for name in ("position_embeddings", "attention_mask")} for kwargs in arguments]
 
 
 def enter_layers(
@@ -40,7 +40,11 @@ def enter_layers(
 
 
 class _Entrance(nn.Module):
-    """Stands for a layer and remembers what it is given."""
+    """Stands for a layer and remembers what it is given.
+
+    It takes arguments of any name, because none is meant for it: they are handed to the layers that it stands for, and
+    those refuse what they don't know. A name that is asked for and wasn't given is an error.
+    """
 
     def __init__(self) -> None:
         super().__init__()

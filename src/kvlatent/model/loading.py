@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvlatent.files import at_home
 from kvlatent.model.checkpoints import locate, pick_dtype
 from kvlatent.model.folder import one_line, read_config, read_tokenizer, weights_dtype
 
@@ -36,7 +34,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 def teacher_name(model: str) -> str:
     """`model` such that it means the same from any working directory."""
-    path = Path(os.path.expanduser(model))
+    path = at_home(model)
     return str(path.resolve()) if path.exists() else model
 
 

@@ -8,7 +8,6 @@ quantised again. Attention sees dequantised tensors, one layer at a time, so thi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +15,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from kvlatent.errors import UserError
-from kvlatent.model.buffers import LEAST_ROOM, Buffer, Buffered, check_crop
-from kvlatent.model.cache import GrowingLayer, Held, Keys, LatentCache, Values
+from kvlatent.model.buffers import LEAST_RESERVE, Buffer, Buffered, check_crop
+from kvlatent.model.cache import GrowingLayer, Held, Keys, LatentCache, Others, Values
 
 GROUP = 128
 """Tokens whose keys share the ranges of their channels; they are quantised together."""
@@ -60,11 +59,11 @@ class QuantisedLayer(Buffered, DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.residual = [Buffer(key_states[:, :, :0]), Buffer(value_states[:, :, :0])]
         empty = (*quantise_keys(key_states[:, :, :0], self.bits), *quantise_values(value_states[:, :, :0], self.bits))
-        rooms = (LEAST_ROOM, 1, 1, LEAST_ROOM, LEAST_ROOM)  # ranges have a row per group, not per token
-        self.codes = [Buffer(x, least) for x, least in zip(empty, rooms, strict=True)]
+        reserves = (LEAST_RESERVE, 1, 1, LEAST_RESERVE, LEAST_RESERVE)  # ranges have a row per group, not per token
+        self.codes = [Buffer(x, least) for x, least in zip(empty, reserves, strict=True)]
         self.is_initialized = True
 
-    def update(self, key_states: Keys, value_states: Values, *args: Any, **kwargs: Any) -> Held:
+    def update(self, key_states: Keys, value_states: Values, *, kwargs: Others = None) -> Held:
         """Append; return all keys and values, those of whole groups as they are after quantisation.
 
         A first update returns what it was given: a prefill attends in full precision.
@@ -136,7 +135,7 @@ class QuantisedLayer(Buffered, DynamicLayer):
             held = buffer.held()
             selected = held.index_select(0, indices.to(held.device))
             if selected.shape == held.shape:
-                held.copy_(selected)  # keeps the room
+                held.copy_(selected)  # keeps the reserved capacity
             else:
                 buffer.whole, buffer.start = selected, 0
 

@@ -1,4 +1,4 @@
-"""Rotary frequencies: the plain ladder, the paper's frequency-aware list, and the stability curve that motivates it."""
+"""Rotary frequencies: the plain list, the paper's frequency-aware list, and the stability curve that motivates it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class LatentRotaryEmbedding(nn.Module):
-    """cos and sin of `position × frequency` for the whole ladder, once per forward; heads pick their own entries.
+    """cos and sin of `position × frequency` for all inverse frequencies, once per forward; heads pick from them.
 
     `rope_type`, `config`, `original_inv_freq` and `compute_default_rope_parameters` are what transformers asks of a
     rotary embedding when it fills the buffers of a model built on the meta device.
@@ -66,18 +66,18 @@ class LatentRotaryEmbedding(nn.Module):
 
     def __init__(self, inv_freq: tuple[float, ...], scaling: float) -> None:
         super().__init__()
-        self.ladder, self.scaling = inv_freq, scaling
+        self.exact, self.scaling = inv_freq, scaling
         self.inv_freq = nn.Buffer(torch.tensor(inv_freq, dtype=torch.float32), persistent=False)
         self.original_inv_freq = nn.Buffer(self.inv_freq.clone(), persistent=False)
 
     def compute_default_rope_parameters(self, config: None) -> tuple[Tensor, float]:
-        """Return the ladder (pairs,) in radians per token and the multiplier of cos and sin."""
-        return torch.tensor(self.ladder, dtype=torch.float32), self.scaling
+        """Return the inverse frequencies (pairs,) in radians per token and the multiplier of cos and sin."""
+        return torch.tensor(self.exact, dtype=torch.float32), self.scaling
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)  # model.to(bfloat16) must not round the frequencies: follow its device only
         if self.inv_freq.dtype != torch.float32:
-            self.inv_freq = torch.tensor(self.ladder, dtype=torch.float32, device=self.inv_freq.device)
+            self.inv_freq = torch.tensor(self.exact, dtype=torch.float32, device=self.inv_freq.device)
         return self
 
     @torch.no_grad()

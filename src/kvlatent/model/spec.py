@@ -44,7 +44,7 @@ class LatentSpec:
     rope_scaling: float = 1.0
     """Multiplier of cos and sin (the attention factor of YaRN; 1 elsewhere)."""
     heads_per_latent: int = 1
-    """KV heads whose keys and values are reduced together and cached as one, that many times d_qk and d_vo wide."""
+    """KV heads per group: their keys and values are reduced and cached as one, that many times d_qk and d_vo wide."""
     window: int = 0
     """Newest tokens that a query meets with the teacher's own keys and values, itself included; 0 is none."""
     sinks: int = 0
@@ -82,7 +82,7 @@ class LatentSpec:
 
     @property
     def latent_dims(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Dims of the keys and of the values that are cached as one, by layer: of a head, or of heads together."""
+        """Dims of the keys and of the values that are cached as one, by layer: of a head, or of a group of heads."""
         m = self.heads_per_latent
         return tuple(m * d for d in self.d_qk), tuple(m * d for d in self.d_vo)
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers import initialization as init
 
 from kvlatent.errors import UserError
-from kvlatent.files import check_disk
+from kvlatent.files import at_home, check_disk, discard, replaced, sole_writer, sweep
 from kvlatent.model.folder import check_all_used, one_line, read_config, read_tokenizer
 
 HASHES = "hashes.json"
@@ -31,43 +31,37 @@ BIASES = {"attn_q.bias": "attention_bias", "ffn_gate.bias": "mlp_bias"}
 def unpacked(file: Path) -> Path:
     """The float32 safetensors folder of a GGUF file; made at the first use and again when it is damaged.
 
-    Processes that come first at the same time all unpack, and take the folder of whoever is done first.
+    Of processes that come first at the same time one unpacks and the others wait for it.
 
     Raises:
         UserError: The file can't be read, or its model is not supported.
     """
     folder = _cache() / f"{file.stem[:80]}-{_hash_of(file, hashlib.sha256)[:16]}"
-    if folder.is_dir():
+    if _intact(folder):
+        return folder
+    with sole_writer(folder, wait=True):
         if _intact(folder):
             return folder
-        print(f"{folder} is damaged; unpacking {file.name} again", file=sys.stderr)
-    else:
-        print(f"unpacking {file.name} into {folder}", file=sys.stderr)
-    with one_line(f"can't read {file} as GGUF"):
-        model, tokenizer = _read(file)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    check_disk(folder, size + 50_000_000)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as work:
-        partial = Path(work, "model")
-        with one_line(f"can't write {folder}"):
+        sweep(folder.parent)
+        if folder.is_dir():
+            print(f"{folder} is damaged; unpacking {file.name} again", file=sys.stderr)
+            discard(folder, of=folder)
+        else:
+            print(f"unpacking {file.name} into {folder}", file=sys.stderr)
+        with one_line(f"can't read {file} as GGUF"):
+            model, tokenizer = _read(file)
+        check_disk(folder, sum(p.numel() * p.element_size() for p in model.parameters()) + 50_000_000)
+        with one_line(f"can't write {folder}"), replaced(folder) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             hashes = {path.name: _hash_of(path, xxhash.xxh3_128) for path in partial.iterdir()}
             (partial / HASHES).write_text(json.dumps(hashes, indent=2) + "\n")
-        if folder.is_dir() and not _intact(folder):
-            folder.rename(Path(work, "damaged"))
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster
-                raise
     return folder
 
 
 def _cache() -> Path:
     """`$XDG_CACHE_HOME/kvlatent`, by default under the home directory, or where temporary files go without one."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    cache = at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return (cache if cache.is_absolute() else Path(tempfile.gettempdir())) / "kvlatent"
 
 
@@ -103,6 +97,7 @@ def _read(file: Path) -> tuple[Any, Any]:
     config = read_config(str(file.parent), **where)
     reader = gguf.GGUFReader(file)
     _check_rope(reader, file)
+    _check_merges(reader, file)
     names = {tensor.name for tensor in reader.tensors}
     for tensor, entry in BIASES.items():
         if config.model_type == "llama" and f"blk.0.{tensor}" in names:
@@ -131,6 +126,16 @@ def _check_rope(reader: gguf.GGUFReader, file: Path) -> None:
         raise UserError(
             f"{file} has frequencies of its own ({'rope_freqs' if own else scaled[0]}), which transformers ignores; "
             f"llama.cpp reads them (llama-server -m {file.name}), and kvlatent the folder that it was exported from"
+        )
+
+
+def _check_merges(reader: gguf.GGUFReader, file: Path) -> None:
+    """Raise `UserError` if a BPE tokenizer merges nothing, which transformers can't read back."""
+    kind, merges = (reader.get_field(f"tokenizer.ggml.{name}") for name in ("model", "merges"))
+    if kind is not None and kind.contents() == "gpt2" and not (merges is not None and any(merges.contents())):
+        raise UserError(
+            f"the tokenizer of {file} has no merges, which transformers can't read; give the folder that the file was "
+            "exported from"
         )
 
 

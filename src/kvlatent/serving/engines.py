@@ -14,7 +14,7 @@ from kvlatent.errors import UserError
 from kvlatent.model.families import family_of
 from kvlatent.model.graft import cached_dims, spec_in
 from kvlatent.model.spec import bytes_per_token
-from kvlatent.serving.export.vllm import CPU_HEAD_SIZES, Backend, cache_widths, gpu_backend
+from kvlatent.serving.export.vllm import CPU_HEAD_SIZES, Backend, cache_widths, check_windowless, gpu_backend
 
 Form = Literal["folder", "stock", "gguf"]
 """What an engine reads: the checkpoint's own folder, or what `kvlatent export --to` makes of it."""
@@ -63,8 +63,13 @@ def routes(config: PreTrainedConfig, *, vllm_on_cpu: bool = False) -> list[Route
     """
     d_qk, d_vo = cached_dims(config)
     layers, spec = len(d_qk), spec_in(config)
-    found = [Route(engine="transformers", form="folder", d_qk=d_qk, d_vo=d_vo)]
-    if spec is not None:
+    near = None
+    if spec is not None and spec.window:
+        near = f"besides, the newest {spec.window} and the first {spec.sinks} tokens of a sequence are cached whole"
+    found = [Route(engine="transformers", form="folder", d_qk=d_qk, d_vo=d_vo, note=near)]
+    if spec is not None and (obstacle := _obstacle(check_plugin, config)):
+        found.append(Route(engine="vLLM", form="folder", obstacle=obstacle))
+    elif spec is not None:
         backend: Backend = "CPU_ATTN" if vllm_on_cpu else gpu_backend(spec)
         keys, values = zip(*cache_widths(spec, backend), strict=True)
         zeros = 1 - sum(d_qk + d_vo) / sum(keys + values)
@@ -183,6 +188,13 @@ def check_vllm(config: PreTrainedConfig) -> None:
             raise UserError(route.obstacle)
 
 
+def check_plugin(config: PreTrainedConfig) -> None:
+    """Raise `UserError` unless kvlatent's plugin for vLLM can hold the student."""
+    spec = spec_in(config)
+    assert spec is not None
+    check_windowless(spec)
+
+
 def check_stock(config: PreTrainedConfig) -> None:
     """Raise `UserError` unless an ordinary checkpoint of the family can hold the model and still save cache."""
     spec = spec_in(config)
@@ -217,15 +229,23 @@ def _check_plain(config: PreTrainedConfig) -> None:
     spec = spec_in(config)
     if spec is None or (spec.qk_map == "folded" and not spec.per_head_frequencies):
         return
+    runs = "transformers and vLLM with kvlatent"
+    if spec.window:
+        runs = "transformers with kvlatent (converted with --window 0, on vLLM too)"
     if family_of(config).qk_norm:
         raise UserError(
             "models with QK-norm are normalised over all of head_dim before their keys are reduced, which only "
-            "kvlatent's attention does; they run on transformers and vLLM with kvlatent"
+            f"kvlatent's attention does; they run on {runs}"
         )
-    reason = "projected after RoPE" if spec.qk_map == "after_rope" else "rotated by frequencies of each head's own"
+    if spec.window:
+        what = f"this student meets its newest {spec.window} tokens whole and the others through latents"
+    elif spec.qk_map == "after_rope":
+        what = f"queries and keys of preset {spec.preset} are projected after RoPE"
+    else:
+        what = f"queries and keys of preset {spec.preset} are rotated by frequencies of each head's own"
     raise UserError(
-        f"queries and keys of preset {spec.preset} are {reason}, which only kvlatent's attention does; "
-        "it runs on transformers and vLLM with kvlatent, and a model converted with --preset portable runs here"
+        f"{what}, which only kvlatent's attention does; it runs on {runs}, and a model converted with "
+        "--preset portable runs here"
     )
 
 

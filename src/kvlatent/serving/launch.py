@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvlatent.errors import UserError, needs
-from kvlatent.files import scratch_folder
+from kvlatent.files import at_home, scratch_folder
 from kvlatent.model.checkpoints import load_model, locate, pick_device, pick_dtype
 from kvlatent.model.loading import load_config, load_tokenizer
 from kvlatent.serving.config import Engine, FileType, ServeConfig
@@ -252,8 +252,9 @@ def serve(config: ServeConfig, *, dtype: str = "auto", seed: int = 0) -> dict[st
         raise UserError(
             f"the model has {positions} positions, so context is 1 to {positions} tokens; got {config.context}"
         )
-    folder = Path(config.model).expanduser()
+    folder = at_home(config.model)
     name, source = folder.resolve().name if folder.exists() else config.model, locate(config.model)
+    (check_gguf if config.engine == "llama.cpp" else check_vllm)(shape)  # before an engine is installed in vain
     chosen = pick_engine(config.engine)
     check_port(config.host, config.port)
     where: dict[str, Any] = {"name": name, "host": config.host, "port": config.port}
@@ -265,7 +266,6 @@ def serve(config: ServeConfig, *, dtype: str = "auto", seed: int = 0) -> dict[st
     options: dict[str, Any] = {"host": config.host, "port": config.port, "announce": announce}
     with contextlib.ExitStack() as stack:
         if chosen == "vllm":
-            check_vllm(shape)
             device = pick_device()
             kind = str(pick_dtype(dtype, device)).removeprefix("torch.")
             eager = device.type == "cpu"  # where compiling takes a C++ compiler, and minutes before the first answer

@@ -30,6 +30,7 @@ from kvlatent.serving.export.vllm import (
     Backend,
     cache_bytes_per_token,
     cache_widths,
+    check_windowless,
     gpu_backend,
     heads_of_keys,
     pad_heads,
@@ -145,7 +146,7 @@ class LatentAttention(nn.Module):
     def _rotate(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.freq_index is None:
             return self.rotary_emb(positions, q, k)
-        cos, sin = self.rotary_emb.cos_sin_cache[positions].chunk(2, dim=-1)  # (tokens, ladder)
+        cos, sin = self.rotary_emb.cos_sin_cache[positions].chunk(2, dim=-1)  # (tokens, frequencies)
         cos, sin = cos[:, self.freq_index], sin[:, self.freq_index]  # (tokens, kv_heads, pairs)
         k = self._rotate_some(k.unflatten(-1, (self.kv_heads, -1)), cos, sin)
         cos, sin = (x.repeat_interleave(self.group_size, dim=1) for x in (cos, sin))
@@ -182,11 +183,11 @@ def _by_head(value: Tensor, total_heads: int) -> nn.Parameter:
 
 
 def _rotary(spec: LatentSpec, head_size: int, max_position: int) -> RotaryEmbedding:
-    """vLLM's rotary embedding with the spec's ladder; dims beyond the ladder's are padding and stay."""
-    ladder = torch.tensor(spec.inv_freq, dtype=torch.float32)
+    """vLLM's rotary embedding with the spec's inverse frequencies; dims beyond theirs are padding and stay."""
+    inv_freq = torch.tensor(spec.inv_freq, dtype=torch.float32)
     dtype = torch.get_default_dtype()
-    rotary = RotaryEmbedding(head_size, 2 * len(ladder), max_position, 1.0, True, dtype, init_cache=False)
-    angles = torch.arange(max_position, dtype=torch.float32)[:, None] * ladder
+    rotary = RotaryEmbedding(head_size, 2 * len(inv_freq), max_position, 1.0, True, dtype, init_cache=False)
+    angles = torch.arange(max_position, dtype=torch.float32)[:, None] * inv_freq
     table = torch.cat((angles.cos(), angles.sin()), dim=-1) * spec.rope_scaling
     rotary.register_buffer("cos_sin_cache", table.to(dtype), persistent=False)
     return rotary
@@ -244,8 +245,10 @@ class _Latent:
     """Mixed into a stock `…ForCausalLM`."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        spec = LatentSpec.from_dict(vllm_config.model_config.hf_config.latent)
+        check_windowless(spec)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self.spec = LatentSpec.from_dict(vllm_config.model_config.hf_config.latent)
+        self.spec = spec
         self.widths = graft(self.model, vllm_config)  # type: ignore[attr-defined]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

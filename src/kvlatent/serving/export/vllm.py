@@ -20,6 +20,15 @@ CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Sizes that vLLM's CPU kernels are compiled for."""
 
 
+def check_windowless(spec: LatentSpec) -> None:
+    """Raise `UserError` for a student that meets its newest tokens whole: in vLLM a layer has one cache, not two."""
+    if spec.window:
+        raise UserError(
+            f"vLLM has one cache per layer, and this student needs two: its newest {spec.window} tokens whole, the "
+            "others as latents; it runs on transformers with kvlatent, and a model converted with --window 0 runs here"
+        )
+
+
 def cache_widths(spec: LatentSpec, backend: Backend) -> tuple[tuple[int, int], ...]:
     """Dims of keys and values as vLLM caches them, per layer; at least the spec's d_qk and d_vo.
 
