@@ -133,6 +133,8 @@ class LatentAttention(nn.Module):
         """Attend to the newest tokens and the sinks whole, to all others through latents."""
         q, k, v = self.queries_keys_values(hidden, *position_embeddings)
         maps = self.far_maps().of(k.dtype)
+        if mask is not None and mask.dtype != torch.bool:  # as eager attention has it: 0 where a query may look
+            mask = mask == 0
         if cache is not None:
             near, far = cache.update(k, v, self.layer_idx, maps, mask)
         else:
