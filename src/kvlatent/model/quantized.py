@@ -1,8 +1,8 @@
 """A cache of 8- or 4-bit numbers over the reduced dims: keys per channel, values per token, the newest as they are.
 
 Keys have channels of very different size, so every channel has its own range, over `GROUP` tokens at a time; values are
-scaled token by token (KIVI, arXiv:2402.02750). Codes are written once: what is quantised is never read back and
-quantised again. Attention sees dequantised tensors, one layer at a time, so this saves memory, not decode time.
+scaled token by token (KIVI, arXiv:2402.02750). Codes are written once: what is quantized is never read back and
+quantized again. Attention sees dequantized tensors, one layer at a time, so this saves memory, not decode time.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from kvlatent.model.buffers import LEAST_ROOM, Buffer, Buffered, check_crop
 from kvlatent.model.cache import GrowingLayer, Held, Keys, LatentCache, Values
 
 GROUP = 128
-"""Tokens whose keys share the ranges of their channels; they are quantised together."""
+"""Tokens whose keys share the ranges of their channels; they are quantized together."""
 WINDOW = 32
 """Newest tokens that are always in full precision; up to GROUP - 1 more wait for their group to fill."""
 
 
-class QuantisedCache(LatentCache):
-    """A `LatentCache` with quantised layers, for `generate(past_key_values=…)`; layers with a sliding window stay."""
+class QuantizedCache(LatentCache):
+    """A `LatentCache` with quantized layers, for `generate(past_key_values=…)`; layers with a sliding window stay."""
 
     def __init__(self, config: PreTrainedConfig, *, bits: int) -> None:
         """Build empty layers for a model.
@@ -39,14 +39,14 @@ class QuantisedCache(LatentCache):
             UserError: Other `bits`.
         """
         if bits not in (4, 8):
-            raise UserError(f"caches are quantised to 4 or 8 bits; got {bits}")
+            raise UserError(f"caches are quantized to 4 or 8 bits; got {bits}")
         super().__init__(config)
         for index, layer in enumerate(self.layers):
             if type(layer) is GrowingLayer:
-                self.layers[index] = QuantisedLayer(bits)
+                self.layers[index] = QuantizedLayer(bits)
 
 
-class QuantisedLayer(Buffered, DynamicLayer):
+class QuantizedLayer(Buffered, DynamicLayer):
     """Codes and scales of whole groups, then a residual in full precision; `keys` and `values` are the residual."""
 
     def __init__(self, bits: int) -> None:
@@ -59,37 +59,37 @@ class QuantisedLayer(Buffered, DynamicLayer):
         """Set up empty buffers."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.residual = [Buffer(key_states[:, :, :0]), Buffer(value_states[:, :, :0])]
-        empty = (*quantise_keys(key_states[:, :, :0], self.bits), *quantise_values(value_states[:, :, :0], self.bits))
+        empty = (*quantize_keys(key_states[:, :, :0], self.bits), *quantize_values(value_states[:, :, :0], self.bits))
         rooms = (LEAST_ROOM, 1, 1, LEAST_ROOM, LEAST_ROOM)  # ranges have a row per group, not per token
         self.codes = [Buffer(x, least) for x, least in zip(empty, rooms, strict=True)]
         self.is_initialized = True
 
     def update(self, key_states: Keys, value_states: Values, *args: Any, **kwargs: Any) -> Held:
-        """Append; return all keys and values, those of whole groups as they are after quantisation.
+        """Append; return all keys and values, those of whole groups as they are after quantization.
 
         A first update returns what it was given: a prefill attends in full precision.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        old = self._dequantised() if self.codes[0].length else None
+        old = self._dequantized() if self.codes[0].length else None
         new = [buffer.append(x) for buffer, x in zip(self.residual, (key_states, value_states), strict=True)]
         result = new if old is None else [torch.cat(pair, dim=2) for pair in zip(old, new, strict=True)]
         surplus = (self.residual[0].length - WINDOW) // GROUP * GROUP
         if surplus > 0:
             keys, values = (buffer.held()[:, :, :surplus] for buffer in self.residual)
-            parts = (*quantise_keys(keys, self.bits), *quantise_values(values, self.bits))
+            parts = (*quantize_keys(keys, self.bits), *quantize_values(values, self.bits))
             for buffer, part in zip(self.codes, parts, strict=True):
                 buffer.append(part)
             for buffer in self.residual:
                 buffer.drop_front(surplus)
         return result[0], result[1]
 
-    def _dequantised(self, start: int = 0) -> tuple[Tensor, Tensor]:
+    def _dequantized(self, start: int = 0) -> tuple[Tensor, Tensor]:
         """Keys and values of the groups from token `start`."""
         codes, least, step, v_codes, v_step = (buffer.held() for buffer in self.codes)
         group = start // GROUP
-        keys = dequantise_keys(codes[:, :, start:], least[:, :, group:], step[:, :, group:], self.bits)
-        values = dequantise_values(v_codes[:, :, start:], v_step[:, :, start:], self.bits)
+        keys = dequantize_keys(codes[:, :, start:], least[:, :, group:], step[:, :, group:], self.bits)
+        values = dequantize_values(v_codes[:, :, start:], v_step[:, :, start:], self.bits)
         d_qk, d_vo = (buffer.whole.shape[-1] for buffer in self.residual)
         return keys[..., :d_qk].to(self.dtype), values[..., :d_vo].to(self.dtype)
 
@@ -122,7 +122,7 @@ class QuantisedLayer(Buffered, DynamicLayer):
         if remove > 0 and remove > self.residual[0].length:
             groups = -(-(remove - self.residual[0].length) // GROUP)
             start = self.codes[0].length - groups * GROUP
-            old = self._dequantised(start)
+            old = self._dequantized(start)
             self.residual = [
                 Buffer(torch.cat((x, buffer.held()), dim=2)) for x, buffer in zip(old, self.residual, strict=True)
             ]
@@ -162,7 +162,7 @@ class QuantisedLayer(Buffered, DynamicLayer):
         return sum(buffer.held().nbytes for buffer in self.buffers())
 
 
-def quantise_keys(keys: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_keys(keys: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of keys (batch, heads, groups × GROUP, d_qk), and per group and channel the least value and the step.
 
     Returns:
@@ -176,13 +176,13 @@ def quantise_keys(keys: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     return _pack(codes.flatten(2, 3).to(torch.uint8), bits), least, step
 
 
-def dequantise_keys(codes: Tensor, least: Tensor, step: Tensor, bits: int) -> Tensor:
-    """Undo `quantise_keys`, in float32; with 4 bits and an odd width there is one channel too many."""
+def dequantize_keys(codes: Tensor, least: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Undo `quantize_keys`, in float32; with 4 bits and an odd width there is one channel too many."""
     groups = _unpack(codes, bits).unflatten(2, (-1, GROUP))[..., : least.shape[-1]].float()
     return (groups * step.float()[:, :, :, None] + least.float()[:, :, :, None]).flatten(2, 3)
 
 
-def quantise_values(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def quantize_values(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes of values (batch, heads, tokens, d_vo), symmetric around zero, and the step of every token and head.
 
     Returns:
@@ -194,8 +194,8 @@ def quantise_values(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return _pack(codes.to(torch.uint8), bits), step
 
 
-def dequantise_values(codes: Tensor, step: Tensor, bits: int) -> Tensor:
-    """Undo `quantise_values`, in float32; with 4 bits and an odd width there is one number too many."""
+def dequantize_values(codes: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Undo `quantize_values`, in float32; with 4 bits and an odd width there is one number too many."""
     return (_unpack(codes, bits).float() - (2 ** (bits - 1) - 1)) * step.float()
 
 

@@ -262,7 +262,7 @@ class WindowLayer(Buffered, DynamicLayer):
                 f"at most {left - self.left_from} tokens can be taken back from this cache, which holds its last "
                 f"{self.window} tokens whole; got {-tokens_to_remove}"
             )
-        back = torch.arange(left_then, left, device=self.device)
+        back = torch.arange(left_then, min(left, length), device=self.device)
         for whole, kept in zip(self.whole, self.left, strict=True):
             whole.index_copy_(2, back % self.window, kept[:, :, back % SLACK])
         self.far.crop(max(0, left - self.sinks) - max(0, left_then - self.sinks))
