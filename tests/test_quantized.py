@@ -7,11 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_window import windowed
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvlatent.errors import UserError
 from kvlatent.model.cache import allocated_bytes, cache_bytes
+from kvlatent.model.graft import spec_of
 from kvlatent.model.quantized import (
     GROUP,
     WINDOW,
@@ -64,7 +66,7 @@ def test_newest_tokens_are_exact_and_old_ones_near(pieces: list[int], bits: int)
             assert torch.equal(x[:, :, -WINDOW:], y[:, :, -WINDOW:])
             assert (x - y).abs().max() < (0.5 if bits == 4 else 0.03)
     held = layer.get_seq_length()
-    assert WINDOW <= layer.residual[0].length < WINDOW + GROUP or held < WINDOW
+    assert WINDOW <= layer.keys.shape[2] < WINDOW + GROUP or held < WINDOW
 
 
 def test_reorder_select_repeat_crop_and_reset_do_as_transformers_does() -> None:
@@ -143,3 +145,56 @@ def test_chunked_forward_is_near_the_full_one(tiny_student: Callable[..., PreTra
             pieces = [student(piece, past_key_values=cache).logits for piece in text.split(50, dim=1)]
             errors.append((torch.cat(pieces, dim=1) - full).abs().mean().item())
     assert errors[1] < errors[0] / 4 and errors[1] < 0.02 * full.std()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_beside_a_window_latents_are_coded_and_the_rest_is_whole(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str
+) -> None:
+    model = windowed(tiny_teacher(name))
+    text = ids.reshape(1, -1).repeat(2, 1)
+    spec, caches = spec_of(model), [QuantizedCache(model.config, bits=bits) for bits in (4, 8)]
+    assert spec is not None
+    steps = [GROUP - 30, *[1] * 60, GROUP - 30, *[1] * 10, 20]  # a group is closed in a step, and in a piece
+    with torch.no_grad():
+        full = model(text, use_cache=False).logits
+        errors = []
+        for cache in caches:
+            pieces = [model(x, past_key_values=cache).logits for x in text[:, : sum(steps)].split(steps, dim=1)]
+            errors.append((torch.cat(pieces, dim=1) - full[:, : sum(steps)]).abs().mean().item())
+    assert 1e-5 < errors[1] < errors[0] / 4 and errors[1] < 0.02 * full.std()
+    held, latents = sum(steps), 1
+    far = held - spec.window - spec.sinks
+    groups = far // GROUP
+    assert groups == 2 - (far < 2 * GROUP)
+    for cache, bits in zip(caches, (4, 8), strict=True):
+        d_qk, d_vo = (2 * d[0] for d in (spec.d_qk, spec.d_vo))  # of a latent that two heads share
+        codes = groups * GROUP * (d_qk + d_vo) * bits // 8
+        scales = groups * (2 * d_qk + GROUP) * 2
+        residual = (far - groups * GROUP) * (d_qk + d_vo) * 4
+        whole = (spec.window + spec.sinks) * 2 * 2 * spec.head_dim * 4
+        assert cache_bytes(cache) == 2 * 2 * (latents * (codes + scales + residual) + whole)
+
+
+def test_beside_a_window_a_quantized_cache_is_cropped_and_reordered(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor
+) -> None:
+    model = windowed(tiny_teacher("llama"))
+    text = ids.reshape(2, -1)
+    cache = QuantizedCache(model.config, bits=8)
+    with torch.no_grad():
+        model(text[:, :GROUP], past_key_values=cache)
+        model(text[:, GROUP : GROUP + 12], past_key_values=cache)  # closes a group
+        cache.crop(-40)  # opens it again
+        cache.reorder_cache(torch.tensor([1, 1]))
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([0, 3]))
+        got = model(text[:, -10:], past_key_values=cache).logits
+        joined = torch.cat((text[1:, : GROUP - 28].repeat(2, 1), text[:, -10:]), dim=1)
+        wanted = model(joined, use_cache=False).logits[:, -10:]
+    assert (got - wanted).abs().mean() < 0.02 * wanted.std()
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    for how in ({}, {"num_beams": 3}):
+        cache = QuantizedCache(model.config, bits=8)
+        tokens = model.generate(text[:, :-2], past_key_values=cache, **options, **how)
+        assert (tokens == model.generate(text[:, :-2], use_cache=False, **options, **how)).float().mean() > 0.97

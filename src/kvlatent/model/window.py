@@ -51,7 +51,7 @@ class FarMaps(NamedTuple):
 
     def of(self, dtype: torch.dtype) -> FarMaps:
         """The same in another dtype."""
-        return FarMaps(*(x.to(dtype) for x in self))
+        return FarMaps(q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype), o=self.o.to(dtype))
 
     def reduced(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Latents of whole keys and values, (batch, kv_heads, seq, head_dim) → (batch, latents, seq, latent)."""

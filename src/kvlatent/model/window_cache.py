@@ -70,7 +70,7 @@ class Latents:
     def select(self, indices: Tensor) -> None:
         """Keep these sequences, in this order."""
         for buffer in self.buffers():
-            buffer.whole = buffer.whole.index_select(0, indices)
+            buffer.whole = buffer.whole.index_select(0, indices.to(buffer.whole.device))
 
     def buffers(self) -> Iterator[Buffer]:
         """All buffers."""
