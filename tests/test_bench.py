@@ -65,12 +65,12 @@ def test_empty_cache_holds_nothing() -> None:
     assert cache_bytes(DynamicCache()) == cache_bytes(DynamicCache(config=tiny().config)) == 0
 
 
-def test_quantised_cache_is_refused_rather_than_undercounted() -> None:
-    class Quantised:
+def test_quantized_cache_is_refused_rather_than_undercounted() -> None:
+    class Quantized:
         layers = (type("Layer", (), {"keys": None, "values": None, "_quantized_keys": None})(),)
 
-    with pytest.raises(TypeError, match="quantised"):
-        cache_bytes(Quantised())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="quantized"):
+        cache_bytes(Quantized())  # type: ignore[arg-type]
 
 
 def test_dims_by_layer_read_stock_and_student_configs() -> None:

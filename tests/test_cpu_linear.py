@@ -97,7 +97,7 @@ def test_what_does_not_fit_stays_with_torch() -> None:
         "float64": (x.double(), weight.double()),
         "mixed": (x, weight.bfloat16()),
         "meta": (x.to("meta"), weight.to("meta")),
-        "subclass": (x, weight.as_subclass(type("Quantised", (Tensor,), {}))),
+        "subclass": (x, weight.as_subclass(type("Quantized", (Tensor,), {}))),
     }.items():
         assert not fits(left, right), name
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -150,6 +150,8 @@ class LatentAttention(nn.Module):
         """Attend to the newest tokens and the sinks whole, to all others through latents."""
         q, k, v = self.queries_keys_values(hidden, *position_embeddings)
         maps = self.far_maps().of(k.dtype)
+        if mask is not None and mask.dtype != torch.bool:  # as eager attention has it: 0 where a query may look
+            mask = mask == 0
         near, far = self._split(k, v, maps, mask) if cache is None else cache.update(k, v, self.layer_idx, maps, mask)
         if isinstance(near, Segment) and isinstance(far, Segment):
             out = decode(q, near, far, maps, scale=self.scale)

@@ -220,10 +220,10 @@ def write_in_place(cache: Cache, config: PreTrainedConfig) -> None:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Return the bytes of all keys and values a cache holds, from its tensors, scales of quantised ones included.
+    """Return the bytes of all keys and values a cache holds, from its tensors, scales of quantized ones included.
 
     Raises:
-        TypeError: A layer keeps quantised content in a form of its own, outside `keys` and `values`.
+        TypeError: A layer keeps quantized content in a form of its own, outside `keys` and `values`.
     """
     total = 0
     for layer in cache.layers:
@@ -231,7 +231,7 @@ def cache_bytes(cache: Cache) -> int:
             total += layer.held_bytes()
             continue
         if hasattr(layer, "_quantized_keys"):
-            raise TypeError(f"{type(layer).__name__} keeps quantised content that cache_bytes can't see")
+            raise TypeError(f"{type(layer).__name__} keeps quantized content that cache_bytes can't see")
         total += sum(x.nbytes for x in (layer.keys, layer.values) if x is not None)
     return total
 

@@ -62,11 +62,13 @@ def check_itself(model: PreTrainedModel) -> None:
     Raises:
         UserError: They differ, so the installed release of transformers does something that kvlatent doesn't know.
     """
-    ids = torch.arange(1, 9, device=model.device)[None] % model.config.vocab_size
+    latent = model.config.latent
+    near = latent.get("window", 0) + latent.get("sinks", 0)  # some tokens more, or none is far
+    ids = torch.arange(1, near + 9, device=model.device)[None] % model.config.vocab_size
     whole = model(ids, use_cache=False).logits
-    output = model(ids[:, :5], use_cache=True)
+    output = model(ids[:, :-3], use_cache=True)
     pieces = [output.logits]
-    for token in ids[:, 5:].split(1, dim=1):
+    for token in ids[:, -3:].split(1, dim=1):
         output = model(token, use_cache=True, **{CACHE: output[CACHE]})
         pieces.append(output.logits)
     padding = torch.zeros_like(ids[:, :3])

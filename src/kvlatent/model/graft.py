@@ -37,6 +37,7 @@ from kvlatent.model.families import PREFIX, family_of
 from kvlatent.model.folder import head_is_tied
 from kvlatent.model.rope import LatentRotaryEmbedding
 from kvlatent.model.spec import LatentSpec
+from kvlatent.model.window_cache import FixedWindowLayer, WindowLayer
 
 LATENT_DIMS = 256
 """The widest that a group of heads is by default before it is reduced: fused attention takes no wider heads."""
@@ -100,13 +101,13 @@ def _give_cache(
     """Where the body is asked to cache and given no cache, give it one that grows in place.
 
     Raises:
-        UserError: It is given a cache that holds keys of another width.
+        UserError: It is given the cache of another kind of model.
     """
     given = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
     if given is not None:
         if body.config.latent.get("window"):
             write_in_place(given, body.config)
-        _check_width(given, body)
+        _check_cache(given, body)
     use_cache = kwargs.get("use_cache")
     wanted = body.config.use_cache if use_cache is None else use_cache
     has_window = bool(body.config.latent.get("window"))
@@ -116,7 +117,12 @@ def _give_cache(
     return args, others | {CACHE: LatentCache(body.config)}
 
 
-def _check_width(cache: Cache, body: PreTrainedModel) -> None:
+def _check_cache(cache: Cache, body: PreTrainedModel) -> None:
+    has_window = isinstance(cache.layers[0], WindowLayer | FixedWindowLayer) if cache.layers else False
+    if has_window != bool(body.config.latent.get("window")) and cache.layers:
+        theirs = "a student with a window was given a cache without one"
+        ours = "a model without a window was given the cache of a student with a window"
+        raise UserError(f"{ours if has_window else theirs}; let the model make its cache")
     keys = getattr(cache.layers[0], "keys", None) if cache.layers else None
     width = body.layers[0].self_attn.cached_keys
     if keys is not None and keys.dim() == 4 and keys.shape[-1] != width:

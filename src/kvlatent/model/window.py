@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -50,7 +51,7 @@ class FarMaps(NamedTuple):
 
     def of(self, dtype: torch.dtype) -> FarMaps:
         """The same in another dtype."""
-        return FarMaps(*(x.to(dtype) for x in self))
+        return FarMaps(q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype), o=self.o.to(dtype))
 
     def reduced(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Latents of whole keys and values, (batch, kv_heads, seq, head_dim) → (batch, latents, seq, latent)."""
@@ -98,9 +99,26 @@ class Segment:
     """What of it is visible; None is all."""
 
 
-def first_columns(mask: Bool[Tensor, "batch 1 seq seq"] | None) -> Int[Tensor, "batch"] | None:
-    """The column that each sequence begins at, behind its padding; None is 0 for all."""
-    return None if mask is None else mask[:, 0].diagonal(dim1=1, dim2=2).int().argmax(1)
+NOWHERE = torch.iinfo(torch.long).max
+"""The column of a sink that hasn't come yet."""
+
+
+def next_sinks(
+    known: Int[Tensor, "known_batch sinks"], own: Bool[Tensor, "own_batch new"], start: int | Tensor
+) -> Int[Tensor, "sink_batch sinks"]:
+    """Columns of the sinks of each sequence, `NOWHERE` for those to come, after new tokens at the columns from `start`.
+
+    Args:
+        known: The same before them.
+        own: Whether each new token is part of its sequence, rather than padding.
+        start: The column of the first.
+    """
+    batch, sinks = max(len(known), len(own)), known.shape[1]
+    index = own.cumsum(-1) - 1 + (known < NOWHERE).sum(-1, keepdim=True)
+    index = torch.where(own & (index < sinks), index, sinks)  # what is no sink goes to a place that is cut off
+    columns = torch.arange(own.shape[1], device=own.device) + start
+    places = F.pad(known, (0, 1), value=NOWHERE).expand(batch, -1)
+    return places.scatter(1, index.expand(batch, -1), columns.expand(batch, -1))[:, :sinks]
 
 
 def sinks_of(
@@ -108,14 +126,17 @@ def sinks_of(
 ) -> tuple[Tensor, Tensor, Int[Tensor, "sink_batch found"]]:
     """Keys, values and columns of the first tokens of every sequence, or of every document packed into it.
 
-    A token is a sink if it sees at most `sinks` tokens, itself included.
+    A document begins at a token that sees itself alone.
     """
     seq = k.shape[2]
     if mask is None:
         columns = torch.arange(min(sinks, seq), device=k.device)[None]
         return k[:, :, :sinks], v[:, :, :sinks], columns
     seen = mask[:, 0]
-    is_sink = seen.diagonal(dim1=1, dim2=2) & (seen.sum(-1) <= sinks)
+    own = seen.diagonal(dim1=1, dim2=2)
+    count = own.cumsum(-1)
+    before = torch.where(own & (seen.sum(-1) == 1), count - 1, 0).cummax(-1).values  # tokens of earlier documents
+    is_sink = own & (count - before <= sinks)
     columns = torch.where(is_sink, torch.arange(seq, device=k.device), seq).sort(-1).values
     columns = columns[:, : int(is_sink.sum(-1).max())]
     return gathered(k, columns), gathered(v, columns), columns

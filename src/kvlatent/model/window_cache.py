@@ -3,19 +3,29 @@
 Whole keys and values live in one tensor: a ring of `window` slots, in which a token's column decides its slot, and the
 sinks behind it, so that what a decode step meets whole is the tensor's beginning. A token that leaves the ring is
 reduced and appended to the latents. The last `SLACK` tokens that left are kept whole once more, so that assisted
-decoding can take tokens back.
+decoding can take tokens back. What is held is detached: gradients reach the tokens of the same forward pass alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from kvlatent.model.buffers import Buffer, Buffered, check_crop
-from kvlatent.model.window import Far, FarMaps, Segment, Whole, at_columns, first_columns, gathered
+from kvlatent.model.window import (
+    NOWHERE,
+    Far,
+    FarMaps,
+    Segment,
+    Whole,
+    at_columns,
+    gathered,
+    next_sinks,
+    sinks_of,
+)
 
 SLACK = 64
 """Tokens that can be taken back without loss."""
@@ -24,30 +34,79 @@ Held = tuple[Whole, Far] | tuple[Segment, Segment]
 """What new queries meet: of several, runs of columns; of one, two segments."""
 
 
+class Latents:
+    """Keys and values of the tokens that have left the window, reduced."""
+
+    def __init__(self) -> None:
+        self.parts: list[Buffer] = []  # keys, values
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self.parts[0].length if self.parts else 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in more tokens, and return all of them."""
+        if not self.parts:
+            self.parts = [Buffer(x[:, :, :0]) for x in (keys, values)]
+        held_keys, held_values = (buffer.append(x) for buffer, x in zip(self.parts, (keys, values), strict=True))
+        return held_keys, held_values
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens."""
+        keys, values = (buffer.held() for buffer in self.parts)
+        return keys, values
+
+    def forget(self, tokens: int) -> None:
+        """Let go of the oldest tokens, of as many as there are."""
+        for buffer in self.parts:
+            buffer.drop_front(min(buffer.length, tokens))
+
+    def crop(self, tokens: int) -> None:
+        """Let go of the newest tokens, of as many as there are."""
+        for buffer in self.parts:
+            buffer.length = max(0, buffer.length - tokens)
+
+    def select(self, indices: Tensor) -> None:
+        """Keep these sequences, in this order."""
+        for buffer in self.buffers():
+            buffer.whole = buffer.whole.index_select(0, indices.to(buffer.whole.device))
+
+    def buffers(self) -> Iterator[Buffer]:
+        """All buffers."""
+        yield from self.parts
+
+
 class WindowLayer(Buffered, DynamicLayer):
     """A layer that grows in place."""
 
-    def __init__(self, window: int, sinks: int, sliding: int | None = None) -> None:
+    supports_early_init = False  # latents have widths of their own
+
+    def __init__(
+        self, window: int, sinks: int, sliding: int | None = None, store: Callable[[], Latents] = Latents
+    ) -> None:
         """Build an empty layer.
 
         Args:
             window: Newest tokens held whole.
             sinks: First tokens of every sequence held whole.
             sliding: The teacher's sliding window, beyond which latents are forgotten; None forgets nothing.
+            store: What makes the place of the latents.
         """
         super().__init__()
-        self.window, self.sinks, self.sliding = window, sinks, sliding
+        self.window, self.sinks, self.sliding, self.store = window, sinks, sliding, store
         self.is_sliding = sliding is not None
         self.record_past = False  # set before assisted decoding; here nothing depends on it
         self._empty()
 
     def _empty(self) -> None:
         self.length = 0
-        self.first: Tensor | None = None
+        self.sink_at: Tensor | None = None  # columns (batch, sinks); None, without a mask so far, is the first ones
+        self.sinks_known = self.sinks == 0  # of every sequence, so that no others are looked for
         self.whole: list[Tensor] = []  # keys, values: window slots, then the sinks
         self.left: list[Tensor] = []  # the last that left the window, by column modulo SLACK
         self.left_from = 0
-        self.latents: list[Buffer] = []
+        self.far = self.store()
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -62,8 +121,7 @@ class WindowLayer(Buffered, DynamicLayer):
     @property
     def latents_from(self) -> int:
         """The column of the first latent that is held."""
-        kept = self.latents[0].length if self.latents else 0
-        return max(self.sinks, self.length - self.window) - kept
+        return max(self.sinks, self.length - self.window) - self.far.length
 
     def update(self, key_states: Tensor, value_states: Tensor, maps: FarMaps, mask: Tensor | None) -> Held:
         """Append, and return what the new queries meet.
@@ -76,8 +134,8 @@ class WindowLayer(Buffered, DynamicLayer):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.length == 0:
-            self.first = first_columns(mask)
+            none = maps.reduced(key_states[:, :, :0], value_states[:, :, :0])
+            self.far.append(*(x.detach() for x in none))
         if key_states.shape[2] == 1 and self.length and not key_states.requires_grad:
             return self._step(key_states, value_states, maps, mask)
         return self._extend(key_states, value_states, maps, mask)
@@ -85,62 +143,54 @@ class WindowLayer(Buffered, DynamicLayer):
     def _step(self, key: Tensor, value: Tensor, maps: FarMaps, mask: Tensor | None) -> tuple[Segment, Segment]:
         slot = self.length % self.window
         if self.length >= self.window:
-            oldest = [x[:, :, slot : slot + 1] for x in self.whole]
-            self._leave(self.length - self.window, oldest, maps)
+            far = self._leave(self.length - self.window, [x[:, :, slot : slot + 1] for x in self.whole], maps)
+        else:
+            far = self.far.held()
         for whole, new in zip(self.whole, (key, value), strict=True):
             whole[:, :, slot] = new[:, :, 0]
         self.length += 1
-        self._forget()
+        self._find_sinks(mask, 1)
+        first_latent = self.latents_from
         held = min(self.length, self.window + self.sinks)
-        latents = [buffer.held() for buffer in self.latents] or list(maps.reduced(key[:, :, :0], value[:, :, :0]))
         near_mask = far_mask = None
         if mask is not None:
             newest, width = self.length - 1, min(self.length, self.window)
             slots = torch.arange(width, device=self.device)
             ring = mask[..., newest - (newest - slots) % self.window]
             columns = self._sink_columns()[:, : held - width]
-            inside = columns < self.length - self.window
-            sinks = at_columns(mask, columns) & inside[:, None, None]
+            sinks = at_columns(mask, columns) & (columns < self.length - self.window)[:, None, None]
             near_mask = torch.cat((ring.expand(len(sinks), -1, -1, -1), sinks), dim=-1)
-            far_mask = mask[..., self.latents_from : self.latents_from + latents[0].shape[2]]
-            if self.first is not None:
-                at = torch.arange(latents[0].shape[2], device=self.device) + self.latents_from
-                far_mask = far_mask & (at >= self.first[:, None] + self.sinks)[:, None, None]
+            far_mask = mask[..., first_latent : first_latent + far[0].shape[2]]
+            if self.sink_at is not None and self.sinks:  # before its last sink a sequence has no other tokens
+                at = torch.arange(far[0].shape[2], device=self.device) + first_latent
+                far_mask = far_mask & (at > self.sink_at[:, -1:])[:, None, None]
+        self._forget()
         near_k, near_v = (x[:, :, :held] for x in self.whole)
-        return Segment(k=near_k, v=near_v, mask=near_mask), Segment(k=latents[0], v=latents[1], mask=far_mask)
+        return Segment(k=near_k, v=near_v, mask=near_mask), Segment(k=far[0], v=far[1], mask=far_mask)
 
     def _extend(self, keys: Tensor, values: Tensor, maps: FarMaps, mask: Tensor | None) -> tuple[Whole, Far]:
-        start = max(0, self.length - self.window)
-        ring = torch.arange(start, self.length, device=self.device) % self.window
+        before, first_latent = self.length, self.latents_from
+        start = max(0, before - self.window)
+        ring = torch.arange(start, before, device=self.device) % self.window
         k, v = (torch.cat((x[:, :, ring], new), dim=2) for x, new in zip(self.whole, (keys, values), strict=True))
-        before = [buffer.held() for buffer in self.latents]
-        first_latent = self.latents_from
         self.length += keys.shape[2]
+        self._find_sinks(mask, keys.shape[2])
         leaving = max(0, self.length - self.window - start)
-        parts = [x[:, :, :leaving] for x in (k, v)]
-        latents = self._leave(start, parts, maps) if leaving else ()
+        far_k, far_v = self._leave(start, [x[:, :, :leaving] for x in (k, v)], maps)
         newest = torch.arange(max(0, self.length - self.window), self.length, device=self.device)
         for whole, new in zip(self.whole, (k, v), strict=True):
             whole.index_copy_(2, newest % self.window, new[:, :, newest - start].detach())
-        if latents and latents[0].requires_grad:
-            far_k, far_v = (torch.cat(x, dim=2) for x in zip(before, latents, strict=True)) if before else latents
-        elif self.latents:
-            far_k, far_v = (buffer.held() for buffer in self.latents)
-        else:
-            far_k, far_v = maps.reduced(k[:, :, :0], v[:, :, :0])
-        far = Far(k=far_k, v=far_v, start=first_latent)
-        sink_k, sink_v = (x[:, :, self.window :] for x in self.whole)
-        if k.requires_grad or v.requires_grad:
-            inside = self._sink_columns() >= start
-            sink_k, sink_v = (
-                torch.where(inside[:, None, :, None], gathered(x, self._sink_columns() - start), held)
-                for x, held in ((k, sink_k), (v, sink_v))
-            )
         self._forget()
-        return Whole(k=k, v=v, start=start, sink_k=sink_k, sink_v=sink_v, sink_columns=self._sink_columns()), far
+        far = Far(k=far_k, v=far_v, start=first_latent)
+        if before == 0:  # as without a cache, gradients and packed documents included
+            sink_k, sink_v, columns = sinks_of(k, v, mask, self.sinks)
+        else:
+            columns = self._sink_columns()
+            sink_k, sink_v = (x[:, :, self.window :] for x in self.whole)
+        return Whole(k=k, v=v, start=start, sink_k=sink_k, sink_v=sink_v, sink_columns=columns), far
 
-    def _leave(self, column: int, parts: list[Tensor], maps: FarMaps) -> tuple[Tensor, ...]:
-        """Take in whole keys and values that have left the window, `column` being the first of them."""
+    def _leave(self, column: int, parts: list[Tensor], maps: FarMaps) -> tuple[Tensor, Tensor]:
+        """Take in whole keys and values that have left the window, `column` the first of them; return all latents."""
         count = parts[0].shape[2]
         end = column + count
         kept = torch.arange(max(column, end - SLACK), end, device=self.device)
@@ -148,33 +198,47 @@ class WindowLayer(Buffered, DynamicLayer):
         for whole, left, x in zip(self.whole, self.left, parts, strict=True):
             x = x.detach()
             left.index_copy_(2, kept % SLACK, x[:, :, kept - column])
-            columns = self._sink_columns()
-            if self.first is not None:
+            if self.sink_at is not None and count:
+                columns = self._sink_columns()
                 hit = ((columns >= column) & (columns < end))[:, None, :, None]
                 whole[:, :, self.window :] = torch.where(hit, gathered(x, columns - column), whole[:, :, self.window :])
             elif column < self.sinks:
                 last = min(end, self.sinks)
                 whole[:, :, self.window + column : self.window + last] = x[:, :, : last - column]
-        far = max(0, self.sinks - column)
-        if far >= count:
-            return ()
-        latents = maps.reduced(*(x[:, :, far:] for x in parts))
-        if not self.latents:
-            self.latents = [Buffer(x[:, :, :0].detach()) for x in latents]
-        for buffer, new in zip(self.latents, latents, strict=True):
-            buffer.append(new.detach())
-        return latents
+        far = min(count, max(0, self.sinks - column))  # the first columns are sinks, or padding
+        keys, values = maps.reduced(*(x[:, :, far:] for x in parts))
+        if not (keys.requires_grad or values.requires_grad):
+            return self.far.append(keys, values)
+        before = self.far.held()
+        after = [torch.cat(pair, dim=2) for pair in zip(before, (keys, values), strict=True)]
+        self.far.append(keys.detach(), values.detach())
+        return after[0], after[1]
+
+    def _find_sinks(self, mask: Tensor | None, new: int) -> None:
+        """Note which of the newest tokens, already counted, are the first of their sequences."""
+        if self.sinks_known or (mask is None and self.sink_at is None):
+            return
+        before = self.length - new
+        if self.sink_at is None:
+            columns = torch.arange(self.sinks, device=self.device)
+            self.sink_at = torch.where(columns < before, columns, NOWHERE)[None]
+        if mask is None:
+            own = torch.ones(1, new, dtype=torch.bool, device=self.device)
+        else:
+            own = mask[:, 0].diagonal(offset=before, dim1=1, dim2=2)
+        self.sink_at = next_sinks(self.sink_at, own, before)
+        self.sinks_known = bool((self.sink_at < NOWHERE).all())
+
+    def _sink_columns(self) -> Tensor:
+        """Where the sinks of each sequence stand; the number of all columns stands for none."""
+        if self.sink_at is None:
+            return torch.arange(self.sinks, device=self.device).clamp(max=self.length)[None]
+        return self.sink_at.clamp(max=self.length)
 
     def _forget(self) -> None:
         """Let go of latents that the teacher's sliding window has left behind."""
-        if self.sliding is not None and self.latents:
-            beyond = self.length + 1 - self.sliding - SLACK - self.latents_from
-            for buffer in self.latents:
-                buffer.drop_front(min(buffer.length, max(0, beyond)))
-
-    def _sink_columns(self) -> Tensor:
-        columns = torch.arange(self.sinks, device=self.device)[None]
-        return columns if self.first is None else columns + self.first[:, None]
+        if self.sliding is not None:
+            self.far.forget(max(0, self.length + 1 - self.sliding - SLACK - self.latents_from))
 
     def get_seq_length(self) -> int:
         """Tokens held, padding included."""
@@ -198,12 +262,14 @@ class WindowLayer(Buffered, DynamicLayer):
                 f"at most {left - self.left_from} tokens can be taken back from this cache, which holds its last "
                 f"{self.window} tokens whole; got {-tokens_to_remove}"
             )
-        back = torch.arange(left_then, left, device=self.device)
+        back = torch.arange(left_then, min(left, length), device=self.device)
         for whole, kept in zip(self.whole, self.left, strict=True):
             whole.index_copy_(2, back % self.window, kept[:, :, back % SLACK])
-        for buffer in self.latents:
-            buffer.length -= max(0, left - self.sinks) - max(0, left_then - self.sinks)
+        self.far.crop(max(0, left - self.sinks) - max(0, left_then - self.sinks))
         self.length = length
+        if self.sink_at is not None and self.sinks:
+            self.sink_at = torch.where(self.sink_at < length, self.sink_at, NOWHERE)
+            self.sinks_known = False
         if length == 0:
             self.reset()
 
@@ -217,10 +283,9 @@ class WindowLayer(Buffered, DynamicLayer):
             return
         indices = indices.to(self.device)
         self.whole, self.left = ([x.index_select(0, indices) for x in held] for held in (self.whole, self.left))
-        for buffer in self.latents:
-            buffer.whole = buffer.whole.index_select(0, indices)
-        if self.first is not None and len(self.first) > 1:
-            self.first = self.first.index_select(0, indices)
+        self.far.select(indices)
+        if self.sink_at is not None and len(self.sink_at) > 1:
+            self.sink_at = self.sink_at.index_select(0, indices)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder sequences."""
@@ -237,7 +302,7 @@ class WindowLayer(Buffered, DynamicLayer):
 
     def buffers(self) -> Iterator[Buffer]:
         """The latents."""
-        yield from self.latents
+        yield from self.far.buffers()
 
     def held_bytes(self) -> int:
         """Bytes of the tokens held: latents, and whole ones in the window and among the sinks."""
@@ -245,7 +310,7 @@ class WindowLayer(Buffered, DynamicLayer):
             return 0
         tokens = min(self.length, self.window + self.sinks)
         whole = sum(x.nbytes // x.shape[2] for x in self.whole) * tokens
-        return whole + sum(buffer.held().nbytes for buffer in self.latents)
+        return whole + sum(buffer.held().nbytes for buffer in self.buffers())
 
     def allocated_bytes(self) -> int:
         """Bytes of all tensors, reserved capacity and slack included."""
@@ -257,9 +322,14 @@ class WindowLayer(Buffered, DynamicLayer):
 
 
 class FixedWindowLayer(StaticLayer):
-    """A layer whose tensors never move, as compiled code and CUDA graphs want it; its length is a tensor."""
+    """A layer whose tensors never move, as compiled code and CUDA graphs want it; its length is a tensor.
 
-    is_croppable = False
+    Single tokens are met without a look at what tensors hold; for several at once, and to crop, the same tensors become
+    those of a layer that grows.
+    """
+
+    supports_early_init = False  # latents have widths of their own
+    is_croppable = True
 
     cumulative_length: Tensor
 
@@ -275,74 +345,96 @@ class FixedWindowLayer(StaticLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         batch = len(key_states)
         places = max(0, self.max_cache_len - self.window - self.sinks) + 1
-        self.whole = [
-            x.new_zeros(batch, x.shape[1], self.window + self.sinks, x.shape[3]) for x in (key_states, value_states)
-        ]
+        self.whole, self.left = (
+            [x.new_zeros(batch, x.shape[1], slots, x.shape[3]) for x in (key_states, value_states)]
+            for slots in (self.window + self.sinks, SLACK)
+        )
         self.latents = [key_states.new_zeros(batch, len(x), places, x.shape[2]) for x in (maps.k, maps.v)]
-        self.first = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self.sink_at = torch.full((batch, self.sinks), NOWHERE, device=self.device)
         self.cumulative_length = self.cumulative_length.to(self.device)
+        self.most_left = torch.zeros_like(self.cumulative_length)  # tokens that have ever been outside the window
         if not torch.compiler.is_compiling():
-            for x in (*self.whole, *self.latents, self.first, self.cumulative_length):
+            for x in (*self._tensors(), self.most_left, self.cumulative_length):
                 torch._dynamo.mark_static_address(x)
         self.is_initialized = True
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        """All with a row per sequence."""
+        return (*self.whole, *self.left, *self.latents, self.sink_at)
 
     def update(self, key_states: Tensor, value_states: Tensor, maps: FarMaps, mask: Tensor | None) -> Held:
         """Append, and return what the new queries meet; see `WindowLayer.update`.
 
         Raises:
-            ValueError: The first tokens are more than there is capacity for, or several come later.
+            ValueError: The tokens are more than there is capacity for.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states, maps)
-        if self.empty:
+        if self.empty or key_states.shape[2] > 1:
             self.empty = False
-            return self._prefill(key_states, value_states, maps, mask)
-        if key_states.shape[2] > 1:
-            raise ValueError("a static cache with a window takes its prompt at once, then one token at a time")
+            return self._extend(key_states, value_states, maps, mask)
         return self._step(key_states, value_states, maps, mask)
 
-    def _prefill(self, keys: Tensor, values: Tensor, maps: FarMaps, mask: Tensor | None) -> tuple[Whole, Far]:
-        length = keys.shape[2]
+    def _growing(self) -> WindowLayer:
+        """A layer that grows, with the same content in the same tensors."""
+        layer = WindowLayer(self.window, self.sinks)
+        layer.dtype, layer.device, layer.is_initialized = self.dtype, self.device, True
+        layer.length, layer.left_from = int(self.cumulative_length), max(0, int(self.most_left) - SLACK)
+        layer.whole, layer.left, layer.sink_at = self.whole, self.left, self.sink_at
+        layer.far.parts = [Buffer(x) for x in self.latents]
+        for buffer in layer.far.parts:
+            buffer.length = max(0, layer.length - self.window - self.sinks)
+        return layer
+
+    def _take(self, layer: WindowLayer) -> None:
+        """Note what has changed in `layer` outside the tensors that it shares."""
+        self.cumulative_length.fill_(layer.length)
+        self.sink_at.copy_(layer.sink_at if layer.sink_at is not None else torch.full_like(self.sink_at, NOWHERE))
+
+    def _extend(self, keys: Tensor, values: Tensor, maps: FarMaps, mask: Tensor | None) -> Held:
+        layer = self._growing()
+        length = layer.length + keys.shape[2]
         if length > self.max_cache_len:
             raise ValueError(f"{length} tokens don't fit into a cache for {self.max_cache_len}")
-        grown = WindowLayer(self.window, self.sinks)
-        whole, far = grown.update(keys, values, maps, mask)
-        assert isinstance(whole, Whole) and isinstance(far, Far)
-        for mine, its in zip(self.whole, grown.whole, strict=True):
-            mine.copy_(its)
-        for place, latents in zip(self.latents, (far.k, far.v), strict=True):
-            place[:, :, : latents.shape[2]] = latents
-        if grown.first is not None:
-            self.first.copy_(grown.first)
-        self.cumulative_length.fill_(length)
-        return whole, far
+        held = layer.update(keys, values, maps, None if mask is None else mask[..., :length])
+        self._take(layer)
+        self.most_left.clamp_(min=length - self.window)
+        return held
 
     def _step(self, key: Tensor, value: Tensor, maps: FarMaps, mask: Tensor | None) -> tuple[Segment, Segment]:
         newest: Tensor = self.cumulative_length
         slot = (newest % self.window)[None]
         leaving = newest - self.window
         oldest = [x.index_select(2, slot) for x in self.whole]
-        columns = torch.arange(self.sinks, device=self.device) + self.first[:, None]
-        becomes_sink = (columns == leaving)[:, None, :, None]
+        becomes_sink = (self.sink_at == leaving)[:, None, :, None]
         trash = self.latents[0].shape[2] - 1
         place = torch.where(leaving >= self.sinks, leaving - self.sinks, trash)[None]
-        for whole, old, new in zip(self.whole, oldest, (key, value), strict=True):
+        for whole, left, old, new in zip(self.whole, self.left, oldest, (key, value), strict=True):
             whole[:, :, self.window :] = torch.where(becomes_sink, old, whole[:, :, self.window :])
+            left.index_copy_(2, (leaving % SLACK)[None], old)  # before the window is full, what is overwritten later
             whole.index_copy_(2, slot, new)
         for latents, new in zip(self.latents, maps.reduced(*oldest), strict=True):
             latents.index_copy_(2, place, new)
+        batch = len(self.sink_at)
+        seen = torch.ones(batch, 1, dtype=torch.bool, device=self.device)
+        if mask is not None:
+            seen = mask[:, 0, 0].index_select(1, newest[None])
+        self.sink_at.copy_(next_sinks(self.sink_at, seen, newest))
         slots = torch.arange(self.window, device=self.device)
         at = newest - (newest - slots) % self.window
-        ring = (at >= 0).expand(len(self.first), -1)
-        sinks = columns < newest + 1 - self.window
+        ring = (at >= 0).expand(batch, -1)
+        sinks = self.sink_at <= leaving
         beyond = torch.arange(trash + 1, device=self.device) + self.sinks
-        far = (beyond <= newest - self.window) & (beyond >= self.first[:, None] + self.sinks)
+        far = (beyond <= leaving).expand(batch, -1)
+        if self.sinks:  # before its last sink a sequence has no other tokens
+            far = far & (beyond > self.sink_at[:, -1:])
         near_mask, far_mask = torch.cat((ring, sinks), dim=-1)[:, None, None], far[:, None, None]
         if mask is not None:
-            met = torch.cat((at.clamp(min=0).expand(len(self.first), -1), columns), dim=-1)
+            met = torch.cat((at.clamp(min=0).expand(batch, -1), self.sink_at), dim=-1)
             near_mask = near_mask & at_columns(mask, met)
             far_mask = far_mask & mask[..., beyond.clamp(max=mask.shape[-1] - 1)]
         self.cumulative_length.add_(1)
+        self.most_left.copy_(torch.maximum(self.most_left, leaving + 1))
         near = Segment(k=self.whole[0], v=self.whole[1], mask=near_mask)
         return near, Segment(k=self.latents[0], v=self.latents[1], mask=far_mask)
 
@@ -350,16 +442,42 @@ class FixedWindowLayer(StaticLayer):
         """Return how many columns a mask for the next `query_length` queries has, and the first of them."""
         return query_length if self.empty else self.max_cache_len, 0
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens, their number given as a negative one; see `WindowLayer.crop`."""
+        check_crop(tokens_to_remove)
+        if self.is_initialized and tokens_to_remove:
+            layer = self._growing()
+            layer.crop(tokens_to_remove)
+            self._take(layer)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder sequences in place."""
         if self.is_initialized:
-            for x in (*self.whole, *self.latents, self.first):
+            for x in self._tensors():
                 x.copy_(x.index_select(0, beam_idx.to(x.device)))
 
     def reset(self) -> None:
         """Forget everything, keep the capacity."""
         self.cumulative_length.zero_()
         self.empty = True
+        if self.is_initialized:
+            self.most_left.zero_()
+            self.sink_at.fill_(NOWHERE)
+
+    def offload(self) -> None:
+        """Move keys, values and latents to the CPU."""
+        self._move("cpu")
+
+    def prefetch(self) -> None:
+        """Move them back to the layer's device."""
+        if self.is_initialized:
+            self._move(self.device)
+
+    def _move(self, device: torch.device | str) -> None:
+        if self.is_initialized:
+            self.whole, self.left, self.latents = (
+                [x.to(device, non_blocking=True) for x in held] for held in (self.whole, self.left, self.latents)
+            )
 
     def held_bytes(self) -> int:
         """Bytes of the tokens held, without reserved capacity."""
@@ -370,5 +488,5 @@ class FixedWindowLayer(StaticLayer):
         return sum(x.nbytes // x.shape[2] * n for held, n in ((self.whole, near), (self.latents, far)) for x in held)
 
     def allocated_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(x.nbytes for x in (*self.whole, *self.latents)) if self.is_initialized else 0
+        """Bytes of all tensors, slack included."""
+        return sum(x.nbytes for x in (*self.whole, *self.left, *self.latents)) if self.is_initialized else 0

@@ -1,6 +1,6 @@
-"""Perplexity and bytes of a model whose cache is quantised to 8 and 4 bits.
+"""Perplexity and bytes of a model whose cache is quantized to 8 and 4 bits.
 
-    python benchmarks/quantised_cache.py STUDENT [--text package:wikipedia] [--tokens 8192] [--block-size 1024]
+    python benchmarks/quantized_cache.py STUDENT [--text package:wikipedia] [--tokens 8192] [--block-size 1024]
 
 A block is fed 32 tokens at a time, so that all but its newest tokens are read back from codes; in full precision the
 same way for comparison. Bytes are those of the live cache at the end of a block, scales and full-precision window
@@ -20,7 +20,7 @@ from kvlatent.model.cache import LatentCache, cache_bytes
 from kvlatent.model.checkpoints import load_model
 from kvlatent.model.graft import head_dim_of
 from kvlatent.model.loading import load_tokenizer
-from kvlatent.model.quantized import QuantisedCache
+from kvlatent.model.quantized import QuantizedCache
 
 CHUNK = 32
 
@@ -38,8 +38,8 @@ def nll(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
 
 @torch.no_grad()
 def bytes_at(model: PreTrainedModel, tokens: int, bits: int) -> int:
-    """Bytes of a bfloat16 model's quantised cache of one sequence."""
-    cache = QuantisedCache(model.config, bits=bits)
+    """Bytes of a bfloat16 model's quantized cache of one sequence."""
+    cache = QuantizedCache(model.config, bits=bits)
     latent, heads = model.config.latent, model.config.num_key_value_heads
     for index, dims in enumerate(zip(latent["d_qk"], latent["d_vo"], strict=True)):
         cache.update(*(torch.zeros(1, heads, tokens, d, dtype=torch.bfloat16) for d in dims), index)
@@ -70,7 +70,7 @@ def main() -> None:
     for name, bits in (("full precision", None), ("8 bits", 8), ("4 bits", 4)):
         losses = []
         for ids in blocks.ids.split(4):
-            cache = LatentCache(config) if bits is None else QuantisedCache(config, bits=bits)
+            cache = LatentCache(config) if bits is None else QuantizedCache(config, bits=bits)
             losses.append(nll(model, ids, cache))
         loss = torch.cat(losses).mean(dim=1)
         plain = loss if plain is None else plain
