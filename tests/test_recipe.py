@@ -307,7 +307,9 @@ def test_later_steps_may_change_and_are_done_again(
     ("name", "content"),
     [
         ("seconds.json", "[]"), ("seconds.json", "{"), ("evaluate/teacher.json", "{}"),
-        ("evaluate/teacher.json", '{"nll": 1e999}'), ("generations.json", "[" * 9999), ("bench.json", "\0"),
+        ("evaluate/teacher.json", '{"token_nll": [[1e999]], "bytes": 9}'),
+        ("evaluate/teacher.json", '{"token_nll": [[1.0], [1.0, 2.0]], "bytes": 9}'),
+        ("generations.json", "[" * 9999), ("bench.json", "\0"),
     ],
 )  # fmt: skip
 def test_damage_in_a_run_folder_is_one_line(

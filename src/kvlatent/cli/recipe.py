@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvlatent.cli.recipe_file import Count, Entry, Recipe, Sources, healing_settings, read_recipe
@@ -89,11 +89,14 @@ def _read_json(path: Path, kind: type[Kept]) -> Kept:
 class _Score(Entry):
     """A `Perplexity` on disk."""
 
-    nll: float
-    tokens: Count
+    token_nll: list[list[float]] = Field(min_length=1)
     bytes: Count
-    block_nll: list[float] = Field(min_length=1)
-    position_nll: list[float] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _rows_of_one_length(self) -> _Score:
+        if len({len(row) for row in self.token_nll}) > 1 or not self.token_nll[0]:
+            raise ValueError("token_nll has rows of several lengths, or empty ones")
+        return self
 
 
 # --- run -------------------------------------------------------------------------------------------------------------
@@ -446,9 +449,8 @@ class _Run:
 
 
 def _read_score(path: Path) -> Perplexity:
-    data = _read_json(path, _Score).model_dump()
-    tensors = {name: torch.tensor(x, dtype=torch.float64) for name, x in data.items() if isinstance(x, list)}
-    return Perplexity(**data | tensors)
+    score = _read_json(path, _Score)
+    return Perplexity(token_nll=torch.tensor(score.token_nll, dtype=torch.float64), bytes=score.bytes)
 
 
 def _commit() -> str | None:
