@@ -41,7 +41,7 @@ def signature(name: str, function: Any) -> str:
         default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
         lines.append(f"    {parameter.name}: {parameter.annotation}{default},")
     result = inspect.signature(function).return_annotation
-    return "\n".join([f"def {name}(", *lines, f") -> {result}"])
+    return "\n".join([f"def {name}(", *lines, f") -> {result}: ..."])
 
 
 def rows(config: type) -> list[str]:
