@@ -39,9 +39,16 @@ def signature(name: str, function: Any) -> str:
             keyword_only = True
             lines.append("    *,")
         default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
-        lines.append(f"    {parameter.name}: {parameter.annotation}{default},")
+        lines.append(f"    {parameter.name}: {written(parameter.annotation)}{default},")
     result = inspect.signature(function).return_annotation
-    return "\n".join([f"def {name}(", *lines, f") -> {result}: ..."])
+    return "\n".join([f"def {name}(", *lines, f") -> {written(result)}: ..."])
+
+
+def written(annotation: Any) -> str:
+    """An annotation as its source has it, whether or not the module evaluates it."""
+    if isinstance(annotation, str):
+        return annotation
+    return re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])", "", inspect.formatannotation(annotation))
 
 
 def rows(config: type) -> list[str]:
