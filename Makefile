@@ -11,8 +11,9 @@ TRANSFORMERS_4_READY := .venv-transformers4/.installed
 # Models and text come from pip packages; no hub at run time.
 export HF_HUB_OFFLINE = 1
 
-NEWEST := transformers accelerate peft datasets
-OLDEST := transformers==5.19.0 accelerate==1.10.0 peft==0.18.0 datasets==4.0.0
+# The ends of the ranges in pyproject.toml.
+NEWEST := torch transformers accelerate peft datasets gguf
+OLDEST := torch==2.7.0 transformers==5.19.0 accelerate==1.10.0 peft==0.18.0 datasets==4.0.0 gguf==0.17.0
 
 .PHONY: demo test test-all test-engines test-latest test-oldest lint docs bench clean
 
@@ -28,12 +29,11 @@ test-all: $(READY)  ## with slow, gpu and network tests
 test-engines: $(ENGINES_READY) $(TRANSFORMERS_4_READY)  ## vLLM (CPU), transformers 4 and SmolLM2 in llama.cpp; 5 GB
 	TRANSFORMERS_4=$(TRANSFORMERS_4)/python $(ENGINES)/python -m pytest -m engines -n 0
 
-# torch is pinned: it is the release that comes as a CPU build.
 test-latest test-oldest: test-%:  ## the contract tests on the newest or oldest libraries that the ranges admit
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/pip install torch==2.13.0
-	.venv-$*/bin/pip install --upgrade $(if $(filter latest,$*),$(NEWEST),$(OLDEST)) beartype hypothesis pytest -e .
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -m contract
+	.venv-$*/bin/pip install --upgrade $(if $(filter latest,$*),$(NEWEST),$(OLDEST)) \
+	  beartype hypothesis pytest -e '.[cpu,gguf,heal,text]'
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -m contract tests/test_contract.py
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -19,7 +19,11 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from kvlatent.errors import UserError
 
 TESTED = ("5.19", "5.24")
-"""Oldest and newest release of transformers that the contract tests ran on (`make test-oldest`, `make test-latest`)."""
+"""Oldest and newest release of transformers that the contract tests ran on.
+
+`make test-oldest` was with torch 2.7.0, accelerate 1.10.0, peft 0.18.0, datasets 4.0.0 and gguf 0.17.0; `make
+test-latest` with torch 2.14.1, accelerate 1.15.0, peft 0.21.2, datasets 5.2.0 and gguf 0.19.0.
+"""
 CACHE_NAMES = ("cache", "past_key_values")
 """What releases call the argument and the output that hold the cache: `cache` since 5.24, `past_key_values` before."""
 CACHE = next((name for name in CACHE_NAMES if name in inspect.signature(LlamaModel.forward).parameters), "")
