@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvlatent.model.cache import FixedLayer, GrowingLayer, LatentCache, RollingLayer, allocated_bytes, cache_bytes
-from kvlatent.model.quantized import QuantisedLayer
+from kvlatent.model.quantized import QuantizedLayer
 
 
 def rows(batch: int, tokens: int, dim: int, seed: int) -> Tensor:
@@ -36,7 +36,7 @@ def test_content_equals_that_of_transformers(pieces: list[int], window: int | No
         assert torch.equal(ours.keys, stock.keys) and torch.equal(ours.values, stock.values)
 
 
-@pytest.mark.parametrize("layer", [GrowingLayer(), RollingLayer(7), FixedLayer(9), QuantisedLayer(8)])
+@pytest.mark.parametrize("layer", [GrowingLayer(), RollingLayer(7), FixedLayer(9), QuantizedLayer(8)])
 def test_what_a_release_may_newly_hand_over_is_refused(layer: DynamicLayer) -> None:
     new = rows(1, 2, 4, 0), rows(1, 2, 6, 1)
     layer.update(*new, kwargs={"position_ids": None})  # as transformers 5.24 does

@@ -401,6 +401,9 @@ def test_a_training_step_has_the_gradients_of_one_without_a_cache(
 def test_packed_documents_are_met_as_without_a_cache(student: Callable[..., PreTrainedModel], ids: Tensor) -> None:
     model = student("llama")
     positions = torch.cat((torch.arange(10), torch.arange(14))).expand(2, -1)
-    found = [logits(model, ids[:2], position_ids=positions, use_cache=use) for use in (True, False)]
+    mask = torch.ones(24, 24, dtype=torch.bool).tril()
+    mask[10:, :10] = False  # said by a mask: from positions alone transformers reads it without a cache only
+    given = {"position_ids": positions, "attention_mask": mask.expand(2, 1, -1, -1)}
+    found = [logits(model, ids[:2], use_cache=use, **given) for use in (True, False)]
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[0][:, 10:], logits(model, ids[:2, 10:], use_cache=False), **CLOSE)

@@ -132,7 +132,8 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None)
 )
 def _opaque_segment(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Part:
     """A segment's decode kernel as one node of a graph that torch.compile makes."""
-    return _segment(q, k, v, scale, mask)
+    out, largest, weight = _segment(q, k, v, scale, mask)
+    return out, largest.clone(), weight.clone()  # kernels give both in one tensor, which a node must not
 
 
 @_opaque_segment.register_fake

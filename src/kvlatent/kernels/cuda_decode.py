@@ -53,7 +53,7 @@ def split(length: int, pairs: int, block: int, device: torch.device) -> tuple[in
     """
     wanted = -(-PROGRAMS_PER_PROCESSOR * processors(device) // pairs)
     parts = max(1, min(wanted, MOST_PARTS, length // LEAST_PART))
-    part = -(-length // (parts * block)) * block
+    part = max(1, -(-length // (parts * block))) * block
     return max(1, -(-length // part)), part
 
 

@@ -89,8 +89,7 @@ class Far:
     """The column of the first."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Segment:
+class Segment(NamedTuple):
     """All that the only query of a decode step meets of one kind, in any order."""
 
     k: Float[Tensor, "batch heads tokens dim"]
