@@ -127,7 +127,7 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 def test_the_kernel_can_be_switched_off() -> None:
-    code = "from kvlatent import cpu_decode; print(cpu_decode.available())"
+    code = "from kvlatent.kernels import cpu_decode; print(cpu_decode.available())"
     environment = os.environ | {"KVLATENT_CPU_KERNEL": "0"}
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"

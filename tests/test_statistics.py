@@ -137,7 +137,7 @@ def test_offloaded_layers_give_the_same_statistics_and_probes(
 def test_offloading_needs_whole_safetensors(tiny_teacher: Callable[[str], PreTrainedModel], tmp_path: Path) -> None:
     teacher = tiny_teacher("llama")
     teacher.config.save_pretrained(tmp_path / "bare")
-    with pytest.raises(UserError, match="can't open"):
+    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
         open_offloaded(str(tmp_path / "bare"))
     weights = {name: x for name, x in teacher.state_dict().items() if "layers.1.mlp" not in name}
     save_file(weights, tmp_path / "bare" / "model.safetensors")

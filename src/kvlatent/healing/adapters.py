@@ -16,7 +16,7 @@ from kvlatent.healing.ffn import FFN, keep_all, keep_little
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Trained in full as `attention`."""
-MAPS = ("q_map", "k_map", "o_map")
+MAPS = ("q_map", "k_map", "v_map", "o_map")
 """Trained in full as `maps`."""
 
 
