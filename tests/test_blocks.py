@@ -13,15 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kvlatent.data import blocks as data
-from kvlatent.data.blocks import (
-    TokenBlocks,
-    check_held_out,
-    cut,
-    fingerprint,
-    read_documents,
-    separator_id,
-    token_blocks,
-)
+from kvlatent.data.blocks import TokenBlocks, check_held_out, cut, fingerprint, separator_id, token_blocks
+from kvlatent.data.documents import read_documents
 from kvlatent.errors import UserError
 
 WORDS = [

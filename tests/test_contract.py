@@ -11,7 +11,7 @@ from gguf import GGUFReader
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from kvlatent.data.blocks import read_documents
+from kvlatent.data.documents import read_documents
 from kvlatent.errors import UserError
 from kvlatent.healing.config import HealConfig
 from kvlatent.healing.heal import heal

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from kvlatent.data import corpora
-from kvlatent.data.blocks import read_documents
 from kvlatent.data.corpora import CORPORA, plain_rst, plain_wikitext
+from kvlatent.data.documents import read_documents
 from kvlatent.errors import UserError
 
 

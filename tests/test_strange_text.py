@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from kvlatent.data import blocks, chats
-from kvlatent.data.blocks import encode_chat, load_blocks, read_documents, save_blocks, token_blocks
+from kvlatent.data import chats, documents
+from kvlatent.data.blocks import encode_chat, load_blocks, save_blocks, token_blocks
 from kvlatent.data.chats import chat_text
+from kvlatent.data.documents import read_documents
 from kvlatent.errors import UserError
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
@@ -81,7 +82,7 @@ def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
 
 
 def test_files_and_lines_have_a_longest_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "LONGEST", 100)
+    monkeypatch.setattr(documents, "LONGEST", 100)
     (tmp_path / "x.txt").write_text("a" * 101)
     with pytest.raises(UserError, match="one document of more than"):
         next(read_documents(str(tmp_path / "x.txt")))

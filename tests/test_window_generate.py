@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, St
 
 from kvlatent.errors import UserError
 from kvlatent.model.cache import LatentCache, StaticLatentCache, allocated_bytes, cache_bytes
+from kvlatent.model.fixed_window import FixedWindowLayer
 from kvlatent.model.graft import spec_of
-from kvlatent.model.window_cache import SLACK, FixedWindowLayer, WindowLayer
+from kvlatent.model.window_cache import SLACK, WindowLayer
 
 PLAIN: dict[str, Any] = {"max_new_tokens": 14, "do_sample": False, "pad_token_id": 0}
 CLOSE = {"rtol": 1e-3, "atol": 5e-4}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,23 +11,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kvlatent.cli.recipe_file import Count, Entry, Recipe, Sources, healing_settings, read_recipe
+from kvlatent.cli.recipe_file import Recipe, Sources, healing_settings, read_recipe
+from kvlatent.cli.run_folder import commit, read_json, read_score, write_json, write_text
 from kvlatent.compress.checkpoints import Target, convert_loaded, target_of
-from kvlatent.data.blocks import (
-    TokenBlocks,
-    batch_size_for,
-    check_held_out,
-    check_ids,
-    load_blocks,
-    save_blocks,
-)
+from kvlatent.data.blocks import TokenBlocks, batch_size_for, check_held_out, check_ids, load_blocks, save_blocks
 from kvlatent.data.positions import context_of
 from kvlatent.data.sources import read_text
 from kvlatent.errors import UserError
@@ -42,7 +33,7 @@ from kvlatent.evaluation.perplexity import Perplexity, perplexity
 from kvlatent.evaluation.report.page import write_report
 from kvlatent.evaluation.report.text import model_card
 from kvlatent.fields import given
-from kvlatent.files import discard, replaced, sole_writer, sweep
+from kvlatent.files import discard, sole_writer, sweep
 from kvlatent.healing.checkpoint import forget_finished, heal_student, teacher_dtype
 from kvlatent.healing.config import HealConfig
 from kvlatent.model.checkpoints import (
@@ -57,49 +48,6 @@ from kvlatent.model.checkpoints import (
 from kvlatent.model.graft import dims_by_layer
 from kvlatent.model.loading import load_config, load_tokenizer, stored_dtype
 from kvlatent.model.spec import Preset, bytes_per_token
-
-# --- what a run folder holds -----------------------------------------------------------------------------------------
-
-
-def _write_text(path: Path, text: str) -> None:
-    with replaced(path) as partial:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may be any bytes
-
-
-def _write_json(path: Path, data: Any) -> None:
-    _write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-
-
-Kept = TypeVar("Kept")
-
-
-def _read_json(path: Path, kind: type[Kept]) -> Kept:
-    """What `_write_json` wrote.
-
-    Raises:
-        UserError: It is missing, damaged or of another kind.
-    """
-    try:
-        return TypeAdapter(kind).validate_python(json.loads(path.read_bytes()))
-    except (OSError, ValueError, RecursionError) as error:  # a ValidationError is a ValueError
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise UserError(f"{path} is damaged ({reason}); remove it to make it again") from None
-
-
-class _Score(Entry):
-    """A `Perplexity` on disk."""
-
-    token_nll: list[list[float]] = Field(min_length=1)
-    bytes: Count
-
-    @model_validator(mode="after")
-    def _rows_of_one_length(self) -> _Score:
-        if len({len(row) for row in self.token_nll}) > 1 or not self.token_nll[0]:
-            raise ValueError("token_nll has rows of several lengths, or empty ones")
-        return self
-
-
-# --- run -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -189,7 +137,7 @@ def _prepare_folder(recipe: Recipe, out: Path) -> None:
 
 def _write_recipe(recipe: Recipe, path: Path) -> None:
     data = recipe.model_dump(mode="json", exclude_none=True)
-    _write_text(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
 
 
 class _Run:
@@ -261,7 +209,7 @@ class _Run:
                 self._do(step)
                 new = True
         self.group.wait_for_everyone()
-        return {"out": str(self.out), **_read_json(self.out / "results.json", dict[str, Any])}
+        return {"out": str(self.out), **read_json(self.out / "results.json", dict[str, Any])}
 
     def _do(self, step: _Step) -> None:
         clock = self.out / "seconds.json"
@@ -271,9 +219,9 @@ class _Run:
                 step.act(step.output)
         finally:  # an interrupted step adds up over its sessions
             if clock.parent.is_dir() and self.group.is_main_process:
-                seconds = _read_json(clock, dict[str, float]) if clock.is_file() else {}
+                seconds = read_json(clock, dict[str, float]) if clock.is_file() else {}
                 seconds[step.name] = seconds.get(step.name, 0.0) + time.monotonic() - began
-                _write_json(clock, seconds)
+                write_json(clock, seconds)
 
     def start(self, preset: Preset) -> Path:
         """The folder of a student before healing."""
@@ -348,7 +296,7 @@ class _Run:
         for blocks_used in used.values():
             check_held_out(blocks_used.fingerprints, held_out)
         _write_recipe(recipe, self.out / "recipe.yaml")
-        _write_json(self.out / "record.json", environment() | {"commit": _commit()})
+        write_json(self.out / "record.json", environment() | {"commit": commit()})
         for name, blocks_used in used.items():
             save_blocks(blocks_used, self.out / "text" / f"{name}.safetensors")
         save_blocks(held_out, held_out_file)
@@ -393,18 +341,18 @@ class _Run:
         check_held_out(record_of(model).get("fingerprints", ()), held_out)
         size = batch_size_for(held_out.ids.shape[1])
         score = measure(self._model(model), held_out.ids, text_bytes=held_out.bytes, batch_size=size)
-        _write_json(out, {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in vars(score).items()})
+        write_json(out, {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in vars(score).items()})
 
     def _pair(self) -> dict[str, PreTrainedModel]:
         student = self.final(next(iter(self.recipe.students)))
         return {"teacher": self._model(self.recipe.model), "student": self._model(str(student))}
 
     def _bench(self, out: Path) -> None:
-        _write_json(out, benchmark(self._pair(), **self.recipe.bench.model_dump(), seed=self.recipe.seed))
+        write_json(out, benchmark(self._pair(), **self.recipe.bench.model_dump(), seed=self.recipe.seed))
 
     def _generate(self, out: Path) -> None:
         models, wanted = self._pair(), self.recipe.generate
-        _write_json(
+        write_json(
             out,
             [
                 {"prompt": prompt}
@@ -417,54 +365,32 @@ class _Run:
         """Write results, metrics, the student's model card and the page."""
         recipe, first = self.recipe, next(iter(self.recipe.students))
         results = self._results()
-        _write_json(self.out / "results.json", results)
+        write_json(self.out / "results.json", results)
         for preset in self._healed():
             target = "metrics.jsonl" if preset == first else f"metrics-{preset}.jsonl"
             shutil.copyfile(self.final(preset) / "metrics.jsonl", self.out / target)
         about = {"base_model": recipe.base_model, "license": recipe.license}
-        _write_text(self.final(first) / "README.md", model_card(results | about, results["spec"]))
+        write_text(self.final(first) / "README.md", model_card(results | about, results["spec"]))
         write_report([self.out], out)
 
     def _results(self) -> dict[str, Any]:
-        scores = {label: _read_score(path) for label, path in self.evaluations().items()}
+        scores = {label: read_score(path) for label, path in self.evaluations().items()}
         teacher, near_only = scores["teacher"], scores.get(NEAR_ONLY)
         models = {label: scores_of(score, teacher, near_only) for label, score in scores.items()}
         held_out = self._blocks("held_out")
         return {
             "title": self.recipe.title,
             "model": self.recipe.model,
-            "record": _read_json(self.out / "record.json", dict[str, Any]),
+            "record": read_json(self.out / "record.json", dict[str, Any]),
             "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
-            "seconds": _read_json(self.out / "seconds.json", dict[str, float]),
+            "seconds": read_json(self.out / "seconds.json", dict[str, float]),
             "evaluate": {
                 "text": list(held_out.sources),
                 "tokens": held_out.ids.numel(),
                 "bytes": held_out.bytes,
                 "models": models,
             },
-            "bench": {"rows": _read_json(self.out / "bench.json", list[dict[str, Any]])},
-            "generations": _read_json(self.out / "generations.json", list[dict[str, str]]),
+            "bench": {"rows": read_json(self.out / "bench.json", list[dict[str, Any]])},
+            "generations": read_json(self.out / "generations.json", list[dict[str, str]]),
             "spec": load_config(str(self.final(next(iter(self.recipe.students))))).latent,
         }
-
-
-def _read_score(path: Path) -> Perplexity:
-    score = _read_json(path, _Score)
-    return Perplexity(token_nll=torch.tensor(score.token_nll, dtype=torch.float64), bytes=score.bytes)
-
-
-def _commit() -> str | None:
-    """The commit of the checkout this code runs from, if it does."""
-    here = Path(__file__)
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=False
-            )
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    tracked = git("ls-files", "--error-unmatch", here.name)
-    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if tracked else None

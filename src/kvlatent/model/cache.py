@@ -18,7 +18,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 
 from kvlatent.errors import UserError
 from kvlatent.model.buffers import Buffer, Buffered, check_crop
-from kvlatent.model.window_cache import FixedWindowLayer, WindowLayer
+from kvlatent.model.fixed_window import FixedWindowLayer
+from kvlatent.model.window_cache import WindowLayer
 
 Keys = Float[Tensor, "batch kv_heads seq d_qk"]
 Values = Float[Tensor, "batch kv_heads seq d_vo"]

@@ -34,10 +34,11 @@ from kvlatent.model.config import (
     KVLatentQwen3Config,
 )
 from kvlatent.model.families import PREFIX, family_of
+from kvlatent.model.fixed_window import FixedWindowLayer
 from kvlatent.model.folder import head_is_tied
 from kvlatent.model.rope import LatentRotaryEmbedding
 from kvlatent.model.spec import LatentSpec
-from kvlatent.model.window_cache import FixedWindowLayer, WindowLayer
+from kvlatent.model.window_cache import WindowLayer
 
 LATENT_DIMS = 256
 """The widest that a group of heads is by default before it is reduced: fused attention takes no wider heads."""
