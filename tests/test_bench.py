@@ -219,8 +219,8 @@ def test_a_synthetic_cache_is_one_that_decoding_goes_on_with(student: Callable[.
         assert (mine.length, mine.latents_from, mine.left_from) == (its.length, its.latents_from, its.left_from)
         for a, b in zip((*mine.whole, *mine.left), (*its.whole, *its.left), strict=True):
             assert a.shape == b.shape and a.dtype == b.dtype
-        assert [x.held().shape for x in mine.latents] == [x.held().shape for x in its.latents]
-        assert all(x.abs().sum() > 0 for x in (*mine.whole, *(buffer.held() for buffer in mine.latents)))
+        assert [x.shape for x in mine.far.held()] == [x.shape for x in its.far.held()]
+        assert all(x.abs().sum() > 0 for x in (*mine.whole, *(buffer.held() for buffer in mine.far.parts)))
 
 
 @pytest.mark.parametrize("extra", [0, 10_000, 400_000])
