@@ -26,8 +26,7 @@ TENSOR_MODULES = [
 ]  # fmt: skip
 jaxtyping.install_import_hook([f"kvlatent.{name}" for name in TENSOR_MODULES], "beartype.beartype")
 
-from windowless import convert  # noqa: E402
-
+from kvlatent.compress.convert import convert  # noqa: E402
 from kvlatent.kernels.allocator import freed_memory_kept  # noqa: E402
 from kvlatent.model.families import FAMILIES  # noqa: E402
 from kvlatent.model.window import FarMaps  # noqa: E402

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
-from windowless import convert
 
 from kvlatent.compress import budget
+from kvlatent.compress.convert import convert
 from kvlatent.compress.statistics import calibrate
 from kvlatent.healing.config import HealConfig
 from kvlatent.healing.heal import heal

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
-from windowless import convert
 
 from kvlatent.compress import budget
+from kvlatent.compress.convert import convert
 from kvlatent.compress.statistics import Statistics, calibrate
 from kvlatent.errors import UserError
 from kvlatent.model.graft import spec_of

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
-from windowless import convert
 
+from kvlatent.compress.convert import convert
 from kvlatent.errors import UserError
 from kvlatent.files import new_folder, refuse_existing
 from kvlatent.model import unpacked

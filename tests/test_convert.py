@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from windowless import convert
 
+from kvlatent.compress.convert import convert
 from kvlatent.compress.planning import Plan
 from kvlatent.compress.statistics import calibrate
 from kvlatent.errors import UserError

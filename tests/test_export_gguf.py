@@ -11,8 +11,8 @@ from llama_cpp import cache_mib, log_probs, run, top_log_probs
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from windowless import convert
 
+from kvlatent.compress.convert import convert
 from kvlatent.data.blocks import token_blocks
 from kvlatent.errors import UserError
 from kvlatent.model.checkpoints import load_model

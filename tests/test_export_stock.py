@@ -14,8 +14,8 @@ from conftest import TEACHERS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
-from windowless import convert
 
+from kvlatent.compress.convert import convert
 from kvlatent.data.blocks import token_blocks
 from kvlatent.errors import UserError
 from kvlatent.model.checkpoints import RECORD, load_model

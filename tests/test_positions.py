@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from windowless import convert
 
+from kvlatent.compress.convert import convert
 from kvlatent.compress.statistics import calibrate
 from kvlatent.data.positions import block_starts, positions_in_blocks, positions_in_documents
 from kvlatent.healing.stages import Text

@@ -47,7 +47,7 @@ def convert(
         d_vo: Value/output dims per head, likewise.
         heads_per_latent: KV heads that are reduced together and cached as one latent, for the same bytes; None is what
             the statistics are of or `heads_per_latent_of` says if the method can group heads, else 1.
-        window: Newest tokens that queries meet whole; None is what the statistics are for, or the preset's.
+        window: Newest tokens that queries meet whole; None is what the statistics are for, or 0.
         sinks: First tokens that queries meet whole, likewise.
         statistics: From `calibrate`.
         ids: Calibration text as token blocks.

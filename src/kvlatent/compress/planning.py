@@ -61,7 +61,7 @@ def requested(
         d_vo: Likewise.
         heads_per_latent: KV heads that are reduced together; None is what the statistics are of or, without them,
             what `heads_per_latent_of` says, and 1 for methods that reduce every head on its own.
-        window: Newest tokens met whole; None is what the statistics are for or, without them, what `near_of` says.
+        window: Newest tokens met whole; None is what the statistics are for, or 0.
         sinks: First tokens met whole, likewise.
         statistics: Those that layers will be reduced by.
 
@@ -112,16 +112,13 @@ def method_of(preset: Preset, qk: str | None) -> Method:
 def near_of(
     preset: Preset, method: Method, window: int | None, sinks: int | None, statistics: Statistics | None = None
 ) -> Near:
-    """The tokens that a student meets whole: as asked, as the statistics are for, or as the preset has it.
+    """The tokens that a student meets whole: as asked, or as the statistics are for; none by default.
 
     Raises:
         UserError: The preset or the method has no window, or the statistics are for another one.
     """
-    recipe = PRESETS[preset]
-    able = method.takes_window and not recipe.uniform
-    usual = (recipe.near if statistics is None else statistics.near) if able else ALL_FAR
-    if window == 0:
-        usual = ALL_FAR
+    able = method.takes_window and not PRESETS[preset].uniform
+    usual = ALL_FAR if statistics is None or not able or window == 0 else statistics.near
     near = Near(usual.window if window is None else window, usual.sinks if sinks is None else sinks)
     if near.window < 0 or near.sinks < 0 or (near.sinks and not near.window):
         raise UserError(

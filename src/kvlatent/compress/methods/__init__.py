@@ -16,7 +16,6 @@ from kvlatent.compress.methods.partial import PARTIAL
 from kvlatent.compress.methods.project import PROJECT
 from kvlatent.compress.methods.stride import STRIDE
 from kvlatent.model.spec import Preset
-from kvlatent.model.window import ALL_FAR, Near
 
 METHODS: dict[str, Method] = {
     method.name: method for method in (STRIDE, AWARE, MATCHED, PAIRS_MODEL, PAIRS_LAYER, PAIRS, PARTIAL, FOLD, PROJECT)
@@ -31,8 +30,6 @@ class Recipe:
     default: Method
     calibrated: bool = True
     """Whether text decides; otherwise it is the paper's recipe to the letter: values by stride, its own logit scale."""
-    near: Near = ALL_FAR
-    """Tokens that students meet whole unless asked otherwise, where the method can."""
     uniform: bool = False
     """Whether all layers have the same dims and rotate by one list, as stock engines need it."""
 
