@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from kvlatent.compress.fill import fill
 from kvlatent.compress.maps import rescaled
 from kvlatent.compress.planning import Plan, reductions
-from kvlatent.compress.refit import HeadRidge, LogitSamples, Ridge, larger, refit_logits
+from kvlatent.compress.refit import LogitSamples, Ridge, larger, refit_logits
 from kvlatent.compress.statistics import LayerStatistics, sample_logits
 from kvlatent.data.positions import block_starts, positions_in_blocks
 from kvlatent.model.attention import LatentAttention
@@ -21,7 +21,6 @@ from kvlatent.model.layers import input_and_output, input_of, layer_arguments
 from kvlatent.model.rope import LatentRotaryEmbedding
 from kvlatent.model.window import Near
 
-REFIT_OUTPUTS, OUTPUT_RIDGE = 0, 0.01
 RIDGE = 3.0
 """Pull of refitted weights towards the old ones, in units of the inputs' mean squared norm."""
 LOGIT_RIDGE = 0.03
@@ -95,25 +94,7 @@ def convert_in_order(
         layer.self_attn = LatentAttention(student.config, index, whole, spec)
         fill(layer.self_attn, whole, qk, vo)
 
-        if near.window:
-            if REFIT_OUTPUTS:
-                heads_ridge = HeadRidge(layer.self_attn.o_map)
-                for b, state in enumerate(student_states):
-                    state, kwargs = state.to(device), arguments[b]
-                    x = layer.input_layernorm(state)
-                    read, latent = layer.self_attn.near_and_far(x, rotations[b], kwargs["attention_mask"])
-                    if REFIT_OUTPUTS == 1:
-                        wanted = input_of(whole.o_proj, partial(whole, x, **kwargs))
-                    else:
-                        run = partial(original, teacher_states[b].to(device), **teacher_arguments[b][index])
-                        wanted = input_of(original.self_attn.o_proj, run)
-                    wanted = wanted.unflatten(2, (whole.q_heads, -1)).transpose(1, 2)
-                    size = state.float().square().mean(-1, keepdim=True).sqrt()
-                    heads_ridge.add(latent, wanted - read, size=size)
-                heads_ridge.solve(strength=OUTPUT_RIDGE)
-                if REFIT_OUTPUTS == 2:
-                    for b, state in enumerate(teacher_states):
-                        teacher_states[b] = original(state.to(device), **teacher_arguments[b][index]).cpu()
+        if near.window:  # W_O and the FFN stay the teacher's, as near tokens need them
             for b, state in enumerate(student_states):
                 moved = {**arguments[b], "position_embeddings": rotations[b]}
                 student_states[b] = layer(state.to(device), **moved).cpu()

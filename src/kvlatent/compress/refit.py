@@ -74,40 +74,6 @@ class Ridge:
         self.linear.weight.copy_(torch.cholesky_solve(wanted, factor, upper=True).T)
 
 
-class HeadRidge:
-    """Normal equations of Y ≈ Z·O for every query head, summed over batches in float64, with a pull to the old O."""
-
-    def __init__(self, maps: Float[Tensor, "heads inputs outputs"]) -> None:
-        self.maps = maps
-        heads, inputs, outputs = maps.shape
-        self.zz = torch.zeros(heads, inputs, inputs, dtype=torch.float64, device=maps.device)
-        self.zy = torch.zeros(heads, inputs, outputs, dtype=torch.float64, device=maps.device)
-
-    def add(
-        self,
-        z: Float[Tensor, "batch heads seq inputs"],
-        y: Float[Tensor, "batch heads seq outputs"],
-        *,
-        size: Float[Tensor, "batch seq 1"],
-    ) -> None:
-        """Add what heads read and what they should give, in one batch; errors are measured against `size`."""
-        weight = 1 / size[:, None]
-        z, y = z.float() * weight, y.float() * weight
-        self.zz += torch.einsum("bhsd,bhse->hde", z, z)
-        self.zy += torch.einsum("bhsd,bhse->hde", z, y)
-
-    @torch.no_grad()
-    def solve(self, *, strength: float) -> None:
-        """Move the maps to the minimum of the squared error plus λ‖O − O_old‖²; λ is `strength` × the mean diagonal.
-
-        A head that reads nothing keeps its map.
-        """
-        mean = self.zz.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
-        damping = strength * mean.clamp_min(torch.finfo(torch.float32).tiny)
-        zz = self.zz + damping * torch.eye(self.zz.shape[-1], dtype=self.zz.dtype, device=self.zz.device)
-        self.maps.copy_(torch.linalg.solve(zz, self.zy + damping * self.maps.double()))
-
-
 def larger(wanted: Float[Tensor, "*batch hidden"], given: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch 1"]:
     """Root mean square of the teacher's hidden state, `wanted`, or of the student's, whichever is larger.
 

@@ -127,16 +127,6 @@ class LatentAttention(nn.Module):
         assert self.q_map is not None and self.k_map is not None and self.v_map is not None and self.o_map is not None
         return FarMaps(self.q_map, self.k_map, self.v_map, self.o_map)
 
-    def near_and_far(
-        self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], mask: Tensor | None
-    ) -> tuple[Float[Tensor, "batch q_heads seq head_dim"], Float[Tensor, "batch q_heads seq latent_v"]]:
-        """What heads read of whole tokens, and what of latents, which `o_map` has yet to map."""
-        q, k, v = self.queries_keys_values(hidden, *position_embeddings)
-        maps = self.far_maps().of(k.dtype)
-        whole, far = self._split(k, v, maps, mask)
-        out = windowed_attention(q, whole, far, maps, window=self.window, scale=self.scale, mask=mask, apart=True)
-        return out[..., : v.shape[3]], out[..., v.shape[3] :]
-
     def _split(self, k: Tensor, v: Tensor, maps: FarMaps, mask: Tensor | None) -> tuple[Whole, Far]:
         """A sequence without a cache: all of it whole, and latents of what leaves the last query's window."""
         sink_k, sink_v, columns = sinks_of(k, v, mask, self.sinks)

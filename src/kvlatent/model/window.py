@@ -164,8 +164,7 @@ def windowed_attention(
     scale: float,
     mask: Bool[Tensor, "mask_batch 1 seq columns"] | None,
     unabsorbed: bool = False,
-    apart: bool = False,
-) -> Float[Tensor, "batch q_heads seq out"]:
+) -> Float[Tensor, "batch q_heads seq head_dim"]:
     """Attend causally with several queries, which stand at the last columns.
 
     Args:
@@ -178,7 +177,6 @@ def windowed_attention(
         mask: True where a query may look, over all columns; None is the causal triangle.
         unabsorbed: Take latents back to the heads, instead of queries to the latents: less arithmetic for many queries.
 
-        apart: Return what is read of whole tokens and, behind it, of latents, which `o_map` has yet to map.
 
     Returns:
         Per-head outputs before `o_proj`, in the dtype and device of `q`.
@@ -225,10 +223,8 @@ def windowed_attention(
             _weighted(x.to(q.dtype), held)
             for x, held in zip(weights, (v[:, :, inside], sink_v, far_v[:, :, outside]), strict=True)
         )
-        out = near + sink
-        if not (apart or unabsorbed):
-            through = through @ o_map
-        return ((torch.cat((out, through), dim=-1) if apart else out + through) / total).to(q.dtype)
+        out = near + sink + (through if unabsorbed else through @ o_map)
+        return (out / total).to(q.dtype)
 
     held = (whole.k, whole.v, whole.sink_k, whole.sink_v, far_k, far_v, maps.q, maps.o)
     parts = []
