@@ -55,6 +55,9 @@ def convert_in_order(
     """
     device, spec = student.device, plan.spec
     near = Near(spec.window, spec.sinks)
+    settings: dict[str, Any] = {
+        "rope_scaling": spec.rope_scaling, "heads_per_latent": spec.heads_per_latent, "near": near,
+    }  # fmt: skip
     batches = ids.split(batch_size)
     size = ids.shape[1]
     starts = block_starts(len(ids), size, context).to(device).split(batch_size)
@@ -81,8 +84,6 @@ def convert_in_order(
         stats, samples = LayerStatistics(), list[LogitSamples]()
         for state, kwargs, rows in zip(student_states, arguments, rows_of_batch, strict=True):
             x = layer.input_layernorm(state.to(device))
-            settings: dict[str, Any] = {"rope_scaling": spec.rope_scaling, "heads_per_latent": spec.heads_per_latent}
-            settings["near"] = near
             stats.update(whole, x, kwargs, **settings)
             if plan.refits_logits:
                 rotated = spec.qk_map == "after_rope"
