@@ -72,7 +72,8 @@ def test_windowed_attention_and_its_gradients_match_the_loops(
     wanted = reference.windowed_attention(q, k, v, tuple(maps), window=window, scale=0.3, visible=visible, sink=sink)
     mask = None if kind == "plain" else visible[:, None]
     sink_k, sink_v, columns = sinks_of(k, v, mask, sinks)
-    whole = Whole(k=k, v=v, start=0, sink_k=sink_k, sink_v=sink_v, sink_columns=columns)
+    first = mask is None
+    whole = Whole(k=k, v=v, start=0, sink_k=sink_k, sink_v=sink_v, sink_columns=columns, sinks_first=first)
     far_k, far_v = maps.reduced(*(x[:, :, : max(0, seq - window)] for x in (k, v)))
     got = windowed_attention(
         q, whole, Far(k=far_k, v=far_v, start=0), maps, window=window, scale=0.3, mask=mask, unabsorbed=unabsorbed

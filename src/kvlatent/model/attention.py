@@ -131,7 +131,8 @@ class LatentAttention(nn.Module):
         """A sequence without a cache: all of it whole, and latents of what leaves the last query's window."""
         sink_k, sink_v, columns = sinks_of(k, v, mask, self.sinks)
         far_k, far_v = maps.reduced(*(x[:, :, : max(0, k.shape[2] - self.window)] for x in (k, v)))
-        whole = Whole(k=k, v=v, start=0, sink_k=sink_k, sink_v=sink_v, sink_columns=columns)
+        first = mask is None
+        whole = Whole(k=k, v=v, start=0, sink_k=sink_k, sink_v=sink_v, sink_columns=columns, sinks_first=first)
         return whole, Far(k=far_k, v=far_v, start=0)
 
     def _windowed(

@@ -9,19 +9,17 @@ included, which distances don't see.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from kvlatent.kernels.attention import merged, segment_attention
-
-ROWS = 128
-"""Queries that meet their keys at a time: memory grows with the context, not with its square."""
+from kvlatent.kernels.segment import ROWS, Joinable, attend_segment, joined_segments, nothing_seen
 
 
 class Near(NamedTuple):
@@ -77,6 +75,8 @@ class Whole:
     sink_v: Float[Tensor, "batch kv_heads sinks head_dim"]
     sink_columns: Int[Tensor, "sink_batch sinks"]
     """Where the sinks of each sequence stand; the number of all columns stands for none."""
+    sinks_first: bool
+    """Whether they are the first columns of all sequences."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +98,8 @@ class Segment(NamedTuple):
     """What of it is visible; None is all."""
 
 
-NOWHERE = torch.iinfo(torch.long).max
-"""The column of a sink that hasn't come yet."""
+NOWHERE = 1 << 62
+"""The column of a sink that hasn't come yet; a power of two, since padding takes its value as a float."""
 
 
 def next_sinks(
@@ -183,79 +183,108 @@ def windowed_attention(
     """
     queries = q.shape[2]
     columns = whole.start + whole.k.shape[2]
-    first_query = columns - queries
-    flags = torch.zeros(len(whole.sink_columns), columns + 1, dtype=torch.bool, device=q.device)
-    flags = flags.scatter_(1, whole.sink_columns, True)[:, None, None, :columns]
+    tokens = _Tokens(first=columns - queries, columns=columns, window=window, visible=mask)
     if unabsorbed:  # (batch, q_heads, run, head_dim)
         by_head = len(maps.q) // far.k.shape[1]
-        far_k = far.k.repeat_interleave(by_head, dim=1) @ maps.q.mT
-        far_v = far.v.repeat_interleave(by_head, dim=1) @ maps.o
-    else:
-        far_k, far_v = far.k, far.v
-
-    def part(rows: Tensor, *held: Tensor, start: int, end: int) -> Tensor:
-        """Queries from `start` to `end`; `held` are arguments, so that recomputing knows what gradients go to."""
-        k, v, sink_k, sink_v, far_k, far_v, q_map, o_map = held
-        at = torch.arange(first_query + start, first_query + end, device=q.device)[:, None]
-        visible = None if mask is None else mask[:, :, start:end]
-        low, high = max(whole.start, first_query + start - window + 1), first_query + end
-        last = max(far.start, high - window)
-        band, beyond = (torch.arange(*run, device=q.device) for run in ((low, high), (far.start, last)))
-        inside, outside = slice(low - whole.start, high - whole.start), slice(0, last - far.start)
-        seen = [(at >= band) & (at - band < window), (at - beyond >= window) & ~flags[..., far.start : last]]
-        if visible is not None:
-            seen = [
-                x & visible[..., run] for x, run in zip(seen, (slice(low, high), slice(far.start, last)), strict=True)
-            ]
-        left = (at - whole.sink_columns[:, None, None] >= window) & (whole.sink_columns < columns)[:, None, None]
-        if visible is not None:
-            left = left & at_columns(visible, whole.sink_columns)
-        logits = [
-            _logits(rows, k[:, :, inside]).masked_fill_(~seen[0], _LOWEST),
-            _logits(rows, sink_k).masked_fill_(~left, _LOWEST),
-            _logits(rows if unabsorbed else rows @ q_map, far_k[:, :, outside]).masked_fill_(~seen[1], _LOWEST),
-        ]
-        with torch.no_grad():  # what all logits are less by changes nothing
-            top = torch.stack([x.amax(-1, keepdim=True) for x in logits if x.shape[-1]]).amax(0)
-        weights = [(x - top).exp_() for x in logits]
-        total = torch.stack([x.sum(-1, keepdim=True) for x in weights]).sum(0)
-        near, sink, through = (
-            _weighted(x.to(q.dtype), held)
-            for x, held in zip(weights, (v[:, :, inside], sink_v, far_v[:, :, outside]), strict=True)
+        far = replace(
+            far,
+            k=far.k.repeat_interleave(by_head, dim=1) @ maps.q.mT,
+            v=far.v.repeat_interleave(by_head, dim=1) @ maps.o,
         )
-        out = near + sink + (through if unabsorbed else through @ o_map)
-        return (out / total).to(q.dtype)
+    far_q = q if unabsorbed else q @ maps.q
+    beyond = (_triangle if mask is None and whole.sinks_first else _beyond)(far_q, far, whole, tokens, scale)
+    if beyond is not None and not unabsorbed:
+        beyond = beyond[0] @ maps.o, beyond[1]
+    parts = _band(q, whole, tokens, scale), _sinks(q, whole, tokens, scale), beyond
+    return joined_segments([part for part in parts if part is not None])
 
-    held = (whole.k, whole.v, whole.sink_k, whole.sink_v, far_k, far_v, maps.q, maps.o)
+
+@dataclass(frozen=True, kw_only=True)
+class _Tokens:
+    """Which columns a block of queries, at the last columns, stands at and may look at."""
+
+    first: int
+    """Column of the first query."""
+    columns: int
+    window: int
+    visible: Bool[Tensor, "mask_batch 1 seq columns"] | None
+
+    def rows(self) -> Iterator[slice]:
+        """Some queries at a time, since masks take as much memory as logits."""
+        count = self.columns - self.first
+        for start in range(0, count, ROWS):
+            yield slice(start, min(start + ROWS, count))
+
+    def of(self, rows: slice, like: Tensor) -> Int[Tensor, "rows 1"]:
+        """The columns of some queries."""
+        return torch.arange(self.first + rows.start, self.first + rows.stop, device=like.device)[:, None]
+
+
+def _band(q: Tensor, whole: Whole, tokens: _Tokens, scale: float) -> Joinable:
+    """The newest tokens of every query, itself included."""
     parts = []
-    for start in range(0, queries, ROWS):
-        end = min(start + ROWS, queries)
-        rows = q[:, :, start:end] * scale
-        if torch.is_grad_enabled() and queries > ROWS:
-            parts.append(checkpoint(part, rows, *held, start=start, end=end, use_reentrant=False))
-        else:
-            parts.append(part(rows, *held, start=start, end=end))
-    return torch.cat(parts, dim=2)
+    for rows in tokens.rows():
+        low, high = max(whole.start, tokens.first + rows.start - tokens.window + 1), tokens.first + rows.stop
+        at, run = tokens.of(rows, q), torch.arange(low, high, device=q.device)
+        seen = ((at >= run) & (at - run < tokens.window))[None, None]
+        if tokens.visible is not None:
+            seen = seen & tokens.visible[:, :, rows, low:high]
+        k, v = (x[:, :, low - whole.start : high - whole.start] for x in (whole.k, whole.v))
+        parts.append(attend_segment(q[:, :, rows], k, v, scale=scale, visible=seen))
+    return _stacked(parts)
 
 
-_LOWEST = torch.finfo(torch.float32).min
-"""Stands for minus infinity, so that padding, which sees nothing, gives numbers."""
+def _sinks(q: Tensor, whole: Whole, tokens: _Tokens, scale: float) -> Joinable | None:
+    """The first tokens, where they have left the window."""
+    if whole.sink_k.shape[2] == 0 or tokens.columns <= tokens.window:
+        return None
+    at = tokens.of(slice(0, tokens.columns - tokens.first), q)
+    columns = whole.sink_columns
+    seen = (at - columns[:, None, None] >= tokens.window) & (columns < tokens.columns)[:, None, None]
+    if tokens.visible is not None:
+        seen = seen & at_columns(tokens.visible, columns)
+    return attend_segment(q, whole.sink_k, whole.sink_v, scale=scale, visible=seen)
 
 
-def _logits(
-    q: Float[Tensor, "batch q_heads rows dim"], k: Float[Tensor, "batch heads tokens dim"]
-) -> Float[Tensor, "batch q_heads rows tokens"]:
-    """Products of queries and keys of their group, unscaled, in float32 or better."""
-    grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-    exact = torch.promote_types(q.dtype, torch.float32)
-    return (grouped @ k.mT).to(exact).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+def _triangle(q: Tensor, far: Far, whole: Whole, tokens: _Tokens, scale: float) -> Joinable | None:
+    """What has left the window and is no sink, without a mask."""
+    start, end = max(far.start, whole.sink_k.shape[2]), tokens.columns - tokens.window
+    if start >= end:
+        return None
+    k, v = (x[:, :, start - far.start : end - far.start] for x in (far.k, far.v))
+    before = end - start - q.shape[2]  # what every query sees, or, below zero, how many queries see nothing
+    if before < 0:
+        return nothing_seen(attend_segment(q[:, :, -before:], k, v, scale=scale, causal=True), -before)
+    newest = attend_segment(q, k[:, :, before:], v[:, :, before:], scale=scale, causal=True)
+    if before == 0:
+        return newest
+    oldest = attend_segment(q, k[:, :, :before], v[:, :, :before], scale=scale)
+    return joined_segments([newest, oldest]), torch.logaddexp(newest[1], oldest[1])
 
 
-def _weighted(
-    probs: Float[Tensor, "batch q_heads rows tokens"], v: Float[Tensor, "batch heads tokens dim"]
-) -> Float[Tensor, "batch q_heads rows dim"]:
-    grouped = probs.unflatten(1, (v.shape[1], -1)).flatten(2, 3)
-    return (grouped @ v).unflatten(2, (-1, probs.shape[2])).flatten(1, 2)
+def _beyond(q: Tensor, far: Far, whole: Whole, tokens: _Tokens, scale: float) -> Joinable | None:
+    """What has left the window and is no sink, under a mask."""
+    flags = torch.zeros(len(whole.sink_columns), tokens.columns + 1, dtype=torch.bool, device=q.device)
+    flags = flags.scatter_(1, whole.sink_columns, True)[:, None, None]
+    parts, skipped = [], 0
+    for rows in tokens.rows():
+        end = tokens.first + rows.stop - tokens.window
+        if end <= far.start:  # the first queries have nothing that is far
+            skipped = rows.stop
+            continue
+        at, run = tokens.of(rows, q), torch.arange(far.start, end, device=q.device)
+        seen = (at - run >= tokens.window) & ~flags[..., far.start : end]
+        if tokens.visible is not None:
+            seen = seen & tokens.visible[:, :, rows, far.start : end]
+        k, v = (x[:, :, : end - far.start] for x in (far.k, far.v))
+        parts.append(attend_segment(q[:, :, rows], k, v, scale=scale, visible=seen))
+    return nothing_seen(_stacked(parts), skipped) if parts else None
+
+
+def _stacked(parts: list[Joinable]) -> Joinable:
+    """Results of consecutive queries."""
+    outs, normalizers = zip(*parts, strict=True)
+    return torch.cat(outs, dim=2), torch.cat(normalizers, dim=2)
 
 
 def decode(

@@ -187,7 +187,10 @@ class WindowLayer(Buffered, DynamicLayer):
         else:
             columns = self._sink_columns()
             sink_k, sink_v = (x[:, :, self.window :] for x in self.whole)
-        return Whole(k=k, v=v, start=start, sink_k=sink_k, sink_v=sink_v, sink_columns=columns), far
+        sinks_first = self.sink_at is None
+        return Whole(
+            k=k, v=v, start=start, sink_k=sink_k, sink_v=sink_v, sink_columns=columns, sinks_first=sinks_first
+        ), far
 
     def _leave(self, column: int, parts: list[Tensor], maps: FarMaps) -> tuple[Tensor, Tensor]:
         """Take in whole keys and values that have left the window, `column` the first of them; return all latents."""
