@@ -14,8 +14,8 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from http import HTTPStatus
 from pathlib import Path
 
@@ -23,8 +23,8 @@ LARGEST_HEAD = 16 * 2**10
 """Bytes of a request's line and headers."""
 LARGEST_BODY = 4 * 2**20
 """Bytes of a request's body; a prompt of 128k tokens has about 0.5 MB."""
-LARGEST_BODIES = 32 * 2**20
-"""Bytes of the bodies of all requests in flight; an engine takes up to twenty times as much to read them."""
+LARGEST_BODIES = 8 * 2**20
+"""Bytes of the bodies of all requests in flight; others wait, since llama.cpp takes 70 times as much to read them."""
 MOST_CONNECTIONS = 256
 """Clients at once, each with a file descriptor for itself and one to the engine."""
 HEAD_SECONDS = 10.0
@@ -61,6 +61,7 @@ class Guard:
         self._names = {host.lower()} if ipaddress.ip_address(listener.getsockname()[0]).is_loopback else None
         self._stopping = asyncio.Event()
         self._closed = asyncio.Event()
+        self._room = asyncio.Condition()
         self._loop = asyncio.new_event_loop()
         self._connections = self._in_flight = self._body_bytes = 0
 
@@ -137,22 +138,32 @@ class Guard:
         length = _length(headers)
         if self._stopping.is_set():
             raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the server is ending")
-        if self._body_bytes + length > LARGEST_BODIES:
-            raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "too many long requests at once; try again later")
-        self._body_bytes += length
         self._in_flight += 1
         try:
-            if any(value.lower() == "100-continue" for value in _values(headers, "expect")):
-                writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            try:
-                body = await asyncio.wait_for(reader.readexactly(length), STALLED_SECONDS)
-            except asyncio.TimeoutError:
-                raise _Refused(HTTPStatus.REQUEST_TIMEOUT, f"no body in {STALLED_SECONDS:.0f} seconds") from None
-            kept = [(name, value) for name, value in headers if name.lower() not in _HOP_BY_HOP]
-            await self._hand_on(_joined(line, kept) + body, reader, writer)
+            async with self._room_for(length):
+                if any(value.lower() == "100-continue" for value in _values(headers, "expect")):
+                    writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                try:
+                    body = await asyncio.wait_for(reader.readexactly(length), STALLED_SECONDS)
+                except asyncio.TimeoutError:
+                    raise _Refused(HTTPStatus.REQUEST_TIMEOUT, f"no body in {STALLED_SECONDS:.0f} seconds") from None
+                kept = [(name, value) for name, value in headers if name.lower() not in _HOP_BY_HOP]
+                await self._hand_on(_joined(line, kept) + body, reader, writer)
+        finally:
+            self._in_flight -= 1
+
+    @asynccontextmanager
+    async def _room_for(self, length: int) -> AsyncIterator[None]:
+        """Wait until a body of so many bytes can be taken, and take it until the block ends."""
+        async with self._room:
+            await self._room.wait_for(lambda: self._body_bytes + length <= LARGEST_BODIES)
+            self._body_bytes += length
+        try:
+            yield
         finally:
             self._body_bytes -= length
-            self._in_flight -= 1
+            async with self._room:
+                self._room.notify_all()
 
     def _check_sender(self, headers: Headers) -> None:
         """Refuse what a web page sends: under a name of its own that it has pointed to us, or across origins.
