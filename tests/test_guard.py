@@ -160,7 +160,9 @@ LONG = "x" * guard.LARGEST_HEAD
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
     ],
 )
-def test_what_an_engine_should_not_get_is_refused(sent: bytes, code: int, client: socket.socket, engine: Engine) -> None:
+def test_what_an_engine_should_not_get_is_refused(
+    sent: bytes, code: int, client: socket.socket, engine: Engine
+) -> None:
     client.sendall(sent)
     assert status(everything(client)) == code
     assert engine.requests == []

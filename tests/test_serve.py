@@ -405,9 +405,7 @@ def test_llama_cpp_serves_a_student(folder: Path, port: int, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_llama_cpp_ends_however_early_it_is_told_to(
-    number: signal.Signals, folder: Path, tmp_path: Path
-) -> None:
+def test_llama_cpp_ends_however_early_it_is_told_to(number: signal.Signals, folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     with launch.gguf_of(str(folder), dtype="auto") as gguf:
         command = launch.llama_cpp_command(gguf, name="m", engine=tmp_path / "e.sock", context=256, seed=0)

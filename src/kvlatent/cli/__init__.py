@@ -66,6 +66,7 @@ def _main(argv: Sequence[str] | None) -> int:
     command: Command | None = None
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
+        command.common.check()
         # Whatever libraries print is not the answer.
         with contextlib.redirect_stdout(sys.stderr), freed_memory_kept():
             from transformers.utils import logging

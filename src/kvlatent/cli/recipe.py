@@ -82,8 +82,6 @@ def run(
     """
     wanted = read_recipe(recipe)
     if seed is not None:
-        if not 0 <= seed < 2**32:
-            raise UserError(f"seed must be between 0 and {2**32 - 1}; got {seed}")
         wanted = wanted.model_copy(update={"seed": seed})
     config = load_config(wanted.model)
     context_of(config, wanted.context)

@@ -37,9 +37,7 @@ LINGER_SECONDS = 5.0
 _LINE = re.compile(r"[A-Z]{1,20} /[\x21-\x7e]* HTTP/1\.[01]")
 _HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 _AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/@]+))(?::[0-9]{0,5})?")
-_HOP_BY_HOP = frozenset(
-    "connection keep-alive proxy-authorization proxy-connection te trailer transfer-encoding upgrade expect".split()
-)
+_HOP_BY_HOP = {"connection", "expect", "keep-alive", "proxy-authorization", "proxy-connection", "te", "upgrade"}
 """Headers of a request that are between a client and us."""
 
 Headers = list[tuple[str, str]]
@@ -191,7 +189,7 @@ class Guard:
         return False
 
     async def _hand_on(self, request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Send a request to the engine and its answer to the client; the connection ends as soon as one of them goes."""
+        """Send a request to the engine and its answer to the client, until one of them has left."""
         try:
             answer, engine = await asyncio.open_unix_connection(self._engine)
         except OSError:
