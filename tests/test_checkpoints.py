@@ -442,6 +442,20 @@ def test_weights_that_are_no_numbers_are_refused(stock: Path, value: float) -> N
     refused_by_all(stock, r"model\.norm\.weight holds values that are not finite")
 
 
+def test_weights_of_another_shape_are_refused(stock: Path) -> None:
+    edit_weights(stock, **{"lm_head.weight": torch.zeros(64, 260)})
+    refused(stock, "mismatch")
+    with pytest.raises(UserError, match=r"lm_head\.weight is of shape \(64, 260\); the architecture takes \(260, 64\)"):
+        open_offloaded(str(stock), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "chat_template.jinja"])
+def test_pipes_among_the_files_are_refused(stock: Path, name: str) -> None:
+    (stock / name).unlink(missing_ok=True)
+    os.mkfifo(stock / name)
+    refused_by_all(stock, f"{name} is no regular file")
+
+
 def test_adapters_beside_the_weights_are_refused(stock: Path) -> None:
     (stock / "adapter_config.json").write_text("{}")
     refused_by_all(stock, "holds an adapter")

@@ -100,6 +100,13 @@ def sweep(folder: Path) -> None:
                 pass
 
 
+def check_regular(path: Path) -> None:
+    """Raise `UserError` if `path`, or anything below it, is neither a file nor a folder: pipes and devices never end."""
+    for file in (path, *path.rglob("*")):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise UserError(f"{file} is no regular file")
+
+
 def at_home(path: str | Path) -> Path:
     """A path with `~` replaced; unlike `Path.expanduser`, it stays as it is where there is no home directory."""
     return Path(os.path.expanduser(path))

@@ -75,7 +75,7 @@ def _main(argv: Sequence[str] | None) -> int:
             with stopping():
                 result = command.run()
     except UserError as error:
-        print(f"kvlatent: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"kvlatent: {' '.join(str(error).split())[:1000]}", file=sys.stderr)  # names may be of any length
         return 2
     except BrokenPipeError:
         raise

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import kvlatent
 from kvlatent.errors import UserError, first_error, needs
-from kvlatent.files import at_home, new_folder
+from kvlatent.files import at_home, check_regular, new_folder
 from kvlatent.model.folder import (
     check_all_used,
     check_finite,
@@ -164,6 +164,7 @@ def locate(model: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{model} holds no config.json: not a Hugging Face checkpoint")
+        check_regular(path)
         return str(path)
     if model.count("/") > 1 or model.startswith((".", "/", "~")):
         raise UserError(f"no such folder: {model}")
