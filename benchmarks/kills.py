@@ -160,7 +160,12 @@ def main() -> int:
             disturb = kills if asked.mode == "kills" else pairs
             counts, faults = disturb(scene, asked.times, random.Random(asked.seed))
             told = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
-            print(f"{name}: {asked.times} {asked.mode}: {told}; {len(faults)} faults", *faults[:10], sep="\n  ", flush=True)
+            print(
+                f"{name}: {asked.times} {asked.mode}: {told}; {len(faults)} faults",
+                *faults[:10],
+                sep="\n  ",
+                flush=True,
+            )
             bad |= bool(faults)
     return int(bad)
 

@@ -26,17 +26,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import kvlatent.cli.recipe
-import kvlatent.compress.checkpoints
-import kvlatent.evaluation.bench
-import kvlatent.evaluation.evaluate
-import kvlatent.evaluation.generate
-import kvlatent.evaluation.report.page
-import kvlatent.healing.checkpoint
-import kvlatent.model.unpacked
-import kvlatent.serving.export.checkpoint
-import kvlatent.serving.export.gguf
-import kvlatent.serving.info
 from kvlatent import cli
 from kvlatent.healing import heal
 
@@ -44,7 +33,8 @@ torch.set_num_threads(1)
 tqdm.monitor_interval = 0  # which would be a thread
 MEMORY = 2 * 2**30
 SECONDS = 60.0
-WORDS = "river stone bread lamp morning harbour seven quiet under between carries the and of a in it was".split()
+WORDS = ["river", "stone", "bread", "lamp", "morning", "harbour", "seven", "quiet", "under", "between", "carries",
+         "the", "and", "of", "a", "in", "it", "was"]  # fmt: skip
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -239,9 +229,10 @@ def marks(out: Path) -> dict[str, str]:
         if file.name == "metrics.jsonl":  # losses, without seconds
             lines = [json.loads(line) for line in content.splitlines()]
             content = json.dumps([[line[key] for key in ("stage", "step", "loss")] for line in lines]).encode()
-        elif file.name.endswith((".html", "results.json", "seconds.json", "bench.json", "record.json", "kvlatent.json")):
-            content = b""
-        elif file.name == "README.md":
+        elif (
+            file.name.endswith((".html", "results.json", "seconds.json", "bench.json", "record.json", "kvlatent.json"))
+            or file.name == "README.md"
+        ):
             content = b""
         found[str(file.relative_to(out))] = hashlib.sha256(content).hexdigest()[:16]
     return found

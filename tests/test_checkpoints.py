@@ -379,8 +379,9 @@ def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_impossible_devices_and_dtypes_are_refused() -> None:
-    with pytest.raises(UserError, match="device 'quantum' can't be used"):
-        pick_device("quantum")
+    for device in ("quantum", "meta"):
+        with pytest.raises(UserError, match=f"device '{device}' can't be used"):
+            pick_device(device)
     with pytest.raises(UserError, match="dtype must be auto, float32, bfloat16 or float16; got 'int8'"):
         pick_dtype("int8", torch.device("cpu"))
     assert pick_dtype("auto", torch.device("cpu")) == torch.float32
@@ -447,6 +448,14 @@ def test_weights_of_another_shape_are_refused(stock: Path) -> None:
     refused(stock, "mismatch")
     with pytest.raises(UserError, match=r"lm_head\.weight is of shape \(64, 260\); the architecture takes \(260, 64\)"):
         open_offloaded(str(stock), device="cpu")
+
+
+@pytest.mark.parametrize("tokens", [{"eos_token_id": "2"}, {"eos_token_id": []}, {"pad_token_id": 10**30}])
+def test_a_generation_config_names_tokens(stock: Path, tokens: dict[str, Any]) -> None:
+    (stock / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 3], "pad_token_id": -1}))
+    assert load_model(str(stock), device="cpu")[0].generation_config.eos_token_id == [0, 3]
+    (stock / "generation_config.json").write_text(json.dumps(tokens))
+    refused(stock, f"its generation config can't be right: {next(iter(tokens))}")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "chat_template.jinja"])

@@ -26,6 +26,7 @@ from kvlatent.files import at_home, check_regular, new_folder
 from kvlatent.model.folder import (
     check_all_used,
     check_finite,
+    check_generation,
     head_is_tied,
     one_line,
     read_config,
@@ -63,7 +64,7 @@ def pick_device(name: str = "auto") -> torch.device:
     if name != "auto":
         try:
             device = torch.device(name)
-            torch.empty(0, device=device)
+            torch.empty(0, device=device).cpu()  # meta has no data
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from None
         return device
@@ -135,6 +136,7 @@ def load_model(
             source, config=config, dtype=kind, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         check_all_used(model, missing=info["missing_keys"], unused=info["unexpected_keys"])
+        check_generation(loaded)
         for name, parameter in loaded.named_parameters():
             check_finite(model, name, parameter)
         loaded.config.tie_word_embeddings = head_is_tied(loaded)

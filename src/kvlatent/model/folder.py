@@ -107,6 +107,27 @@ def read_config(source: str, **where: Any) -> PreTrainedConfig:
     return config
 
 
+Token = Annotated[int, Field(ge=-1, le=2**31)]
+
+
+class Generation(BaseModel):
+    """Entries of a generation config that decoding goes by whatever else is asked for."""
+
+    model_config = ConfigDict(strict=True, from_attributes=True)
+
+    bos_token_id: Token | None = None
+    eos_token_id: Token | Annotated[list[Token], Field(min_length=1)] | None = None
+    pad_token_id: Token | None = None
+
+
+def check_generation(model: PreTrainedModel) -> None:
+    """Raise `UserError` unless a loaded model's generation config names tokens where it should."""
+    try:
+        Generation.model_validate(model.generation_config)
+    except ValidationError as error:
+        raise UserError(f"its generation config can't be right: {first_error(error)}") from None
+
+
 def read_tokenizer(source: str, **where: Any) -> PreTrainedTokenizerBase:
     """Read the tokenizer of a folder, hub id or (with `gguf_file`) GGUF file."""
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
