@@ -178,7 +178,7 @@ OPTIONS = {
 MORE = {
     "generate": ["--chat"], "eval": ["--far", "--needle", "--retrieval", "--trials=1", "--limit=0", "--tasks=evil",
     "--retrieval-contexts=16"],
-    "bench": ["--synthetic", "--own", "--memory=1", "--memory=0", "--dtypes=bfloat16", "--memory=1e300"],
+    "bench": ["--synthetic", "--own", "--memory=0.01", "--memory=0", "--dtypes=bfloat16", "--memory=1e300"],
     "run": ["--seed=5"],
     "plan": ["--heads-per-latent=2", "--window=4", "--tokens=64"], "calibrate": ["--merge={stats}", "--offload",
     "--window=8", "--heads-per-latent=2", "--context=9", "--text=teacher"],

@@ -329,7 +329,7 @@ def judge(ended: tiny.Ended, work: Path) -> str:
     if left:
         return "leftover"
     if ended.code == 0:
-        return "not finite" if re.search(r"\b(nan|NaN|Infinity)\b", ended.answer) else "works"
+        return "not finite" if re.search(r'": (NaN|-?Infinity)', ended.answer) else "works"
     usage = "╭─" in ended.said
     return "refused" if (len(lines) == 1 and len(lines[0]) < 1500) or usage else "unclear"
 

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -450,6 +451,32 @@ def test_weights_of_another_shape_are_refused(stock: Path) -> None:
         open_offloaded(str(stock), device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("settings", "core"),
+    [
+        ({"model_max_length": "long"}, {}),
+        ({"decoder": None}, {}),
+        ({}, {"normalizer": {"type": "Replace", "pattern": {"Regex": "(.|\n)"}, "content": ""}}),
+        ({}, {"model": {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "[UNK]",
+                        "continuing_subword_prefix": "##", "max_input_chars_per_word": 9}}),
+    ],
+)  # fmt: skip
+def test_tokenizers_that_would_fail_later_are_refused(
+    stock: Path, settings: dict[str, Any], core: dict[str, Any]
+) -> None:
+    for name, changes in (("tokenizer_config.json", settings), ("tokenizer.json", core)):
+        (stock / name).write_text(json.dumps(json.loads((stock / name).read_text()) | changes))
+    refused(stock, "can't load .*stock|its tokenizer makes no tokens")
+
+
+@pytest.mark.parametrize("entries", [{"num_labels": 10**9}, {"num_hidden_layers": 10**9, "model_type": "qwen3"}])
+def test_a_config_of_a_billion_lists_is_refused_before_they_are_made(stock: Path, entries: dict[str, Any]) -> None:
+    edit_config(stock, **entries)
+    began = time.monotonic()
+    refused_by_all(stock, f"its config can't be right: {next(iter(entries))}")
+    assert time.monotonic() - began < 5
+
+
 @pytest.mark.parametrize("tokens", [{"eos_token_id": "2"}, {"eos_token_id": []}, {"pad_token_id": 10**30}])
 def test_a_generation_config_names_tokens(stock: Path, tokens: dict[str, Any]) -> None:
     (stock / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 3], "pad_token_id": -1}))
@@ -535,7 +562,17 @@ def test_configs_that_cant_be_right_are_refused(stock: Path, changes: dict[str, 
 
 
 @pytest.mark.parametrize(
-    "record", ['{"steps": 3}', '{"fingerprints": [1]}', "[]", "[" * 100_000, "\xff", '{"teacher": {}}']
+    "record",
+    [
+        '{"steps": 3}',
+        '{"steps": [{"x": 1}]}',
+        '{"steps": [{"verb": "heal", "seconds": "1"}]}',
+        '{"fingerprints": [1]}',
+        "[]",
+        "[" * 100_000,
+        "\xff",
+        '{"teacher": {}}',
+    ],
 )
 def test_damaged_records_are_refused(tmp_path: Path, record: str) -> None:
     (tmp_path / "kvlatent.json").write_text(record, encoding="latin-1")

@@ -241,13 +241,12 @@ def test_what_llama_cpp_cannot_hold_is_refused(
         (Tokenizer(models.BPE({"a": 0}, [], byte_fallback=True)), "no byte-level BPE"),
         (Tokenizer(models.BPE({"a": 0}, [])), "splits text like none"),
         (Tokenizer(models.BPE({"a": 999}, [])), "only 260 embeddings"),
-        (Tokenizer(models.BPE({"b": 0}, [])), "makes no tokens of a text"),
     ],
 )
 def test_tokenizers_that_would_come_out_wrong_are_refused(
     core: Tokenizer, said: str, tiny_teacher: Callable[[str], PreTrainedModel], tmp_path: Path
 ) -> None:
-    if said in ("only 260 embeddings", "makes no tokens of a text"):
+    if said == "only 260 embeddings":
         core.pre_tokenizer = SPLITS["gpt-2"]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
     with pytest.raises(UserError, match=said):

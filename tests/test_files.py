@@ -156,6 +156,8 @@ def test_folders_that_are_there_are_refused(name: str, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="exists already"), new_folder(Path(name)):
         raise AssertionError("not reached")
+    with pytest.raises(UserError, match=r"can't write|exists already"), replaced(Path(name)) as partial:
+        partial.write_text("a file can't take the place of a folder")
 
 
 def test_pipes_and_devices_are_no_input(tmp_path: Path) -> None:
@@ -167,6 +169,6 @@ def test_pipes_and_devices_are_no_input(tmp_path: Path) -> None:
         odd = tmp_path / "run" / "evaluate" / "teacher.json"
         make(odd)
         for path in (tmp_path / "run", odd):
-            with pytest.raises(UserError, match="teacher.json is no regular file"):
+            with pytest.raises(UserError, match=r"teacher.json is no regular file"):
                 check_regular(path)
         odd.unlink()

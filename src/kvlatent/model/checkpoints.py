@@ -48,6 +48,15 @@ RECORD_BYTES = 2**26
 """A record longer than this is none of ours: the fingerprints of a text of 300M tokens take less."""
 
 
+class RecordedStep(BaseModel):
+    """What was done to a checkpoint, as far as it is read again."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    verb: str
+    seconds: float = 0.0
+
+
 class Record(BaseModel):
     """`kvlatent.json`, as far as it is read again; what else it holds is kept."""
 
@@ -56,7 +65,7 @@ class Record(BaseModel):
     teacher: str | None = None
     preset: str | None = None
     fingerprints: list[str] = []
-    steps: list[dict[str, Any]] = []
+    steps: list[RecordedStep] = []
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -195,8 +195,6 @@ class _Vocabulary:
         for token, index in ids.items():
             self.tokens[index], self.types[index] = token, kinds[added.get(token)]
         encoded = tokenizer("a")["input_ids"]
-        if not encoded:
-            raise UserError("the tokenizer makes no tokens of a text")
         for name, at in (("bos", 0), ("eos", -1)):  # what encoding a text adds; llama.cpp's own defaults differ by name
             marker = getattr(tokenizer, f"{name}_token_id")
             self.special.add_special_token[name] = marker is not None and encoded[at] == marker
