@@ -56,9 +56,7 @@ def attend_segment(
         if causal:
             part_bias = _lowest_where(_later(q[:, :, rows].shape[2], k[:, :, met].shape[2], q.device), q.dtype)
         arguments = q[:, :, rows], k[:, :, met], v[:, :, met], part_bias, scale
-        parts.append(
-            checkpoint(_plain, *arguments, use_reentrant=False) if torch.is_grad_enabled() else _plain(*arguments)
-        )
+        parts.append(checkpoint(_plain, *arguments, use_reentrant=False) if torch.is_grad_enabled() else _plain(*arguments))
     outs, normalizers = zip(*parts, strict=True)
     return torch.cat(outs, dim=2), torch.cat(normalizers, dim=2)
 
