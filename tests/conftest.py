@@ -127,9 +127,9 @@ def tiny_student(ids: torch.Tensor) -> Callable[..., PreTrainedModel]:
 
     @cache
     def student(name: str, preset: str, d_qk: int, d_vo: int) -> PreTrainedModel:
-        options: dict[str, Any] = {"preset": preset, "ids": None if preset == "paper" else ids}
+        options: dict[str, Any] = {"preset": preset, "ids": None if preset == "paper" else ids, "window": 0}
         if preset == "apart":
-            options = {"heads_per_latent": 1, "ids": ids}
+            options = {"heads_per_latent": 1, "ids": ids, "window": 0}
         if preset == "windowed":
             options = {"window": 5, "sinks": 2, "ids": ids}
         return convert(_teacher(name), d_qk=d_qk, d_vo=d_vo, **options).requires_grad_(False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvlatent.kernels import cpu_decode, cpu_linear
-from kvlatent.kernels.cpu_linear import MOST_ROWS, GatedFFN, few_rows, fits, together
+from kvlatent.kernels.cpu_linear import MOST_ROWS, GatedFFN, few_rows, fits, linear_outputs
 from kvlatent.model.graft import graft
 
 pytestmark = pytest.mark.skipif(not cpu_decode.available(), reason="no llvmlite, or another OpenMP than GNU's")
@@ -130,7 +130,7 @@ def test_layers_of_one_input_are_one_call_unless_something_wants_to_see_each() -
     x, layers = numbers(3, 1, 128), [linear(numbers(*WIDE)), linear(numbers(40, 128), numbers(40))]
     wanted = [F.linear(x, layer.weight, layer.bias) for layer in layers]
     seen: list[Tensor] = []
-    torch.testing.assert_close(together(x, *layers), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(linear_outputs(x, *layers), wanted, rtol=1e-4, atol=1e-4)
     for change in (
         lambda layer: layer.register_forward_hook(lambda module, args, out: seen.append(out)),
         lambda layer: layer.register_forward_pre_hook(lambda module, args: seen.append(args[0])),
@@ -139,7 +139,7 @@ def test_layers_of_one_input_are_one_call_unless_something_wants_to_see_each() -
         first = copy.deepcopy(layers[0])
         change(first)
         seen.clear()
-        torch.testing.assert_close(together(x, first, layers[1]), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(linear_outputs(x, first, layers[1]), wanted, rtol=1e-4, atol=1e-4)
         assert len(seen) == 1
 
 
@@ -149,7 +149,7 @@ def test_subclasses_of_linear_compute_as_they_are(calls: list[tuple[int, ...]]) 
             return 2 * super().forward(input)
 
     layer, x = Twice(128, 131).requires_grad_(False), numbers(2, 1, 128)
-    assert torch.equal(together(x, layer)[0], 2 * F.linear(x, layer.weight, layer.bias))
+    assert torch.equal(linear_outputs(x, layer)[0], 2 * F.linear(x, layer.weight, layer.bias))
     assert calls == []
 
 

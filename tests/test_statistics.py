@@ -74,7 +74,7 @@ def test_first_layers_statistics_match_float64_loops(
 def test_statistics_do_not_depend_on_the_batch_size(any_teacher: PreTrainedModel, ids: Tensor) -> None:
     whole = calibrate(any_teacher, ids, batch_size=12, about={})
     for batch_size in (1, 5):
-        close(calibrate(any_teacher, ids, batch_size=batch_size, about={}), whole, 1e-6)
+        close(calibrate(any_teacher, ids, batch_size=batch_size, about={}), whole, 1e-5)  # sums are of float32 products
 
 
 def test_merged_halves_equal_the_whole(tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor) -> None:

@@ -1,5 +1,7 @@
 """Near tokens whole, far ones through latents: equal to plain loops, cached as uncached, in every way of generating."""
 
+from unittest.mock import patch
+
 import pytest
 import reference
 import torch
@@ -8,6 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvlatent.kernels import segment
+from kvlatent.model import window as window_module
 from kvlatent.model.cache import LatentCache, cache_bytes
 from kvlatent.model.graft import graft, identity_spec, set_spec, spec_of
 from kvlatent.model.spec import LatentSpec
@@ -46,11 +50,12 @@ def random_maps(q_heads: int, kv_heads: int, latents: int, dim: int = 6) -> FarM
 @given(
     latents=st.integers(1, 2), each=st.integers(1, 2), group=st.integers(1, 2), seq=st.integers(1, 17),
     window=st.integers(1, 20), sinks=st.integers(0, 3), padding=st.integers(0, 4),
-    kind=st.sampled_from(["plain", "padded", "sliding", "packed"]), unabsorbed=st.booleans(), seed=st.integers(0, 99),
+    kind=st.sampled_from(["plain", "padded", "sliding", "packed"]), unabsorbed=st.booleans(),
+    flash=st.booleans(), rows=st.sampled_from([3, 128]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_windowed_attention_and_its_gradients_match_the_loops(
     latents: int, each: int, group: int, seq: int, window: int, sinks: int, padding: int, kind: str,
-    unabsorbed: bool, seed: int,
+    unabsorbed: bool, flash: bool, rows: int, seed: int,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     kv_heads = latents * each
@@ -75,9 +80,10 @@ def test_windowed_attention_and_its_gradients_match_the_loops(
     first = mask is None
     whole = Whole(k=k, v=v, start=0, sink_k=sink_k, sink_v=sink_v, sink_columns=columns, sinks_first=first)
     far_k, far_v = maps.reduced(*(x[:, :, : max(0, seq - window)] for x in (k, v)))
-    got = windowed_attention(
-        q, whole, Far(k=far_k, v=far_v, start=0), maps, window=window, scale=0.3, mask=mask, unabsorbed=unabsorbed
-    )
+    far = Far(k=far_k, v=far_v, start=0)
+    paths = {"FLASH_DEVICES": {"cpu"} if flash else set(), "ROWS": rows}
+    with patch.multiple(segment, **paths), patch.object(window_module, "ROWS", rows):
+        got = windowed_attention(q, whole, far, maps, window=window, scale=0.3, mask=mask, unabsorbed=unabsorbed)
     seen = visible.any(-1)[:, None, :, None]  # padding gives numbers, but no meaning
     torch.testing.assert_close(got * seen, wanted * seen, rtol=1e-5, atol=1e-6)
     weight = torch.randn_like(got) * seen

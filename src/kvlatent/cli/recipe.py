@@ -57,8 +57,8 @@ class _Step:
     name: str
     output: Path
     act: Callable[[Path], object]
-    together: bool = False
-    """Whether all processes do it, not the first alone."""
+    all_processes: bool = False
+    """Whether all processes do it, rather than the first alone."""
 
 
 def run(
@@ -216,7 +216,7 @@ class _Run:
         clock = self.out / "seconds.json"
         began = time.monotonic()
         try:
-            if step.together or self.group.is_main_process:
+            if step.all_processes or self.group.is_main_process:
                 step.act(step.output)
         finally:  # an interrupted step adds up over its sessions
             if clock.parent.is_dir() and self.group.is_main_process:
@@ -265,7 +265,7 @@ class _Run:
             steps.append(_Step(f"convert {preset}", start, partial(self._convert, preset)))
             steps.append(evaluate(f"{preset}, no training", str(start)))
             if student.heal is not None:
-                steps.append(_Step(f"heal {preset}", final, partial(self._heal, preset), together=True))
+                steps.append(_Step(f"heal {preset}", final, partial(self._heal, preset), all_processes=True))
                 steps.append(evaluate(f"{preset}, healed", str(final)))
         return [
             *steps,

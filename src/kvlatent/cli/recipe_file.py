@@ -83,7 +83,7 @@ class Recipe(Entry):
     """The teacher's name on the hub, for the model card."""
     license: str | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)
-    block_size: int = Field(default=512, ge=2, le=10**9)
+    block_size: int = Field(default=1024, ge=2, le=10**9)
     context: int | None = None
     """Positions that blocks are spread over; all that the model has by default."""
     calibration: Text

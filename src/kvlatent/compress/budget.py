@@ -46,11 +46,11 @@ class Allocation:
     d_qk: tuple[int, ...]
     d_vo: tuple[int, ...]
     qk_loss: tuple[float, ...]
-    """Of each layer's keys, in nats per token, on its own."""
+    """What each layer's narrow keys cost on their own, in nats per token."""
     vo_loss: tuple[float, ...]
-    """Of each layer's values, likewise."""
+    """What each layer's narrow values cost, likewise."""
     uniform_loss: float
-    """Of the same budget spent alike everywhere; all losses added up, as for `expected_loss`."""
+    """What the same dims in every layer would cost; all losses added up, as for `expected_loss`."""
 
     @property
     def expected_loss(self) -> float:

@@ -27,16 +27,16 @@ class Calibration:
     writes."""
     tokens: Number = 16384
     """Tokens of text."""
-    block_size: Number = 512
+    block_size: Number = 1024
     """Tokens per block."""
     heads_per_latent: HeadsPerLatent = None
     """KV heads whose keys and values are reduced together and cached as one latent, for the same bytes; 1 reduces every
     head on its own. Above 1 with methods project and fold only."""
 
-    window: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 0)")] = None
-    """Newest tokens that a query meets with the teacher's own keys and values, through latents only beyond; for best
-    with method project."""
-    sinks: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 0)")] = None
+    window: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 128 if it can)")] = None
+    """Newest tokens that a query meets with the teacher's own keys and values, through latents only beyond; best with
+    method project can. 0 reduces all tokens, as vLLM needs it."""
+    sinks: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 4 beside a window)")] = None
     """First tokens of a sequence that are met so too."""
 
     def to_dict(self) -> dict[str, Any]:

@@ -47,8 +47,9 @@ def convert(
         d_vo: Value/output dims per head, likewise.
         heads_per_latent: KV heads that are reduced together and cached as one latent, for the same bytes; None is what
             the statistics are of or `heads_per_latent_of` says if the method can group heads, else 1.
-        window: Newest tokens that queries meet whole; None is what the statistics are for, or 0.
-        sinks: First tokens that queries meet whole, likewise.
+        window: Newest tokens that queries meet whole; None is what the statistics are for or, without them, 128 for
+            preset best with method project, as long as any dims are reduced, and 0 for others.
+        sinks: First tokens that queries meet whole, likewise; 4 beside a window.
         statistics: From `calibrate`.
         ids: Calibration text as token blocks.
         batch_size: Blocks per forward.

@@ -73,7 +73,7 @@ def _eigen(cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def singular_values(q_cov: Tensor, k_cov: Tensor) -> Tensor:
-    """Of C_q^½ C_k^½: the root mean squares of what each direction gives to the logits."""
+    """Singular values of C_q^½ C_k^½: the root mean squares of what each direction gives to the logits."""
     return torch.linalg.svdvals(root(q_cov) @ root(k_cov))
 
 

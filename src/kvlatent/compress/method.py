@@ -38,7 +38,7 @@ class Heads:
     heads_per_latent: int
     """KV heads that are reduced together."""
     statistics: Statistics | None
-    """Of the whole model; only methods that `need_statistics` can count on them."""
+    """Calibration statistics of the whole model; only methods that `need_statistics` can count on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Layer:
     """Dims per head after."""
     heads_per_latent: int
     statistics: LayerStatistics | None
-    """Of this layer; None only for methods that aren't calibrated."""
+    """Calibration statistics of this layer; None only for methods that aren't calibrated."""
 
     @property
     def group_size(self) -> int:

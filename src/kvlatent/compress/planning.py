@@ -20,6 +20,9 @@ from kvlatent.model.graft import check_teacher, head_dim_of, heads_per_latent_of
 from kvlatent.model.spec import LatentSpec, Preset, check_dims
 from kvlatent.model.window import ALL_FAR, Near
 
+WINDOW = Near(window=128, sinks=4)
+"""What a student meets whole by default, where its preset and method can; docs/results.md has the table behind it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -61,7 +64,8 @@ def requested(
         d_vo: Likewise.
         heads_per_latent: KV heads that are reduced together; None is what the statistics are of or, without them,
             what `heads_per_latent_of` says, and 1 for methods that reduce every head on its own.
-        window: Newest tokens met whole; None is what the statistics are for, or 0.
+        window: Newest tokens met whole; None is what the statistics are for or, without them, that of `WINDOW` if any
+            dims are reduced.
         sinks: First tokens met whole, likewise.
         statistics: Those that layers will be reduced by.
 
@@ -85,6 +89,8 @@ def requested(
     if not recipe.calibrated:
         stride_channels(head_dim, values[0], "d_vo")
     grouped = grouped_heads(config, method, heads_per_latent, statistics)
+    if statistics is None and window is None and {*keys, *values} == {head_dim}:  # there is nothing to lose
+        window = 0
     near = near_of(preset, method, window, sinks, statistics)
     return Request(preset=preset, method=method, heads_per_latent=grouped, near=near, d_qk=keys, d_vo=values)
 
@@ -112,13 +118,13 @@ def method_of(preset: Preset, qk: str | None) -> Method:
 def near_of(
     preset: Preset, method: Method, window: int | None, sinks: int | None, statistics: Statistics | None = None
 ) -> Near:
-    """The tokens that a student meets whole: as asked, or as the statistics are for; none by default.
+    """The tokens that a student meets whole: as asked, or as the statistics are for, or `WINDOW`.
 
     Raises:
         UserError: The preset or the method has no window, or the statistics are for another one.
     """
     able = method.takes_window and not PRESETS[preset].uniform
-    usual = ALL_FAR if statistics is None or not able or window == 0 else statistics.near
+    usual = ALL_FAR if not able or window == 0 else WINDOW if statistics is None else statistics.near
     near = Near(usual.window if window is None else window, usual.sinks if sinks is None else sinks)
     if near.window < 0 or near.sinks < 0 or (near.sinks and not near.window):
         raise UserError(
@@ -132,7 +138,7 @@ def near_of(
     if statistics is not None and near != statistics.near:
         raise UserError(
             f"the statistics are for a window of {statistics.near.window} tokens and {statistics.near.sinks} sinks, "
-            f"not of {near.window} and {near.sinks}; calibrate with --window and --sinks"
+            f"not of {near.window} and {near.sinks}; calibrate with --window {near.window} --sinks {near.sinks}"
         )
     return near
 

@@ -106,7 +106,7 @@ def _centered(k: Tensor, mean_key: Tensor, received: Tensor) -> Tensor:
 
 
 def _own(x: Tensor, heads_per_latent: int, group_size: int) -> Tensor:
-    """Of heads side by side, each query head's own: (batch, q_heads, seq, m·dim) → (batch, q_heads, seq, dim)."""
+    """Each query head's own part of heads side by side: (batch, q_heads, seq, m·dim) → (batch, q_heads, seq, dim)."""
     by_head = x.unflatten(1, (-1, heads_per_latent, group_size)).unflatten(-1, (heads_per_latent, -1))
     return by_head.diagonal(dim1=2, dim2=5).movedim(-1, 2).flatten(1, 3)
 

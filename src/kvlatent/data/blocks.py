@@ -58,7 +58,7 @@ class _Piece:
     fingerprint: str
     ids: list[int]
     answers: list[bool] | None
-    """Of a chat, which tokens are answers."""
+    """Which tokens of a chat are answers; None for plain text."""
 
 
 def fingerprint(document: str) -> str:

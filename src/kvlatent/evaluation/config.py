@@ -32,7 +32,7 @@ class EvalConfig:
     """Held-out text: files, folders, package:NAME, hf:ID."""
     tokens: Number = 16384
     """Tokens of text."""
-    block_size: Number = 512
+    block_size: Number = 1024
     """Tokens per block; above 512, perplexity is reported by position too."""
     far: bool = False
     """Also judge by the tokens of the text that need more than the newest 128 before them: the share of far gain kept,

@@ -25,7 +25,7 @@ class Perplexity:
     """Negative log-likelihood of packed text under one model."""
 
     token_nll: Float[Tensor, "blocks block_size-1"]
-    """Of every predicted token, in nats; float64, on the CPU. The first of a block has nothing to be predicted from."""
+    """In nats, of every predicted token; float64, on the CPU. The first of a block has nothing to be predicted from."""
     bytes: int
     """UTF-8 bytes of the text behind all tokens, the first of each block included."""
 

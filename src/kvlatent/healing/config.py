@@ -144,7 +144,7 @@ class HealInputs:
 
     text: Sources
     """Training text, as for calibrate; of chats, only the answers count."""
-    block_size: Number = 512
+    block_size: Number = 1024
     """Tokens per block."""
     separate_documents: bool = False
     """Keep documents in a block from seeing each other; slower on the CPU."""

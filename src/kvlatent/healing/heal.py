@@ -291,7 +291,7 @@ class _Healing:
 
     @torch.no_grad()
     def _held_out_perplexity(self, module: nn.Module, stage: int) -> float:
-        """Of as many held-out blocks as the processes can share evenly."""
+        """The perplexity of as many held-out blocks as the processes can share evenly."""
         assert self.held_out is not None
         accelerator = self.accelerator
         share = len(self.held_out) // accelerator.num_processes

@@ -86,7 +86,7 @@ class LayerStream:
     batches: Callable[[int], list[Batch]]
     """A step's forwards of this process."""
     steps: int
-    """Of each layer."""
+    """Training steps of each layer."""
     work: Path
     """Folder for hidden states, trained layers and the state."""
     config: HealConfig

@@ -25,7 +25,7 @@ AHEAD_BYTES = 32 * 1024
 """Size of a tile up to which the next one is asked for; the processor reads longer rows ahead by itself."""
 
 
-def together(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+def linear_outputs(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """What layers of the same input give; in one call of `few_rows` where all are plain and rows are few.
 
     Layers keep their type, so that whatever looks for `nn.Linear` finds it; one that is quantized, hooked or wrapped is
@@ -58,8 +58,8 @@ class GatedFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The stock module's forward."""
-        gate, up = together(x, self.gate_proj, self.up_proj)
-        return together(self.act_fn(gate) * up, self.down_proj)[0]
+        gate, up = linear_outputs(x, self.gate_proj, self.up_proj)
+        return linear_outputs(self.act_fn(gate) * up, self.down_proj)[0]
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:

@@ -6,6 +6,7 @@ for gradients. Memory grows with the context, not with its square, as long as `m
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 ROWS = 128
 """Queries that are met at a time where logits are held."""
+
+FLASH_DEVICES = {"cpu"}
+"""Where PyTorch's flash attention gives its log-sum-exp by an operator that takes all masks."""
 
 Joinable = tuple[Float[Tensor, "batch q_heads _rows d_v"], Float[Tensor, "batch q_heads _rows"]]
 """What a segment gives: mean values under its own softmax, and the log of what that softmax divides by."""
@@ -43,20 +47,20 @@ def attend_segment(
     """
     k, v = (x.to(q.dtype).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     bias = None if visible is None else _lowest_where(~visible, q.dtype)
-    if q.device.type == "cpu":
+    if q.device.type in FLASH_DEVICES:
         width = max(k.shape[-1], v.shape[-1])
         wide = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))  # flash attention wants equal dims
         out, normalizer = _Flash.apply(*wide, bias, causal, scale)
         return out[..., : v.shape[-1]], normalizer
     parts = []
     for start in range(0, q.shape[2], ROWS):
-        rows = slice(start, start + ROWS)
-        met = slice(0, start + ROWS) if causal else slice(None)
-        part_bias = None if bias is None else bias[:, :, rows]
+        rows = q[:, :, start : start + ROWS]
+        met = start + rows.shape[2] if causal else k.shape[2]
+        hidden = None if bias is None else bias[:, :, start : start + ROWS]
         if causal:
-            part_bias = _lowest_where(_later(q[:, :, rows].shape[2], k[:, :, met].shape[2], q.device), q.dtype)
-        arguments = q[:, :, rows], k[:, :, met], v[:, :, met], part_bias, scale
-        parts.append(checkpoint(_plain, *arguments, use_reentrant=False) if torch.is_grad_enabled() else _plain(*arguments))
+            hidden = _lowest_where(_later(rows.shape[2], met, q.device), q.dtype)
+        run = partial(checkpoint, _plain, use_reentrant=False) if torch.is_grad_enabled() else _plain
+        parts.append(run(rows, k[:, :, :met], v[:, :, :met], hidden, scale))
     outs, normalizers = zip(*parts, strict=True)
     return torch.cat(outs, dim=2), torch.cat(normalizers, dim=2)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
 from kvlatent.kernels.attention import latent_attention
-from kvlatent.kernels.cpu_linear import together
+from kvlatent.kernels.cpu_linear import linear_outputs
 from kvlatent.model.compatibility import WITHOUT_EFFECT, refuse_unknown
 from kvlatent.model.rope import rotate
 from kvlatent.model.spec import LatentSpec
@@ -102,7 +102,7 @@ class LatentAttention(nn.Module):
             sin: Sines, likewise.
             whole_queries: Leave out the queries' map after RoPE, so that they stay head_dim wide.
         """
-        q, k, v = together(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = linear_outputs(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         q = self._of_heads(q, self.q_norm, self.q_heads)
         k = self._of_heads(k, self.k_norm, self.latents if self.qk_map == "folded" else self.kv_heads)
         if self.qk_map == "before_rope":
@@ -206,7 +206,7 @@ class LatentAttention(nn.Module):
         out = latent_attention(q, k, v, mask=attention_mask, scale=self.scale)
         if self.o_map is not None and v_back is None:
             out = _reduced(out, self.o_map)
-        return together(out.transpose(1, 2).flatten(2), self.o_proj)[0], None
+        return linear_outputs(out.transpose(1, 2).flatten(2), self.o_proj)[0], None
 
 
 def check_implementation(config: PreTrainedConfig) -> None:

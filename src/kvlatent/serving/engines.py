@@ -94,8 +94,8 @@ def routes(config: PreTrainedConfig, *, vllm_on_cpu: bool = False) -> list[Route
         else:
             note = "; ".join(filter(None, (padding, notes.get(engine)))) or None
             found.append(Route(engine=engine, form=form, d_qk=widths, d_vo=widths, note=note))
-    together = 1 if spec is None else spec.heads_per_latent
-    return [replace(route, heads_per_latent=together) for route in (*found, _llama_cpp(config))]
+    grouped = 1 if spec is None else spec.heads_per_latent
+    return [replace(route, heads_per_latent=grouped) for route in (*found, _llama_cpp(config))]
 
 
 def _llama_cpp(config: PreTrainedConfig) -> Route:

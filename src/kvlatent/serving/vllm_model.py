@@ -101,8 +101,8 @@ class LatentAttention(nn.Module):
             self.o_map = _by_head(torch.empty(self.q_heads, width_v, spec.head_dim), stock.total_num_heads)
         if spec.qk_map != "folded":
             self.q_map = _by_head(torch.empty(self.q_heads, spec.head_dim, width_k), stock.total_num_heads)
-            total, together = stock.total_num_kv_heads // spec.heads_per_latent, spec.heads_per_latent * spec.head_dim
-            self.k_map = _by_head(torch.empty(self.latents, together, width_k), total)
+            total, joined = stock.total_num_kv_heads // spec.heads_per_latent, spec.heads_per_latent * spec.head_dim
+            self.k_map = _by_head(torch.empty(self.latents, joined, width_k), total)
         if spec.per_head_frequencies:
             pairs = (spec.head_dim if spec.qk_map == "after_rope" else spec.d_qk[layer]) // 2
             index = torch.empty(self.kv_heads, pairs, dtype=torch.long)
