@@ -34,8 +34,8 @@ def argv_of(name: str, root: Path, out: Path, other: bool = False) -> list[str]:
     calibration = ["--text", text, *tiny.CALIBRATION]
     commands = {
         "heal": tiny.healing(root, str(out)) + (["--seed", "1"] if other else []),
-        "convert": ["convert", f"{root}/teacher", *calibration, *tiny.DIMS, "--out", str(out)],
-        "calibrate": ["calibrate", f"{root}/teacher", *calibration, "--out", str(out)],
+        "convert": ["convert", f"{root}/teacher", *calibration, *tiny.DIMS, *tiny.NEAR, "--out", str(out)],
+        "calibrate": ["calibrate", f"{root}/teacher", *calibration, *tiny.NEAR, "--out", str(out)],
         "gguf": ["export", f"{root}/{'teacher' if other else 'portable'}", "--to", "gguf", "--out", str(out)],
         "stock": ["export", f"{root}/portable", "--to", "stock", "--dtype", "bfloat16" if other else "float32",
                   "--out", str(out)],

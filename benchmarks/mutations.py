@@ -81,10 +81,10 @@ class Place:
         }
         if whose == "teacher":
             commands |= {
-                "convert": ["convert", model, *some, *tiny.DIMS, "--out", "out"],
+                "convert": ["convert", model, *some, *tiny.DIMS, *tiny.NEAR, "--out", "out"],
                 "paper": ["convert", model, *tiny.DIMS, "--preset", "paper", "--out", "out"],
-                "calibrate": ["calibrate", model, *some, "--out", "out"],
-                "offload": ["calibrate", model, *some, "--out", "out", "--offload"],
+                "calibrate": ["calibrate", model, *some, *tiny.NEAR, "--out", "out"],
+                "offload": ["calibrate", model, *some, *tiny.NEAR, "--out", "out", "--offload"],
                 "heal to": ["heal", self.root / "portable", "--teacher", model, *text, *tiny.HEALING, "--out", "out"],
             }
         else:

@@ -40,6 +40,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CALIBRATION = ["--tokens", "256", "--block-size", "32"]
+NEAR = ["--window", "8", "--sinks", "2"]
 DIMS = ["--d-qk", "8", "--d-vo", "8"]
 HEALING = ["--block-size", "32", "--stage1-tokens", "128", "--stage2-tokens", "128", "--lora-rank", "2"]
 
@@ -208,9 +209,9 @@ def inputs(root: Path) -> None:
     train = ["--text", f"{root}/train.txt", *CALIBRATION]
     teacher(root / "teacher")
     teacher(root / "sharded", shard="50KB")
-    do("convert", f"{root}/teacher", *train, *DIMS, "--window", "8", "--sinks", "2", "--out", f"{root}/student")
+    do("convert", f"{root}/teacher", *train, *DIMS, *NEAR, "--out", f"{root}/student")
     do("convert", f"{root}/teacher", *train, *DIMS, "--preset", "portable", "--out", f"{root}/portable")
-    do("calibrate", f"{root}/teacher", *train, "--out", f"{root}/stats")
+    do("calibrate", f"{root}/teacher", *train, *NEAR, "--out", f"{root}/stats")
     do("plan", f"{root}/teacher", "--stats", f"{root}/stats", "--budget", "0.5", "--out", f"{work}/plan.png")
     do("export", f"{root}/teacher", "--to", "gguf", "--out", f"{root}/teacher.gguf")
     do("export", f"{root}/portable", "--to", "stock", "--out", f"{work}/stock")
