@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -384,8 +385,9 @@ def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_impossible_devices_and_dtypes_are_refused() -> None:
-    with pytest.raises(UserError, match="device 'quantum' can't be used"):
-        pick_device("quantum")
+    for device in ("quantum", "meta"):
+        with pytest.raises(UserError, match=f"device '{device}' can't be used"):
+            pick_device(device)
     with pytest.raises(UserError, match="dtype must be auto, float32, bfloat16 or float16; got 'int8'"):
         pick_dtype("int8", torch.device("cpu"))
     assert pick_dtype("auto", torch.device("cpu")) == torch.float32
@@ -452,6 +454,54 @@ def test_what_is_quantized_is_not_read_layer_by_layer(stock: Path) -> None:
 def test_weights_that_are_no_numbers_are_refused(stock: Path, value: float) -> None:
     edit_weights(stock, **{"model.norm.weight": torch.full((64,), value)})
     refused_by_all(stock, r"model\.norm\.weight holds values that are not finite")
+
+
+def test_weights_of_another_shape_are_refused(stock: Path) -> None:
+    edit_weights(stock, **{"lm_head.weight": torch.zeros(64, 260)})
+    refused(stock, "mismatch")
+    with pytest.raises(UserError, match=r"lm_head\.weight is of shape \(64, 260\); the architecture takes \(260, 64\)"):
+        open_offloaded(str(stock), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "core"),
+    [
+        ({"model_max_length": "long"}, {}),
+        ({"decoder": None}, {}),
+        ({}, {"normalizer": {"type": "Replace", "pattern": {"Regex": "(.|\n)"}, "content": ""}}),
+        ({}, {"model": {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "[UNK]",
+                        "continuing_subword_prefix": "##", "max_input_chars_per_word": 9}}),
+    ],
+)  # fmt: skip
+def test_tokenizers_that_would_fail_later_are_refused(
+    stock: Path, settings: dict[str, Any], core: dict[str, Any]
+) -> None:
+    for name, changes in (("tokenizer_config.json", settings), ("tokenizer.json", core)):
+        (stock / name).write_text(json.dumps(json.loads((stock / name).read_text()) | changes))
+    refused(stock, "can't load .*stock|its tokenizer makes no tokens")
+
+
+@pytest.mark.parametrize("entries", [{"num_labels": 10**9}, {"num_hidden_layers": 10**9, "model_type": "qwen3"}])
+def test_a_config_of_a_billion_lists_is_refused_before_they_are_made(stock: Path, entries: dict[str, Any]) -> None:
+    edit_config(stock, **entries)
+    began = time.monotonic()
+    refused_by_all(stock, f"its config can't be right: {next(iter(entries))}")
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("tokens", [{"eos_token_id": "2"}, {"eos_token_id": []}, {"pad_token_id": 10**30}])
+def test_a_generation_config_names_tokens(stock: Path, tokens: dict[str, Any]) -> None:
+    (stock / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 3], "pad_token_id": -1}))
+    assert load_model(str(stock), device="cpu")[0].generation_config.eos_token_id == [0, 3]
+    (stock / "generation_config.json").write_text(json.dumps(tokens))
+    refused(stock, f"its generation config can't be right: {next(iter(tokens))}")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "chat_template.jinja"])
+def test_pipes_among_the_files_are_refused(stock: Path, name: str) -> None:
+    (stock / name).unlink(missing_ok=True)
+    os.mkfifo(stock / name)
+    refused_by_all(stock, f"{name} is no regular file")
 
 
 def test_adapters_beside_the_weights_are_refused(stock: Path) -> None:
@@ -524,7 +574,17 @@ def test_configs_that_cant_be_right_are_refused(stock: Path, changes: dict[str, 
 
 
 @pytest.mark.parametrize(
-    "record", ['{"steps": 3}', '{"fingerprints": [1]}', "[]", "[" * 100_000, "\xff", '{"teacher": {}}']
+    "record",
+    [
+        '{"steps": 3}',
+        '{"steps": [{"x": 1}]}',
+        '{"steps": [{"verb": "heal", "seconds": "1"}]}',
+        '{"fingerprints": [1]}',
+        "[]",
+        "[" * 100_000,
+        "\xff",
+        '{"teacher": {}}',
+    ],
 )
 def test_damaged_records_are_refused(tmp_path: Path, record: str) -> None:
     (tmp_path / "kvlatent.json").write_text(record, encoding="latin-1")

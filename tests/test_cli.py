@@ -129,6 +129,13 @@ def test_names_of_any_bytes_are_shown(folder: Path, capsys: pytest.CaptureFixtur
     assert "model-\\udcff" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["a" * 5000, "./" + "b/" * 2000, "c\nd", "/e" * 3000 + ".gguf"])
+def test_names_of_any_length_are_refused_in_a_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", name]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("kvlatent: ") and said.count("\n") == 1 and len(said) < 1100
+
+
 def test_every_command_takes_the_common_options() -> None:
     for command in cli.COMMANDS:
         text = cli.help_text(command)

@@ -113,13 +113,16 @@ def test_a_cache_of_the_teacher_is_refused(
     tiny_teacher: Callable[[str], PreTrainedModel], tiny_student: Callable[..., PreTrainedModel], ids: Tensor
 ) -> None:
     cache = tiny_teacher("qwen2")(ids[:1], use_cache=True)[CACHE]
-    with pytest.raises(UserError, match=r"16 dims, where this model caches 8"):
+    with pytest.raises(UserError, match=r"2 keys of 16 dims, where this model caches 2 of 8"):
         tiny_student("qwen2", "paper")(ids[:1], **{CACHE: cache})
 
 
-def test_prefix_tuning_is_refused_with_the_reason(tiny_student: Callable[..., PreTrainedModel], ids: Tensor) -> None:
+@pytest.mark.parametrize("preset", ["paper", "best"])  # of best a latent of two heads is as wide as a head was
+def test_prefix_tuning_is_refused_with_the_reason(
+    preset: str, tiny_student: Callable[..., PreTrainedModel], ids: Tensor
+) -> None:
     config = PrefixTuningConfig(num_virtual_tokens=5, task_type=TaskType.CAUSAL_LM)
-    tuned = get_peft_model(tiny_student("llama", "paper"), config)
+    tuned = get_peft_model(tiny_student("llama", preset), config)
     with pytest.raises(UserError, match="prefix tuning"):
         tuned(input_ids=ids[:2], labels=ids[:2])
 

@@ -36,7 +36,7 @@ def folder(
 def command(name: str, folder: Path) -> tuple[Callable[[Path], list[str]], str, dict[str, Any]]:
     """How to run a command into a folder, its output there, and what else `check` is to know."""
     text = ["--text", f"{folder}/train.txt", "--block-size", "32"]
-    calibration, dims = [*text, "--tokens", "128"], ["--d-qk", "8", "--d-vo", "8"]
+    calibration, dims = [*text, "--tokens", "128", "--window", "8"], ["--d-qk", "8", "--d-vo", "8"]
     healing = ["heal", f"{folder}/student", "--teacher", f"{folder}/teacher", *text, "--stage1-tokens", "64"]
     healing += ["--stage2-tokens", "64", "--lora-rank", "2"]
     export, keeping = ["export", f"{folder}/student", "--to"], ["--adapters", "save", "--stream-layers"]

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from kvlatent import files
 from kvlatent.errors import UserError
-from kvlatent.files import new_file, new_folder, replaced, scratch_folder, sole_writer, sweep
+from kvlatent.files import check_regular, new_file, new_folder, replaced, scratch_folder, sole_writer, sweep
 from kvlatent.signals import Stopped, stopping
 
 HOLD = """
@@ -156,3 +156,19 @@ def test_folders_that_are_there_are_refused(name: str, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="exists already"), new_folder(Path(name)):
         raise AssertionError("not reached")
+    with pytest.raises(UserError, match=r"can't write|exists already"), replaced(Path(name)) as partial:
+        partial.write_text("a file can't take the place of a folder")
+
+
+def test_pipes_and_devices_are_no_input(tmp_path: Path) -> None:
+    (tmp_path / "run" / "evaluate").mkdir(parents=True)
+    (tmp_path / "run" / "file").write_text("x")
+    (tmp_path / "run" / "dangling").symlink_to("nowhere")
+    check_regular(tmp_path / "run")
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        odd = tmp_path / "run" / "evaluate" / "teacher.json"
+        make(odd)
+        for path in (tmp_path / "run", odd):
+            with pytest.raises(UserError, match=r"teacher.json is no regular file"):
+                check_regular(path)
+        odd.unlink()

@@ -100,6 +100,13 @@ def sweep(folder: Path) -> None:
                 pass
 
 
+def check_regular(path: Path) -> None:
+    """Raise `UserError` if `path`, or anything below it, is neither file nor folder: pipes and devices never end."""
+    for file in (path, *path.rglob("*")):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise UserError(f"{file} is no regular file")
+
+
 def at_home(path: str | Path) -> Path:
     """A path with `~` replaced; unlike `Path.expanduser`, it stays as it is where there is no home directory."""
     return Path(os.path.expanduser(path))
@@ -226,6 +233,7 @@ def discard(path: Path, *, of: Path) -> None:
 
 def _partial(path: Path) -> Path:
     """A sibling to write first; its name is random, because process ids are equal in different containers."""
+    path = Path(os.path.abspath(path))  # "." has no name
     return path.with_name(f".{path.name}.partial-{secrets.token_hex(6)}")
 
 

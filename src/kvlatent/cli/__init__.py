@@ -76,13 +76,11 @@ def _main(argv: Sequence[str] | None) -> int:
             with stopping():
                 result = command.run()
     except UserError as error:
-        print(f"kvlatent: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _refused(str(error))
     except BrokenPipeError:
         raise
     except OSError as error:
-        print(f"kvlatent: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
-        return 2
+        return _refused(f"{error.filename or 'file'}: {error.strerror or error}")
     except KeyboardInterrupt as stop:
         how = "nothing was done" if command is None else command.how_to_resume()
         print(f"kvlatent: interrupted; {how}", file=sys.stderr)
@@ -93,6 +91,12 @@ def _main(argv: Sequence[str] | None) -> int:
     encoding = sys.stdout.encoding or "utf-8"
     print(answer.encode(encoding, "backslashreplace").decode(encoding))  # names may be any bytes, and terminals ASCII
     return 0
+
+
+def _refused(why: str) -> int:
+    """Say in one line why a command can't be done; the names in it may be of any length."""
+    print(f"kvlatent: {' '.join(why.split())[:1000]}", file=sys.stderr)
+    return 2
 
 
 def parse(argv: Sequence[str]) -> Any:

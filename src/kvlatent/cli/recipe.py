@@ -33,7 +33,7 @@ from kvlatent.evaluation.perplexity import Perplexity, perplexity
 from kvlatent.evaluation.report.page import write_report
 from kvlatent.evaluation.report.text import model_card
 from kvlatent.fields import given
-from kvlatent.files import discard, sole_writer, sweep
+from kvlatent.files import check_regular, discard, sole_writer, sweep
 from kvlatent.healing.checkpoint import forget_finished, heal_student, teacher_dtype
 from kvlatent.healing.config import HealConfig
 from kvlatent.model.checkpoints import (
@@ -118,6 +118,7 @@ def _prepare_folder(recipe: Recipe, out: Path) -> None:
     """
     if out.is_dir():
         sweep(out)
+        check_regular(out)
     stored = out / "recipe.yaml"
     if not stored.is_file():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -19,7 +19,7 @@ from kvlatent.compress.linear_algebra import moment
 from kvlatent.compress.refit import LogitSamples
 from kvlatent.data.positions import block_starts
 from kvlatent.errors import UserError
-from kvlatent.files import new_file
+from kvlatent.files import check_regular, new_file
 from kvlatent.model.attention import LatentAttention, side_by_side
 from kvlatent.model.graft import graft, heads_per_latent_of
 from kvlatent.model.layers import layer_arguments
@@ -233,6 +233,7 @@ class Statistics:
             UserError: The file is missing, cut off, damaged, or something else.
         """
         try:
+            check_regular(path)
             with safe_open(path, framework="pt") as file:
                 meta, present = file.metadata() or {}, set(file.keys())
                 tokens, about = json.loads(meta["tokens"]), json.loads(meta["about"])

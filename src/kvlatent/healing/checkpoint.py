@@ -20,7 +20,7 @@ from kvlatent.data.positions import context_of
 from kvlatent.data.sources import read_text
 from kvlatent.errors import UserError
 from kvlatent.fields import given
-from kvlatent.files import check_disk, discard, refuse_existing, sole_writer
+from kvlatent.files import check_disk, check_regular, discard, refuse_existing, sole_writer
 from kvlatent.healing.config import HealChanges, HealConfig, HealInputs, settings_for, work_folder
 from kvlatent.healing.heal import heal
 from kvlatent.healing.state import has_state
@@ -148,6 +148,7 @@ def _sole_healing(out: Path, *, resume: bool, restart: bool) -> Iterator[None]:
         forget_finished(out)
         refuse_existing(out)
         work = work_folder(out)
+        check_regular(work)
         if resume and restart:
             raise UserError("--resume goes on and --restart begins anew; give one of them")
         if has_state(work) and not (resume or restart):

@@ -84,7 +84,7 @@ def unmeasured_card(record: Mapping[str, Any], spec: Mapping[str, Any]) -> str:
     """The model card of a student that nothing was measured on yet."""
     steps = {step["verb"]: {k: v for k, v in step.items() if k not in ("verb", "record")} for step in record["steps"]}
     notes = [f"{key}: `{code(value)}`" for key, value in flatten(record["steps"][-1]["record"])]
-    notes += [f"{verb}: {step['seconds']:,.1f} s" for verb, step in steps.items()]
+    notes += [f"{verb}: {step['seconds']:,.1f} s" for verb, step in steps.items() if "seconds" in step]
     return card(spec, model=record["teacher"], notes=notes, recipe=steps)
 
 

@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import kvlatent
 from kvlatent.errors import UserError, first_error, needs
-from kvlatent.files import at_home, new_folder
+from kvlatent.files import at_home, check_regular, new_folder
 from kvlatent.model.folder import (
     check_all_used,
     check_finite,
+    check_generation,
     head_is_tied,
     one_line,
     read_config,
@@ -47,6 +48,15 @@ RECORD_BYTES = 2**26
 """A record longer than this is none of ours: the fingerprints of a text of 300M tokens take less."""
 
 
+class RecordedStep(BaseModel):
+    """What was done to a checkpoint, as far as it is read again."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    verb: str
+    seconds: float = 0.0
+
+
 class Record(BaseModel):
     """`kvlatent.json`, as far as it is read again; what else it holds is kept."""
 
@@ -55,7 +65,7 @@ class Record(BaseModel):
     teacher: str | None = None
     preset: str | None = None
     fingerprints: list[str] = []
-    steps: list[dict[str, Any]] = []
+    steps: list[RecordedStep] = []
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -63,7 +73,7 @@ def pick_device(name: str = "auto") -> torch.device:
     if name != "auto":
         try:
             device = torch.device(name)
-            torch.empty(0, device=device)
+            torch.empty(0, device=device).cpu()  # meta has no data
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from None
         return device
@@ -135,6 +145,7 @@ def load_model(
             source, config=config, dtype=kind, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         check_all_used(model, missing=info["missing_keys"], unused=info["unexpected_keys"])
+        check_generation(loaded)
         for name, parameter in loaded.named_parameters():
             check_finite(model, name, parameter)
         loaded.config.tie_word_embeddings = head_is_tied(loaded)
@@ -164,6 +175,7 @@ def locate(model: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{model} holds no config.json: not a Hugging Face checkpoint")
+        check_regular(path)
         return str(path)
     if model.count("/") > 1 or model.startswith((".", "/", "~")):
         raise UserError(f"no such folder: {model}")

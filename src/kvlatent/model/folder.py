@@ -17,7 +17,14 @@ from huggingface_hub import snapshot_download
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from kvlatent.errors import UserError, first_error
 from kvlatent.model.families import PREFIX, family_of
@@ -49,6 +56,15 @@ def _of_weights(dtype: Any) -> Any:
     raise ValueError("weights are of 16 bits or more")
 
 
+class Counts(BaseModel):
+    """Entries of a config that transformers makes lists of while it reads it."""
+
+    model_config = ConfigDict(strict=True)
+
+    num_hidden_layers: Annotated[int, Field(ge=1, le=2**12)] | None = None
+    num_labels: Annotated[int, Field(ge=0, le=2**16)] | None = None
+
+
 class Shape(BaseModel):
     """Entries of a config that shapes and memory follow from; without bounds, nonsense would only fail much later."""
 
@@ -75,6 +91,10 @@ def read_config(source: str, **where: Any) -> PreTrainedConfig:
     Raises:
         UserError: The model is not supported, or its config asks for what no supported model needs.
     """
+    try:
+        Counts.model_validate(PreTrainedConfig.get_config_dict(source, **where)[0])
+    except ValidationError as error:
+        raise UserError(f"its config can't be right: {first_error(error)}") from None
     config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
     family_of(config)
     for name in ("_attn_implementation", "_experts_implementation"):
@@ -107,12 +127,53 @@ def read_config(source: str, **where: Any) -> PreTrainedConfig:
     return config
 
 
+Token = Annotated[int, Field(ge=-1, le=2**31)]
+
+
+class Generation(BaseModel):
+    """Entries of a generation config that decoding goes by whatever else is asked for."""
+
+    model_config = ConfigDict(strict=True, from_attributes=True)
+
+    bos_token_id: Token | None = None
+    eos_token_id: Token | Annotated[list[Token], Field(min_length=1)] | None = None
+    pad_token_id: Token | None = None
+
+
+def check_generation(model: PreTrainedModel) -> None:
+    """Raise `UserError` unless a loaded model's generation config names tokens where it should."""
+    try:
+        Generation.model_validate(model.generation_config)
+    except ValidationError as error:
+        raise UserError(f"its generation config can't be right: {first_error(error)}") from None
+
+
+SAMPLE = "A text: ä, 漢, 🙂.\n"
+"""What every tokenizer has tokens for, if only one for what it doesn't know."""
+
+
 def read_tokenizer(source: str, **where: Any) -> PreTrainedTokenizerBase:
-    """Read the tokenizer of a folder, hub id or (with `gguf_file`) GGUF file."""
+    """Read the tokenizer of a folder, hub id or (with `gguf_file`) GGUF file, and try it, so that no text fails later.
+
+    Raises:
+        UserError: It makes no tokens.
+    """
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
     tokenizer.init_kwargs.pop("auto_map", None)  # names code that isn't copied with it
-    json.dumps(tokenizer.init_kwargs, ensure_ascii=False, default=str).encode()  # what can't be written fails here
+    settings = {name: getattr(tokenizer, name, value) for name, value in tokenizer.init_kwargs.items()}
+    json.dumps(
+        settings, ensure_ascii=False, default=_added
+    ).encode()  # as saving does: what can't be written fails here
+    if not tokenizer(SAMPLE)["input_ids"]:
+        raise UserError("its tokenizer makes no tokens of a text")
     return tokenizer
+
+
+def _added(value: Any) -> str:
+    """What a tokenizer's settings hold beside JSON, as text."""
+    if isinstance(value, AddedToken):
+        return str(value)
+    raise TypeError(f"its tokenizer's settings can't be saved: {value!r} is no JSON")
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

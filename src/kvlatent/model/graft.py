@@ -125,11 +125,12 @@ def _check_cache(cache: Cache, body: PreTrainedModel) -> None:
         ours = "a model without a window was given the cache of a student with a window"
         raise UserError(f"{ours if has_window else theirs}; let the model make its cache")
     keys = getattr(cache.layers[0], "keys", None) if cache.layers else None
-    width = body.layers[0].self_attn.cached_keys
-    if keys is not None and keys.dim() == 4 and keys.shape[-1] != width:
+    attention = body.layers[0].self_attn
+    heads, width = attention.latents, attention.cached_keys
+    if keys is not None and keys.dim() == 4 and (keys.shape[1], keys.shape[-1]) != (heads, width):
         raise UserError(
-            f"the cache given holds keys of {keys.shape[-1]} dims, where this model caches {width}: a cache of another "
-            "model, or prefix tuning, which fills one by the config's head_dim"
+            f"the cache given holds {keys.shape[1]} keys of {keys.shape[-1]} dims, where this model caches {heads} of "
+            f"{width}: a cache of another model, or prefix tuning, which fills one by the config's heads and head_dim"
         )
 
 

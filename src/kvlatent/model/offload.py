@@ -54,9 +54,16 @@ class OffloadedLayers:
             layer.to("meta")
 
     def put(self, module: nn.Module, name: str, stored: str) -> None:
-        """Give `module` its parameter `name`, stored under the name `stored`."""
+        """Give `module` its parameter `name`, stored under the name `stored`.
+
+        Raises:
+            UserError: It can't be read, isn't finite, or is of another shape.
+        """
         path, _, leaf = name.rpartition(".")
         owner, weight = module.get_submodule(path), self.tensor(stored).to(self.device, self.dtype)
+        found, wanted = tuple(weight.shape), tuple(getattr(owner, leaf).shape)
+        if found != wanted:
+            raise UserError(f"{self.model}: {stored} is of shape {found}; the architecture takes {wanted}")
         setattr(owner, leaf, nn.Parameter(weight, requires_grad=getattr(owner, leaf).requires_grad))
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from kvlatent.errors import UserError
 from kvlatent.evaluation.config import NEAR_ONLY
+from kvlatent.files import check_regular
 
 
 class _Section(BaseModel):
@@ -187,6 +188,7 @@ def read_run(folder: Path) -> Run:
     path = folder / "results.json"
     if not path.is_file():
         raise UserError(f"{folder} has no results.json: give a run folder that `kvlatent run` or `eval` has filled")
+    check_regular(folder)
     results = parse_results(_read_json(path), str(path))
     if (folder / "record.json").is_file():
         record = _read_json(folder / "record.json")

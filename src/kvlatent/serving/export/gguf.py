@@ -194,9 +194,10 @@ class _Vocabulary:
         self.tokens, self.types = [f"[PAD{index}]" for index in range(size)], [TokenType.UNUSED] * size
         for token, index in ids.items():
             self.tokens[index], self.types[index] = token, kinds[added.get(token)]
+        encoded = tokenizer("a")["input_ids"]
         for name, at in (("bos", 0), ("eos", -1)):  # what encoding a text adds; llama.cpp's own defaults differ by name
             marker = getattr(tokenizer, f"{name}_token_id")
-            self.special.add_special_token[name] = marker is not None and tokenizer("a")["input_ids"][at] == marker
+            self.special.add_special_token[name] = marker is not None and encoded[at] == marker
 
     def add_to(self, writer: gguf.GGUFWriter) -> None:
         """Write tokens, types, merges, special ids and the chat template."""
