@@ -19,7 +19,7 @@ from kvlatent.compress.config import CalibrateConfig, ConvertConfig, PlanConfig
 from kvlatent.compress.convert import convert_as
 from kvlatent.compress.methods import PRESETS
 from kvlatent.compress.planning import Request, check_source, grouped_heads, method_of, near_of, requested
-from kvlatent.compress.statistics import Statistics, calibrate
+from kvlatent.compress.statistics import Statistics, calibrate, check_far_tokens
 from kvlatent.data.blocks import TokenBlocks, batch_size_for
 from kvlatent.data.positions import context_of
 from kvlatent.data.sources import TEACHER_TEXT, read_text
@@ -62,6 +62,8 @@ def calibrate_checkpoint(
         check_teacher(config)
         context, grouped = context_of(config, asked.context), heads_per_latent_of(config, asked.heads_per_latent)
         near = near_of("best", PRESETS["best"].default, asked.window, asked.sinks)
+        if asked.text:
+            check_far_tokens(near, asked.block_size)
         shards = [load_statistics(path, config) for path in asked.merge]
         moments = 3 * config.num_attention_heads + 2 * config.num_key_value_heads
         if grouped > 1:
@@ -156,6 +158,8 @@ def plan_checkpoint(
         grouped = grouped_heads(config, PRESETS["best"].default, asked.heads_per_latent, statistics)
         near = near_of("best", PRESETS["best"].default, asked.window, asked.sinks, statistics)
         total = budgets.total_dims(config, asked.budget, near)
+        if statistics is None:
+            check_far_tokens(near, asked.block_size)
         teacher = load_model(model, device=device, dtype="float32")[0]
         if statistics is None:
             blocks = read_text(
@@ -279,6 +283,8 @@ def target_of(config: PreTrainedConfig, asked: ConvertConfig, statistics: Statis
     if not recipe.calibrated and (asked.stats or asked.text):
         raise UserError(f"preset {asked.preset} is not calibrated; leave --text and --stats out")
     check_source(request, given=bool(asked.stats or asked.text))
+    if asked.text:
+        check_far_tokens(request.near, asked.block_size)
     if asked.stats and asked.text and total is None:
         raise UserError("give either text (--text) or statistics (--stats); both only for best with a --budget")
     return Target(asked=asked, request=request, total=total, context=context_of(config, asked.context))

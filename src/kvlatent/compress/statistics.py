@@ -300,6 +300,15 @@ class Statistics:
         return Statistics(layers, {**self.about, **both, "tokens": layers[0].tokens}, probes)
 
 
+def check_far_tokens(near: Near, block_size: int) -> None:
+    """Raise `UserError` if blocks of text hold no token that is met through latents."""
+    if near.window and block_size <= sum(near):
+        raise UserError(
+            f"blocks of {block_size} tokens hold nothing beyond a window of {near.window} and {near.sinks} sinks; "
+            "give longer ones (--block-size), or a shorter --window"
+        )
+
+
 def calibrate(
     teacher: PreTrainedModel,
     ids: Int[Tensor, "blocks block_size"],
@@ -329,11 +338,7 @@ def calibrate(
     Raises:
         UserError: Activations aren't finite, or the blocks hold nothing far.
     """
-    if near.window and ids.shape[1] <= sum(near):
-        raise UserError(
-            f"blocks of {ids.shape[1]} tokens hold nothing beyond a window of {near.window} and {near.sinks} sinks; "
-            "give longer ones (--block-size), or a shorter --window"
-        )
+    check_far_tokens(near, ids.shape[1])
     model, grouped = graft(teacher), heads_per_latent_of(teacher.config, heads_per_latent)
     layers, scaling = model.model.layers, model.model.rotary_emb.scaling
     statistics = [LayerStatistics() for _ in layers]
