@@ -70,6 +70,7 @@ def start(work: Callable[[], object], folder: Path) -> int:
     code: object = 1
     try:
         os.setsid()
+        torch.set_num_threads(1)  # makes torch's pool anew after the fork, before threads that load weights do so at once
         tqdm.set_lock(threading.RLock())  # the one of several processes would stay locked by one that is killed
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(f"{folder}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
