@@ -200,7 +200,11 @@ def poisoned(x: Tensor) -> Tensor:
         ({"layers.0.o": torch.zeros(4, 16, 16)}, "layers.0.o has a wrong shape or dtype"),
         ({"layers.1.k_unrotated": poisoned}, "layers.1.k_unrotated holds NaN"),
         ({"probes": torch.zeros(2, 3)}, "probes have a wrong shape"),
-        ({"probes": torch.full((2, 2), torch.nan)}, "probes have a wrong shape, or hold NaN"),
+        (
+            {"probes": torch.full((2, 2), torch.nan, dtype=torch.float64)},
+            "probes have a wrong shape or dtype, or hold NaN",
+        ),
+        ({"probes": torch.zeros(2, 2, dtype=torch.uint8)}, "probes have a wrong shape or dtype"),
     ],
 )
 def test_damaged_files_give_one_line(

@@ -285,8 +285,10 @@ class Statistics:
                 if not bool(torch.isfinite(x).all()):
                     raise UserError(f"layers.{index}.{name} holds NaN or infinity")
         shape = (2, len(self.layers))
-        if self.probes is not None and (self.probes.shape != shape or not bool(torch.isfinite(self.probes).all())):
-            raise UserError("probes have a wrong shape, or hold NaN or infinity")
+        if (x := self.probes) is not None and not (
+            x.shape == shape and x.dtype == torch.float64 and bool(x.isfinite().all())
+        ):
+            raise UserError("probes have a wrong shape or dtype, or hold NaN or infinity")
 
     def merge(self, other: Statistics) -> Statistics:
         """Statistics of both texts together, as if calibrated in one pass."""
