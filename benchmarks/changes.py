@@ -102,7 +102,7 @@ def change_json(rng: random.Random, path: Path, extra: dict[str, list[Any]] | No
         path.write_text(deep)
         return f"{path.name} is {deep[:10]}…"
     lines = path.suffix == ".jsonl"
-    tree = [json.loads(line) for line in path.read_text().splitlines()] if lines else json.loads(path.read_text())
+    tree: Any = [json.loads(line) for line in path.read_text().splitlines()] if lines else json.loads(path.read_text())
     how = [changed(rng, tree[key] if key else tree, extra) for _ in range(rng.choice([1, 1, 1, 2, 4]))]
     path.write_text("\n".join(map(json.dumps, tree)) if lines else json.dumps(tree))
     return f"{path.name}: {'; '.join(how)}"

@@ -81,8 +81,8 @@ class Scene:
 
 def difference(found: dict[str, str], *wanted: dict[str, str]) -> str:
     """What differs between an output and the nearest of those wanted; empty where it equals one."""
-    by = [[name for name in {*found, *one} if found.get(name) != one.get(name)] for one in wanted]
-    return ", ".join(sorted(min(by, key=len)))
+    differing = [sorted(name for name in {*found, *one} if found.get(name) != one.get(name)) for one in wanted]
+    return min((", ".join(names) for names in differing), key=len)
 
 
 def kills(scene: Scene, times: int, rng: random.Random) -> tuple[Counter[str], list[str]]:

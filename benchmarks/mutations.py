@@ -24,6 +24,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -199,8 +200,8 @@ def recipes(at: Place) -> tuple[list[str], str]:
         how = how[:40]
     else:
         file.write_text(json.dumps(data))
-        extra = {"seed": NUMBERS, "model": [*STRINGS, f"{at.root}/student"], "title": STRINGS, "context": NUMBERS,
-                 "block_size": NUMBERS, "evil": [1], "license": STRINGS}  # fmt: skip
+        extra = dict[str, list[Any]](seed=NUMBERS, title=STRINGS, context=NUMBERS, block_size=NUMBERS, evil=[1])
+        extra |= {"model": [*STRINGS, f"{at.root}/student"], "license": STRINGS}
         how = change_json(at.rng, file, extra)
     return ["run", str(file), "--out", str(out)], how
 
@@ -221,7 +222,7 @@ def runs(at: Place) -> tuple[list[str], str]:
     if at.rng.random() < 0.2:
         return ["report", str(run), "--out", "page.html"], how
     for name in at.rng.sample(["results.json", "bench.json", "generations.json", "report.html"], at.rng.randrange(2)):
-        (run / name).is_file() and (run / name).unlink()
+        (run / name).unlink(missing_ok=True)
     return ["run", str(at.root / "tiny.yaml"), "--out", str(run)], how
 
 

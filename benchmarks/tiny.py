@@ -14,11 +14,13 @@ import hashlib
 import json
 import random
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from gguf import GGUFReader  # noqa: F401  # this import and the next ones are for the forked processes
@@ -28,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvlatent import cli
 from kvlatent.healing import heal
+from kvlatent.healing.state import save_state
 
 torch.set_num_threads(1)
 tqdm.monitor_interval = 0  # which would be a thread
@@ -69,6 +72,8 @@ def start(work: Callable[[], object], folder: Path) -> int:
     code: object = 1
     try:
         os.setsid()
+        torch.set_num_threads(1)  # makes its pool anew after the fork, before threads would at once
+        tqdm.set_lock(threading.RLock())  # the one of several processes would stay locked by one that is killed
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(f"{folder}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
         os.chdir(folder)
@@ -194,17 +199,17 @@ def inputs(root: Path) -> None:
 
     def killed() -> int:
         """A healing that ends after its third saved state."""
-        saves, save = 0, heal.save_state
+        saves = 0
 
-        def counted(*arguments: object) -> None:
+        def counted(*arguments: Any) -> None:
             nonlocal saves
-            save(*arguments)  # type: ignore[arg-type]
+            save_state(*arguments)
             saves += 1
             if saves == 3:
                 os._exit(9)
 
-        heal.save_state = counted
-        return cli.main([*healing(root, f"{root}/unfinished/out"), "--save-minutes", "0"])
+        with patch.object(heal, "save_state", counted):
+            return cli.main([*healing(root, f"{root}/unfinished/out"), "--save-minutes", "0"])
 
     train = ["--text", f"{root}/train.txt", *CALIBRATION]
     teacher(root / "teacher")

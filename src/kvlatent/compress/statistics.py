@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from kvlatent.compress.linear_algebra import moment
 from kvlatent.compress.refit import LogitSamples
 from kvlatent.data.positions import block_starts
-from kvlatent.errors import UserError
+from kvlatent.errors import UserError, first_error
 from kvlatent.files import check_regular, new_file
 from kvlatent.model.attention import LatentAttention, side_by_side
 from kvlatent.model.graft import graft, heads_per_latent_of
@@ -195,6 +196,21 @@ def sample_logits(
     return LogitSamples(q=q, k=side_by_side(k, heads_per_latent), rows=rows, logits=logits, probs=probs)
 
 
+Count = Annotated[int, Field(ge=1)]
+
+
+class About(BaseModel):
+    """What a statistics file says of itself, as far as it is read again; what else it holds is kept."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = None
+    text: list[str] = []
+    tokens: Count | None = None
+    fingerprints: list[str] = []
+    near: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] = [0, 0]
+
+
 @dataclass
 class Statistics:
     """Calibration statistics of a model: what any preset and budget is derived from."""
@@ -236,7 +252,8 @@ class Statistics:
             check_regular(path)
             with safe_open(path, framework="pt") as file:
                 meta, present = file.metadata() or {}, set(file.keys())
-                tokens, about = json.loads(meta["tokens"]), json.loads(meta["about"])
+                about = About.model_validate_json(meta["about"]).model_dump(exclude_unset=True)
+                tokens = TypeAdapter(list[Count]).validate_json(meta["tokens"], strict=True)
                 names = NAMES + GROUPED if f"layers.0.{GROUPED[0]}" in present else NAMES
                 wanted = {f"layers.{i}.{name}" for i in range(min(len(tokens), len(present))) for name in names}
                 if present - {"probes"} != wanted or len(wanted) != len(tokens) * len(names):
@@ -247,19 +264,16 @@ class Statistics:
                 ]
                 loaded = cls(layers, about, file.get_tensor("probes") if "probes" in present else None)
             loaded.check()
-        except Exception as error:  # safetensors, json and what the metadata may be instead raise many kinds
+        except ValidationError as error:
+            raise UserError(f"{path} holds no calibration statistics of kvlatent: {first_error(error)}") from None
+        except Exception as error:  # safetensors and what the metadata may be instead raise many kinds
             raise UserError(f"{path} holds no calibration statistics of kvlatent: {error}") from None
         return loaded
 
     def check(self) -> None:
         """Raise `UserError`, naming what is wrong, unless these are finite moments of alike layers of one model."""
-        if not self.layers or not all(type(layer.tokens) is int and layer.tokens > 0 for layer in self.layers):
-            raise UserError("it names no layers, or no tokens for them")
-        if isinstance(self.about, dict) and not all(type(x) is int and x >= 0 for x in self.about.get("near", [])):
-            raise UserError("what it says of the window is damaged")
-        lists = (self.about.get(key, []) for key in ("text", "fingerprints")) if isinstance(self.about, dict) else [0]
-        if not all(isinstance(x, list) and all(isinstance(item, str) for item in x) for x in lists):
-            raise UserError("what it says of its text is damaged")
+        if not self.layers:
+            raise UserError("it names no layers")
         (q_heads, head_dim, _), kv_heads = self.layers[0].sums["q"].shape, len(self.layers[0].sums["k"])
         m = self.heads_per_latent
         for index, layer in enumerate(self.layers):
@@ -271,8 +285,10 @@ class Statistics:
                 if not bool(torch.isfinite(x).all()):
                     raise UserError(f"layers.{index}.{name} holds NaN or infinity")
         shape = (2, len(self.layers))
-        if self.probes is not None and (self.probes.shape != shape or not bool(torch.isfinite(self.probes).all())):
-            raise UserError("probes have a wrong shape, or hold NaN or infinity")
+        if (x := self.probes) is not None and not (
+            x.shape == shape and x.dtype == torch.float64 and bool(x.isfinite().all())
+        ):
+            raise UserError("probes have a wrong shape or dtype, or hold NaN or infinity")
 
     def merge(self, other: Statistics) -> Statistics:
         """Statistics of both texts together, as if calibrated in one pass."""
