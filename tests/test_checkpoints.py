@@ -555,6 +555,7 @@ def test_code_in_a_folder_is_not_run_nor_asked_about_nor_passed_on(
         ({"attn_implementation": "kernels-community/flash-attn2"}, "names a kernel to download"),
         ({"transformers_weights": "../other.safetensors"}, "has transformers_weights"),
         ({"is_encoder_decoder": True}, "has is_encoder_decoder"),
+        ({"output_attentions": True}, "has output_attentions"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
         ({"vocab_size": -1}, "vocab_size"),
         ({"num_key_value_heads": 3}, "can't be right: 4 query heads, 3 KV heads"),

@@ -139,6 +139,16 @@ def test_run_prints_the_summary_table(
     assert said.rstrip().endswith("report.html")
 
 
+def test_damaged_results_of_a_finished_run_are_one_line(
+    root: Path, done: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(done[0], tmp_path / "run")
+    results = json.loads((copy / "results.json").read_text())
+    (copy / "results.json").write_text(json.dumps(results | {"spec": "."}))
+    assert cli.main(["run", str(root / "tiny.yaml"), "--out", str(copy)]) == 2
+    assert "is not a results file of kvlatent: spec" in capsys.readouterr().err
+
+
 def test_interrupted_run_goes_on_where_it_stopped(
     root: Path,
     recipe: dict[str, Any],
