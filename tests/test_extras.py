@@ -30,7 +30,7 @@ def test_the_base_converts_and_generates_and_the_rest_names_its_extra(
     text = "--text|text.txt|--tokens|256|--block-size|32"
     works = [
         "info|teacher",
-        f"convert|teacher|--out|student|--d-qk|8|--d-vo|8|{text}",
+        f"convert|teacher|--out|student|--d-qk|8|--d-vo|8|--window|8|{text}",
         "generate|student|--prompt|river|--max-new-tokens|2",
         "bench|student|--context|8|--new-tokens|2|--repeats|1",
         "doctor|student",
