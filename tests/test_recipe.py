@@ -323,6 +323,17 @@ def test_damage_in_a_run_folder_is_one_line(
         pipeline.run(root / "tiny.yaml", tmp_path / "run")
 
 
+@pytest.mark.parametrize("changes", [{"spec": "."}, {"generations": ["x"]}, {"evaluate": {"models": 3}}])
+def test_damage_in_the_results_of_a_finished_run_is_one_line(
+    root: Path, done: tuple[Path, dict[str, Any]], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    shutil.copytree(done[0], tmp_path / "run")
+    file = tmp_path / "run" / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UserError, match=rf"results\.json is not a results file of kvlatent: {next(iter(changes))}"):
+        pipeline.run(root / "tiny.yaml", tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -31,6 +31,7 @@ from kvlatent.evaluation.far import near_only_perplexity
 from kvlatent.evaluation.generate import complete
 from kvlatent.evaluation.perplexity import Perplexity, perplexity
 from kvlatent.evaluation.report.page import write_report
+from kvlatent.evaluation.report.results import parse_results
 from kvlatent.evaluation.report.text import model_card
 from kvlatent.fields import given
 from kvlatent.files import check_regular, discard, sole_writer, sweep
@@ -210,7 +211,9 @@ class _Run:
                 self._do(step)
                 new = True
         self.group.wait_for_everyone()
-        return {"out": str(self.out), **read_json(self.out / "results.json", dict[str, Any])}
+        results = read_json(self.out / "results.json", dict[str, Any])
+        parse_results(results, str(self.out / "results.json"))  # what is shown of it would fail without a reason
+        return {"out": str(self.out), **results}
 
     def _do(self, step: _Step) -> None:
         clock = self.out / "seconds.json"

@@ -285,8 +285,8 @@ class Statistics:
                 if not bool(torch.isfinite(x).all()):
                     raise UserError(f"layers.{index}.{name} holds NaN or infinity")
         shape = (2, len(self.layers))
-        if (x := self.probes) is not None and not (
-            x.shape == shape and x.dtype == torch.float64 and bool(x.isfinite().all())
+        if (probes := self.probes) is not None and not (
+            probes.shape == shape and probes.dtype == torch.float64 and bool(probes.isfinite().all())
         ):
             raise UserError("probes have a wrong shape or dtype, or hold NaN or infinity")
 
