@@ -422,6 +422,9 @@ def make_bad_files(root: Path, folder: Path) -> None:
     (root / "garbled" / "config.json").write_text("{")
     shutil.copytree(folder / "student", root / "no-record")
     (root / "no-record" / RECORD).unlink()
+    shutil.copytree(folder / "student", root / "attentions")
+    config = json.loads((root / "attentions" / "config.json").read_text())
+    (root / "attentions" / "config.json").write_text(json.dumps(config | {"output_attentions": True}))
 
 
 TEXT = ["--text", "{folder}/train.txt", "--tokens", "512", "--block-size", "32", "--window", "0"]
@@ -494,6 +497,7 @@ BAD = {
     "own path of nothing": (["bench", "{folder}/student", "--own"], "give --against"),
     "benchmark against itself": (["bench", "{folder}/student", "--against", "{folder}/student"], "twice"),
     "empty prompt": (["generate", "{folder}/student", "--prompt", ""], "empty"),
+    "attention weights": (["generate", "{root}/attentions", "--prompt", "x"], "never forms attention weights"),
     "no chat template": (["generate", "{folder}/student", "--prompt", "x", "--chat"], "no chat template"),
     "exporting best to stock": ([*EXPORT, "stock", "--out", "{root}/out"], "--preset portable"),
     "exporting best to gguf": ([*EXPORT, "gguf", "--out", "{root}/out"], "--preset portable"),
