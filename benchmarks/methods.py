@@ -93,11 +93,11 @@ def students(
         return convert(teacher, qk=qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=grouped, statistics=statistics)
 
     def in_order(preset: Any, qk: Any, grouped: int, d_qk: int, d_vo: int, _share: float) -> PreTrainedModel:
-        return convert(teacher, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=grouped, ids=ids)
+        return convert(teacher, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=grouped, window=0, ids=ids)
 
     def planned(_d_qk: int, _d_vo: int, share: float) -> PreTrainedModel:
         allocation = budgets.plan(teacher, statistics, share)
-        return convert(teacher, d_qk=allocation.d_qk, d_vo=allocation.d_vo, ids=ids)
+        return convert(teacher, d_qk=allocation.d_qk, d_vo=allocation.d_vo, window=0, ids=ids)
 
     def axes(d_qk: int, d_vo: int, index: int) -> tuple[Tensor, Tensor]:
         return principal_axes(second[index][0], d_qk), principal_axes(second[index][1], d_vo)

@@ -3,8 +3,8 @@
     python benchmarks/serve_load.py STUDENT --streams 64 --minutes 10
 
 Starts `kvlatent serve`, streams completions of random length until the time is over, one in eight of them longer than
-the context, then stops the server. Prints a line every ten seconds and the counts at the end; exit code 1 if a stream
-was cut off.
+the context, then stops the server. Prints a line every ten seconds, and at the end the counts and the memory of the
+server, its engine included, at the start, in the middle, at the end and at most; exit code 1 if a stream was cut off.
 """
 
 from __future__ import annotations
@@ -81,12 +81,15 @@ def main() -> int:
     clients = [threading.Thread(target=client, args=(seed,)) for seed in range(args.streams)]
     for thread in clients:
         thread.start()
-    began = time.monotonic()
+    began, sizes = time.monotonic(), []
     while any(thread.is_alive() for thread in clients):
-        print(f"{time.monotonic() - began:5.0f} s  {resident(server.pid):6} MB  {dict(counts)}", flush=True)
+        sizes.append(resident(server.pid))
+        print(f"{time.monotonic() - began:5.0f} s  {sizes[-1]:6} MB  {dict(counts)}", flush=True)
         time.sleep(10)
     server.terminate()
-    print(json.dumps({"streams": args.streams, "minutes": args.minutes, "counts": counts, "exit": server.wait()}))
+    memory = {"start": sizes[0], "middle": sizes[len(sizes) // 2], "end": sizes[-1], "most": max(sizes)}
+    about = {"streams": args.streams, "minutes": args.minutes, "counts": counts, "MB": memory}
+    print(json.dumps(about | {"exit": server.wait()}))
     return int(any(not kind.startswith(("whole", "refused")) for kind in counts))
 
 

@@ -289,13 +289,14 @@ def test_of_first_uses_at_once_one_unpacks_for_all(
     assert capsys.readouterr().err.count("unpacking") == 1
 
 
-def test_what_a_killed_process_has_left_is_removed_at_the_next_unpacking(
+def test_what_a_killed_process_has_left_is_removed_at_the_next_start(
     tiny_teacher: Callable[[str], PreTrainedModel], tmp_path: Path, cache: Path
 ) -> None:
     write_gguf(tiny_teacher("llama"), tmp_path / "model.gguf")
-    (cache / ".other-0123.partial-0123456789ab" / "model").mkdir(parents=True)
-    folder = locate(str(tmp_path / "model.gguf"))
-    assert list(cache.iterdir()) == [Path(folder)]
+    for _ in ("unpacked", "found"):
+        (cache / ".other-0123.partial-0123456789ab" / "model").mkdir(parents=True)
+        folder = locate(str(tmp_path / "model.gguf"))
+        assert list(cache.iterdir()) == [Path(folder)]
 
 
 def test_without_a_home_directory_the_cache_is_where_temporary_files_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,6 +443,13 @@ def test_tensors_without_a_place_are_refused(stock: Path) -> None:
     refused_by_all(stock, r"holds 1 tensors .* no place for, model\.layers\.0\.self_attn\.q_proj\.weight_scale_inv")
 
 
+def test_what_is_quantized_is_not_read_layer_by_layer(stock: Path) -> None:
+    edit_config(stock, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    edit_weights(stock, **{"model.layers.0.self_attn.q_proj.weight_scale_inv": torch.ones(1, 1)})
+    with pytest.raises(UserError, match=r"stock is quantized \(fp8\), .*leave --offload out"):
+        open_offloaded(str(stock), device="cpu")
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_no_numbers_are_refused(stock: Path, value: float) -> None:
     edit_weights(stock, **{"model.norm.weight": torch.full((64,), value)})
@@ -547,6 +555,7 @@ def test_code_in_a_folder_is_not_run_nor_asked_about_nor_passed_on(
         ({"attn_implementation": "kernels-community/flash-attn2"}, "names a kernel to download"),
         ({"transformers_weights": "../other.safetensors"}, "has transformers_weights"),
         ({"is_encoder_decoder": True}, "has is_encoder_decoder"),
+        ({"output_attentions": True}, "has output_attentions"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
         ({"vocab_size": -1}, "vocab_size"),
         ({"num_key_value_heads": 3}, "can't be right: 4 query heads, 3 KV heads"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTraine
 
 from kvlatent import cli
 from kvlatent.compress.statistics import Statistics
+from kvlatent.errors import UserError
 from kvlatent.evaluation import evaluate as measuring
 from kvlatent.evaluation.tasks import TaskScore
 from kvlatent.model.checkpoints import RECORD
@@ -422,9 +424,6 @@ def make_bad_files(root: Path, folder: Path) -> None:
     (root / "garbled" / "config.json").write_text("{")
     shutil.copytree(folder / "student", root / "no-record")
     (root / "no-record" / RECORD).unlink()
-    shutil.copytree(folder / "student", root / "attentions")
-    config = json.loads((root / "attentions" / "config.json").read_text())
-    (root / "attentions" / "config.json").write_text(json.dumps(config | {"output_attentions": True}))
 
 
 TEXT = ["--text", "{folder}/train.txt", "--tokens", "512", "--block-size", "32", "--window", "0"]
@@ -473,11 +472,18 @@ BAD = {
         "reduces every head on its own",
     ),
     "converted twice": (["convert", "{folder}/student", "--out", "{root}/out", *TEXT, *DIMS], "converted already"),
+    "a share that is no number": ([*CONVERT, *TEXT, "--budget", "nan"], "share"),
+    "a plan of an unknown kind": (
+        ["plan", "{folder}/teacher", "--budget", "0.5", *TEXT[:2], "--out", "{root}/plan.txt"],
+        "ends in .png",
+    ),
     "unknown device": ([*CONVERT, *TEXT, *DIMS, "--device", "abacus"], "device"),
     "healing a teacher": (["heal", "{folder}/teacher", "--out", "{root}/out", *TEXT[:2], *STAGES], "not a converted"),
     "healing without tokens": ([*HEAL, *TEXT[:2], "--stage1-tokens", "0", "--stage2-tokens", "0"], "needs tokens"),
     "healing with negative tokens": ([*HEAL, *TEXT[:2], "--stage1-tokens", "-1", "--stage2-tokens", "64"], "negative"),
     "healing with too little text": ([*HEAL, *TEXT[:2], "--stage1-tokens", "0", "--stage2-tokens", "99999"], "short"),
+    "healing by no number": ([*HEAL, *TEXT[:2], *STAGES, "--learning-rate", "nan"], "learning_rate must be a number"),
+    "healing without end": ([*HEAL, *TEXT[:2], *STAGES, "--clip", "inf"], "clip must be a number up to 1e+12"),
     "healing without a record": (
         ["heal", "{root}/no-record", "--out", "{root}/out", *TEXT[:2], *STAGES],
         "name it with --teacher",
@@ -495,9 +501,9 @@ BAD = {
     "healing in no context": ([*HEAL, *TEXT[:2], *STAGES, "--context", "0"], "context must be"),
     "context too long": (["bench", "{folder}/student", "--context", "999"], "exceed the 256 positions"),
     "own path of nothing": (["bench", "{folder}/student", "--own"], "give --against"),
+    "benchmark in no memory": (["bench", "{folder}/student", "--memory", "nan"], "--memory must be above 0"),
     "benchmark against itself": (["bench", "{folder}/student", "--against", "{folder}/student"], "twice"),
     "empty prompt": (["generate", "{folder}/student", "--prompt", ""], "empty"),
-    "attention weights": (["generate", "{root}/attentions", "--prompt", "x"], "never forms attention weights"),
     "no chat template": (["generate", "{folder}/student", "--prompt", "x", "--chat"], "no chat template"),
     "exporting best to stock": ([*EXPORT, "stock", "--out", "{root}/out"], "--preset portable"),
     "exporting best to gguf": ([*EXPORT, "gguf", "--out", "{root}/out"], "--preset portable"),
@@ -527,6 +533,57 @@ def test_bad_input_gives_one_line_and_leaves_nothing(
     make_bad_files(tmp_path, folder)
     argv, said = BAD[name]
     check_refused([part.format(root=tmp_path, folder=folder) for part in argv], said, tmp_path, capfd)
+
+
+LEAST = {
+    "convert": ["m", "--out", "o"], "calibrate": ["m", "--out", "o"], "plan": ["m", "--out", "o", "--budget", "0.5"],
+    "heal": ["m", "--out", "o", "--text", "t"], "eval": ["m", "--needle"], "generate": ["m", "--prompt", "x"],
+    "export": ["m", "--to", "gguf", "--out", "o"], "report": ["run"], "run": ["a.yaml"],
+}  # fmt: skip
+"""Arguments that a command can't do without, where they are more than a model."""
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32)])
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_seeds_out_of_range_are_refused_by_every_command(
+    command: str, seed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = [command, *LEAST.get(command, ["m"]), "--seed", seed]
+    check_refused(argv, f"seed must be between 0 and 4294967295; got {seed}", tmp_path, capfd)
+
+
+@pytest.mark.parametrize(
+    ("verb", "slow"),
+    [("calibrate", "compress.checkpoints.read_text"), ("convert", "compress.checkpoints.read_text"),
+     ("plan", "compress.checkpoints.load_model"), ("export", "serving.export.checkpoint.load_model")],
+)  # fmt: skip
+def test_an_output_has_one_command_from_its_start(
+    verb: str, slow: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first is at what takes its time, a second one is refused, and before it does the same."""
+    begun: list[int] = []
+    out = tmp_path / "out.png"
+    text = ["--text", f"{folder}/train.txt", "--tokens", "512", "--block-size", "32", "--window", "0"]
+    argv = {
+        "calibrate": ["calibrate", f"{folder}/teacher", *text],
+        "convert": convert(folder),
+        "plan": ["plan", f"{folder}/teacher", "--budget", "0.5", *text],
+        "export": ["export", f"{folder}/teacher", "--to", "gguf"],
+    }[verb]
+    command = cli.parse([*argv, "--out", str(out)])
+
+    def work(*_: Any, **__: Any) -> None:
+        begun.append(1)
+        assert len(begun) == 1
+        with ThreadPoolExecutor(1) as other, pytest.raises(UserError, match=r"out\.png is being written by process"):
+            other.submit(command.run).result()
+        raise UserError("enough")
+
+    monkeypatch.setattr(f"kvlatent.{slow}", work)
+    with pytest.raises(UserError, match="enough"):
+        command.run()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("verb", ["convert", "heal", "calibrate"])

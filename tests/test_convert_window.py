@@ -68,6 +68,8 @@ def test_statistics_for_another_window_are_refused(tiny_teacher: Callable[[str],
     for asked in ({"window": 0}, {"window": 6}, {"sinks": 1}):
         with pytest.raises(UserError, match="statistics are for a window of 5 tokens and 2 sinks"):
             convert(teacher, d_qk=8, d_vo=4, statistics=statistics, **asked)
+    with pytest.raises(UserError, match="blocks of 24 tokens hold nothing beyond a window of 128 and 4 sinks"):
+        convert(teacher, d_qk=8, d_vo=4, ids=ids)
     with pytest.raises(UserError, match="hold nothing beyond a window of 30"):
         calibrate(teacher, ids, near=Near(30, 0), about={})
 

@@ -1,5 +1,7 @@
 """The launcher with engines that only pretend: signals handed on, nothing left running, one line for what is wrong."""
 
+import errno
+import http.client
 import json
 import os
 import signal
@@ -8,10 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -21,8 +25,8 @@ from kvlatent.errors import UserError
 from kvlatent.serving import launch
 
 FAKE_ENGINE = """
-import http.server, os, signal, subprocess, sys, time
-port, notes, kind = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+import http.server, os, signal, socketserver, subprocess, sys, time
+engine, notes, kind = sys.argv[1:]
 helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 open(notes, "w").write(f"{os.getpid()} {helper.pid}\\n")
 if kind == "broken":
@@ -36,9 +40,16 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
 class Health(http.server.BaseHTTPRequestHandler):
     began = time.monotonic()
     def do_GET(self):
-        self.send_response(200 if self.path == "/health" and time.monotonic() - self.began > 0.5 else 503)
+        if self.path == "/slow":
+            time.sleep(2)
+        self.send_response(200 if time.monotonic() - self.began > 0.5 else 503)
         self.end_headers()
-http.server.HTTPServer(("127.0.0.1", port), Health).serve_forever()
+        self.wfile.write(b"done")
+    def log_message(self, *arguments):
+        pass
+class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    pass
+Server(engine, Health).serve_forever()
 """
 
 
@@ -49,10 +60,19 @@ def port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture
-def fake(tmp_path: Path, port: int) -> Callable[[str], list[str]]:
+Run = Callable[..., dict[str, Any]]
+
+
+def fake(tmp_path: Path, kind: str) -> list[str]:
     """The command of an engine that is polite, stubborn or broken; it notes its processes and signals in `notes`."""
-    return lambda kind: [sys.executable, "-c", FAKE_ENGINE, str(port), str(tmp_path / "notes"), kind]
+    return [sys.executable, "-c", FAKE_ENGINE, str(tmp_path / "e.sock"), str(tmp_path / "notes"), kind]
+
+
+@pytest.fixture
+def run(tmp_path: Path, port: int) -> Run:
+    """`run_server` with a fake engine."""
+    where: dict[str, Any] = {"host": "127.0.0.1", "port": port, "engine": tmp_path / "e.sock"}
+    return lambda kind, announce: launch.run_server(fake(tmp_path, kind), **where, announce=announce)
 
 
 def notes(tmp_path: Path) -> tuple[list[int], list[str]]:
@@ -88,7 +108,7 @@ def press(number: signal.Signals, *, times: int = 1) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_reach_the_engine_and_nothing_is_left(
-    number: signal.Signals, fake: Callable[[str], list[str]], port: int, tmp_path: Path
+    number: signal.Signals, run: Run, port: int, tmp_path: Path
 ) -> None:
     urls: list[str] = []
 
@@ -97,77 +117,71 @@ def test_signals_reach_the_engine_and_nothing_is_left(
         press(number)
 
     before = signal.getsignal(number)
-    result = launch.run_server(fake("polite"), host="127.0.0.1", port=port, announce=announced)
+    result = run("polite", announced)
     processes, signals = notes(tmp_path)
     assert urls == [f"http://127.0.0.1:{port}/v1"] == [result["url"]]
     assert result["start_seconds"] >= 0.5
     assert signals == [launch.FORWARDED[number].name]
     assert gone(processes)
     assert signal.getsignal(number) is before
-    launch.check_port("127.0.0.1", port)
+    launch.bound("127.0.0.1", port).close()
 
 
-def test_a_second_signal_kills_an_engine_that_does_not_stop(
-    fake: Callable[[str], list[str]], port: int, tmp_path: Path
-) -> None:
+def test_a_second_signal_kills_an_engine_that_does_not_stop(run: Run, tmp_path: Path) -> None:
     began = time.monotonic()
-    command = fake("stubborn")
-    launch.run_server(command, host="127.0.0.1", port=port, announce=lambda _: press(signal.SIGINT, times=2))
+    run("stubborn", lambda _: press(signal.SIGINT, times=2))
     processes, signals = notes(tmp_path)
     assert signals == ["SIGINT"]
     assert time.monotonic() - began < launch.PATIENCE
     assert gone(processes)
 
 
-def test_patience_with_a_stubborn_engine_ends(
-    fake: Callable[[str], list[str]], port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_patience_with_a_stubborn_engine_ends(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "PATIENCE", 0.5)
-    launch.run_server(fake("stubborn"), host="127.0.0.1", port=port, announce=lambda _: press(signal.SIGTERM))
+    run("stubborn", lambda _: press(signal.SIGTERM))
     assert gone(notes(tmp_path)[0])
 
 
-def test_requests_in_flight_are_waited_for(fake: Callable[[str], list[str]], port: int, tmp_path: Path) -> None:
-    asked: list[list[str]] = []
+@pytest.mark.parametrize(("drain", "status"), [(30, 200), (0.5, 502)])
+def test_requests_in_flight_are_waited_for_so_long(
+    drain: float, status: int, run: Run, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no others are taken meanwhile."""
+    monkeypatch.setattr(launch, "DRAIN", drain)
+    answers: list[int] = []
+    refused: list[int] = []
 
-    def busy(url: str) -> bool:
-        assert url == f"http://127.0.0.1:{port}"
-        asked.append(notes(tmp_path)[1])
-        return len(asked) < 3
+    def ask() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.request("GET", "/slow")
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.8)
+        with socket.socket() as late:
+            refused.append(late.connect_ex(("127.0.0.1", port)))
+        answers.append(connection.getresponse().status)
 
-    launch.run_server(
-        fake("polite"), host="127.0.0.1", port=port, busy=busy, announce=lambda _: press(signal.SIGTERM)
-    )  # fmt: skip
-    assert asked == [[], [], []]  # the engine was told nothing while it was busy
+    asking = threading.Thread(target=ask)
+    run("polite", lambda _: asking.start())
+    asking.join()
+    assert answers == [status]
+    assert refused == [errno.ECONNREFUSED]
     assert notes(tmp_path)[1] == ["SIGTERM"]
 
 
-def test_waiting_for_requests_ends(
-    fake: Callable[[str], list[str]], port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(launch, "DRAIN", 0.5)
-    launch.run_server(
-        fake("polite"), host="127.0.0.1", port=port, busy=lambda _: True, announce=lambda _: press(signal.SIGINT)
-    )  # fmt: skip
-    assert notes(tmp_path)[1] == ["SIGINT"]
-
-
-def test_an_interrupt_while_the_engine_starts_ends_it(
-    fake: Callable[[str], list[str]], port: int, tmp_path: Path
-) -> None:
+def test_an_interrupt_while_the_engine_starts_ends_it(run: Run, tmp_path: Path) -> None:
     press(signal.SIGINT)
-    result = launch.run_server(fake("polite"), host="127.0.0.1", port=port, announce=lambda _: pytest.fail("served"))
+    result = run("polite", lambda _: pytest.fail("served"))
     assert result["start_seconds"] is None
     assert not (tmp_path / "notes").exists() or gone(notes(tmp_path)[0])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of their parent's death")
-def test_an_engine_ends_with_the_process_that_started_it(
-    fake: Callable[[str], list[str]], port: int, tmp_path: Path
-) -> None:
-    code = "import sys; from kvlatent.serving import launch; launch.run_server("
-    code += f"sys.argv[1:], host='127.0.0.1', port={port}, announce=lambda url: print(url, flush=True))"
-    process = subprocess.Popen([sys.executable, "-c", code, *fake("polite")], stdout=subprocess.PIPE)
+def test_an_engine_ends_with_the_process_that_started_it(port: int, tmp_path: Path) -> None:
+    code = "import sys, pathlib; from kvlatent.serving import launch; launch.run_server(sys.argv[1:], host='127.0.0.1',"
+    code += f" port={port}, engine=pathlib.Path('{tmp_path}/e.sock'), announce=lambda url: print(url, flush=True))"
+    command = [sys.executable, "-c", code, *fake(tmp_path, "polite")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline()
     (engine, helper), _ = notes(tmp_path)
     process.kill()
@@ -176,10 +190,15 @@ def test_an_engine_ends_with_the_process_that_started_it(
     os.kill(helper, signal.SIGKILL)  # the real ones watch their parent too
 
 
-def test_an_engine_that_fails_is_reported(fake: Callable[[str], list[str]], port: int, tmp_path: Path) -> None:
+def test_an_engine_that_fails_is_reported(run: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ended before it answered with exit code 1"):
-        launch.run_server(fake("broken"), host="127.0.0.1", port=port, announce=lambda _: pytest.fail("served"))
+        run("broken", lambda _: pytest.fail("served"))
     assert gone(notes(tmp_path)[0])
+
+
+def test_a_folder_too_deep_for_sockets_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="set TMPDIR to a shorter folder"):
+        launch.engine_socket(tmp_path / ("x" * 100))
 
 
 # --- which engine, started how ---------------------------------------------------------------------------------------
@@ -210,13 +229,13 @@ def test_engines_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_commands_pass_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    where = {"name": "m", "host": "127.0.0.1", "port": 8123, "context": 512, "seed": 3}
+    where = {"name": "m", "engine": Path("/run/e.sock"), "context": 512, "seed": 3}
     command = launch.vllm_command("/models/m", dtype="bfloat16", eager=False, **where)
     assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     options = dict(zip(command[3::2], command[4::2], strict=True))
     assert options == {
-        "--model": "/models/m", "--served-model-name": "m", "--host": "127.0.0.1", "--port": "8123",
-        "--dtype": "bfloat16", "--seed": "3", "--max-model-len": "512", "--shutdown-timeout": "30",
+        "--model": "/models/m", "--served-model-name": "m", "--uds": "/run/e.sock", "--dtype": "bfloat16",
+        "--seed": "3", "--max-model-len": "512",
     }  # fmt: skip
     eager = launch.vllm_command("/models/m", dtype="bfloat16", eager=True, **where)
     assert eager == [*command, "--enforce-eager"]
@@ -225,8 +244,8 @@ def test_commands_pass_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert command[:2] == ["/usr/bin/llama-server", "--jinja"]
     options = dict(zip(command[2::2], command[3::2], strict=True))
     assert options == {
-        "--model": "m.gguf", "--alias": "m", "--host": "127.0.0.1", "--port": "8123", "--seed": "3",
-        "--parallel": "4", "--ctx-size": "2048",
+        "--model": "m.gguf", "--alias": "m", "--host": "/run/e.sock", "--seed": "3", "--parallel": "4",
+        "--ctx-size": "2048",
     }  # fmt: skip
     install(monkeypatch, "xllamacpp")
     assert launch.llama_cpp_command(Path("m.gguf"), **where)[2] == "kvlatent.serving.xllamacpp_server"
@@ -245,14 +264,11 @@ def folder(
 
 
 def test_serve_prints_the_url_and_ends_with_0(
-    folder: Path,
-    fake: Callable[[str], list[str]],
-    port: int,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    folder: Path, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     install(monkeypatch, "vllm")
-    monkeypatch.setattr(launch, "vllm_command", lambda model, **options: fake("polite"))
+    monkeypatch.setattr(launch, "engine_socket", lambda _: tmp_path / "e.sock")
+    monkeypatch.setattr(launch, "vllm_command", lambda model, **options: fake(tmp_path, "polite"))
     threading.Timer(0.0, _interrupt_when_healthy, [port]).start()
     assert cli.main(["serve", str(folder), "--port", str(port), "--json"]) == 0
     printed = capsys.readouterr()
@@ -360,15 +376,24 @@ def started(command: list[str], log: Path, line: str) -> Iterator[subprocess.Pop
         process.wait()
 
 
+REFUSED_BY_THE_GUARD = [({"Host": "evil.example"}, 421), ({"Origin": "https://evil.example"}, 403)]
+
+
 def test_llama_cpp_serves_a_student(folder: Path, port: int, tmp_path: Path) -> None:
     """From the exported GGUF, in a process of its own as users start it, until SIGTERM and what is in flight."""
     pytest.importorskip("xllamacpp")
     command = [sys.executable, "-m", "kvlatent", "serve", str(folder), "--engine", "llama.cpp", "--port", str(port)]
     with started(command, tmp_path / "log", "is served by llama.cpp") as process:
+        for headers, status in REFUSED_BY_THE_GUARD:
+            request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/models", headers=headers)
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(request, timeout=60)
+            assert caught.value.code == status
         body = {"prompt": "stone", "max_tokens": 60, "temperature": 0, "stream": True, "ignore_eos": True}
         body |= {"stream_options": {"include_usage": True}}
         request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode())
         with urllib.request.urlopen(request, timeout=60) as response:
+            assert not [name for name in response.headers if name.lower().startswith("access-control-")]
             lines = [response.readline()]
             process.send_signal(signal.SIGTERM)
             lines += response.readlines()
@@ -376,16 +401,14 @@ def test_llama_cpp_serves_a_student(folder: Path, port: int, tmp_path: Path) -> 
         assert done.strip() == b"[DONE]"
         assert json.loads(last)["usage"]["completion_tokens"] == 60
         assert process.wait(timeout=60) == 0
-    launch.check_port("127.0.0.1", port)
+    launch.bound("127.0.0.1", port).close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_llama_cpp_ends_however_early_it_is_told_to(
-    number: signal.Signals, folder: Path, port: int, tmp_path: Path
-) -> None:
+def test_llama_cpp_ends_however_early_it_is_told_to(number: signal.Signals, folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     with launch.gguf_of(str(folder), dtype="auto") as gguf:
-        command = launch.llama_cpp_command(gguf, name="m", host="127.0.0.1", port=port, context=256, seed=0)
+        command = launch.llama_cpp_command(gguf, name="m", engine=tmp_path / "e.sock", context=256, seed=0)
         assert command[2] == "kvlatent.serving.xllamacpp_server"
         with started(command, tmp_path / "log", "listening on") as process:
             process.send_signal(number)

@@ -25,6 +25,8 @@ Folder = Annotated[Path, arg(metavar="DIR")]
 OptionalFolder = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")]
 Sources = Annotated[tuple[str, ...], arg(metavar="F…", help_behavior_hint="")]
 
+LARGEST_SEED = 2**32 - 1
+"""That every generator in use takes."""
 METAVARS = {int: "N", float: "X", str: "NAME", Path: "DIR"}
 """What the help calls a value of a type."""
 

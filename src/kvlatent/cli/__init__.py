@@ -66,6 +66,7 @@ def _main(argv: Sequence[str] | None) -> int:
     command: Command | None = None
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
+        command.common.check()
         # Whatever libraries print is not the answer.
         with contextlib.redirect_stdout(sys.stderr), freed_memory_kept():
             from transformers.utils import logging
@@ -74,6 +75,9 @@ def _main(argv: Sequence[str] | None) -> int:
             warnings.simplefilter("ignore", FutureWarning)  # libraries about each other
             with stopping():
                 result = command.run()
+        if os.environ.get("RANK", "0") != "0":  # a launcher started several processes: the first one speaks
+            return 0
+        answer = json.dumps(result, indent=2, ensure_ascii=False) if command.common.json else command.table(result)
     except UserError as error:
         return _refused(str(error))
     except BrokenPipeError:
@@ -84,9 +88,6 @@ def _main(argv: Sequence[str] | None) -> int:
         how = "nothing was done" if command is None else command.how_to_resume()
         print(f"kvlatent: interrupted; {how}", file=sys.stderr)
         return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)  # as shells count
-    if os.environ.get("RANK", "0") != "0":  # a launcher started several processes: the first one speaks
-        return 0
-    answer = json.dumps(result, indent=2, ensure_ascii=False) if command.common.json else command.table(result)
     encoding = sys.stdout.encoding or "utf-8"
     print(answer.encode(encoding, "backslashreplace").decode(encoding))  # names may be any bytes, and terminals ASCII
     return 0

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 from tyro.conf import OmitArgPrefixes, arg
 
 from kvlatent.cli.tables import pairs
+from kvlatent.errors import UserError
+from kvlatent.fields import LARGEST_SEED
 from kvlatent.files import at_home
 
 
@@ -24,6 +26,11 @@ class Common:
     """Torch device; auto takes the first accelerator, or the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the weights in use or, for convert, heal and export, written; auto fits the device or the model read."""
+
+    def check(self) -> None:
+        """Raise `UserError` for a seed out of range; not in `__post_init__`, around whose errors tyro draws a box."""
+        if self.seed is not None and not 0 <= self.seed <= LARGEST_SEED:
+            raise UserError(f"seed must be between 0 and {LARGEST_SEED}; got {self.seed}")
 
     def place(self) -> dict[str, Any]:
         """Seed, device and dtype, as the functions behind the commands take them."""

@@ -14,6 +14,7 @@ from kvlatent.compress.config import ConvertConfig
 from kvlatent.compress.methods import PRESETS
 from kvlatent.data.positions import context_of
 from kvlatent.errors import UserError
+from kvlatent.fields import LARGEST_SEED
 from kvlatent.healing.config import HealChanges, HealConfig, settings_for
 from kvlatent.model.spec import Preset
 
@@ -82,7 +83,7 @@ class Recipe(Entry):
     base_model: str | None = None
     """The teacher's name on the hub, for the model card."""
     license: str | None = None
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     block_size: int = Field(default=1024, ge=2, le=10**9)
     context: int | None = None
     """Positions that blocks are spread over; all that the model has by default."""

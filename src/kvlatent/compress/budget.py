@@ -35,7 +35,7 @@ PLAN_TOKENS = 4096
 """Without statistics, a budget is spent by those of this much of the calibration text."""
 PROBE_TOKENS = (2048, 4096)
 """How much layers matter is measured on an eighth of the text, within these limits; less is too few documents."""
-PIECE = 512
+PIECE = 1024
 """Both are taken evenly from all of the text, in pieces of this many tokens, read as if they began a context."""
 
 

@@ -19,12 +19,12 @@ from kvlatent.compress.config import CalibrateConfig, ConvertConfig, PlanConfig
 from kvlatent.compress.convert import convert_as
 from kvlatent.compress.methods import PRESETS
 from kvlatent.compress.planning import Request, check_source, grouped_heads, method_of, near_of, requested
-from kvlatent.compress.statistics import Statistics, calibrate
+from kvlatent.compress.statistics import Statistics, calibrate, check_far_tokens
 from kvlatent.data.blocks import TokenBlocks, batch_size_for
 from kvlatent.data.positions import context_of
 from kvlatent.data.sources import TEACHER_TEXT, read_text
 from kvlatent.errors import UserError, needs
-from kvlatent.files import check_disk, refuse_existing
+from kvlatent.files import check_disk, new_output
 from kvlatent.model.card import unmeasured_card, window_text
 from kvlatent.model.checkpoints import environment, load_model, record_of, save_checkpoint
 from kvlatent.model.graft import check_teacher, dims_by_layer, head_dim_of, heads_per_latent_of, spec_of
@@ -53,44 +53,46 @@ def calibrate_checkpoint(
     Raises:
         UserError: `out` exists, or the model, the text or a file can't be used, or there is nothing to write.
     """
-    refuse_existing(out)
-    if not (asked.text or asked.merge):
-        raise UserError("nothing to calibrate on: give text (--text), or statistics to merge (--merge)")
-    if asked.offload and TEACHER_TEXT in asked.text:
-        raise UserError("text from the teacher needs it in memory; sample it without --offload, or give other text")
-    config, tokenizer = load_config(model), load_tokenizer(model)
-    check_teacher(config)
-    context, grouped = context_of(config, asked.context), heads_per_latent_of(config, asked.heads_per_latent)
-    near = near_of("best", PRESETS["best"].default, asked.window, asked.sinks)
-    shards = [load_statistics(path, config) for path in asked.merge]
-    moments = 3 * config.num_attention_heads + 2 * config.num_key_value_heads
-    if grouped > 1:
-        moments += config.num_attention_heads * grouped**2 + config.num_key_value_heads * grouped
-    check_disk(out, config.num_hidden_layers * moments * head_dim_of(config) ** 2 * 8)
-    began = time.monotonic()
+    with new_output(out):
+        if not (asked.text or asked.merge):
+            raise UserError("nothing to calibrate on: give text (--text), or statistics to merge (--merge)")
+        if asked.offload and TEACHER_TEXT in asked.text:
+            raise UserError("text from the teacher needs it in memory; sample it without --offload, or give other text")
+        config, tokenizer = load_config(model), load_tokenizer(model)
+        check_teacher(config)
+        context, grouped = context_of(config, asked.context), heads_per_latent_of(config, asked.heads_per_latent)
+        near = near_of("best", PRESETS["best"].default, asked.window, asked.sinks)
+        if asked.text:
+            check_far_tokens(near, asked.block_size)
+        shards = [load_statistics(path, config) for path in asked.merge]
+        moments = 3 * config.num_attention_heads + 2 * config.num_key_value_heads
+        if grouped > 1:
+            moments += config.num_attention_heads * grouped**2 + config.num_key_value_heads * grouped
+        check_disk(out, config.num_hidden_layers * moments * head_dim_of(config) ** 2 * 8)
+        began = time.monotonic()
 
-    @lru_cache(maxsize=1)
-    def teacher() -> PreTrainedModel:
-        return load_model(model, device=device, dtype=dtype)[0]
+        @lru_cache(maxsize=1)
+        def teacher() -> PreTrainedModel:
+            return load_model(model, device=device, dtype=dtype)[0]
 
-    if asked.text:
-        blocks = read_text(
-            asked.text, tokenizer, tokens=asked.tokens, block_size=asked.block_size, seed=seed,
-            vocab_size=config.vocab_size, teacher=teacher,
-        )  # fmt: skip
-        about = {
-            "model": teacher_name(model),
-            "text": list(blocks.sources),
-            "fingerprints": sorted(blocks.fingerprints),
-            "record": environment(),
-        }
-        opened = open_offloaded(model, device=device, dtype=dtype) if asked.offload else (teacher(), None)
-        settings: dict[str, Any] = {"context": context, "heads_per_latent": grouped, "near": near}
-        shards.append(probed_statistics(opened[0], blocks.ids, about=about, offloaded=opened[1], **settings))
-    statistics = reduce(Statistics.merge, shards)
-    statistics.save(out)
-    told = {key: statistics.about.get(key) for key in ("tokens", "text")}
-    return {"out": str(out), **told, "seconds": time.monotonic() - began}
+        if asked.text:
+            blocks = read_text(
+                asked.text, tokenizer, tokens=asked.tokens, block_size=asked.block_size, seed=seed,
+                vocab_size=config.vocab_size, teacher=teacher,
+            )  # fmt: skip
+            about = {
+                "model": teacher_name(model),
+                "text": list(blocks.sources),
+                "fingerprints": sorted(blocks.fingerprints),
+                "record": environment(),
+            }
+            opened = open_offloaded(model, device=device, dtype=dtype) if asked.offload else (teacher(), None)
+            settings: dict[str, Any] = {"context": context, "heads_per_latent": grouped, "near": near}
+            shards.append(probed_statistics(opened[0], blocks.ids, about=about, offloaded=opened[1], **settings))
+        statistics = reduce(Statistics.merge, shards)
+        statistics.save(out)
+        told = {key: statistics.about.get(key) for key in ("tokens", "text")}
+        return {"out": str(out), **told, "seconds": time.monotonic() - began}
 
 
 def probed_statistics(
@@ -146,46 +148,48 @@ def plan_checkpoint(
         UserError: `out` exists, or the model, the budget, the text or the statistics can't be used.
     """
     with needs("report"):
-        from kvlatent.compress.figure import draw
+        from kvlatent.compress.figure import check_ending, draw
 
-    refuse_existing(out)
-    config, tokenizer = load_config(model), load_tokenizer(model)
-    check_teacher(config)
-    statistics = None if asked.stats is None else load_statistics(asked.stats, config)
-    grouped = grouped_heads(config, PRESETS["best"].default, asked.heads_per_latent, statistics)
-    near = near_of("best", PRESETS["best"].default, asked.window, asked.sinks, statistics)
-    total = budgets.total_dims(config, asked.budget, near)
-    teacher = load_model(model, device=device, dtype="float32")[0]
-    if statistics is None:
-        blocks = read_text(
-            asked.text, tokenizer, tokens=asked.tokens, block_size=asked.block_size, seed=seed,
-            vocab_size=config.vocab_size, teacher=lambda: teacher,
-        )  # fmt: skip
-        statistics = budgets.planning_statistics(teacher, blocks.ids, heads_per_latent=grouped, near=near)
-    allocation = budgets.spend(teacher, statistics, total)
-    kv_heads, size = config.num_key_value_heads, stored_dtype(config, dtype).itemsize
-    context = counted_context(config)
-    title = f"{model}: {asked.budget:.4g} of the cache"
-    if near.window:
-        title += f" of {context:,} tokens, {window_text(*near)}"
-    draw(allocation, out, title=title, head_dim=head_dim_of(config))
-    latent, whole = (
-        bytes_per_token(*dims, kv_heads, size) for dims in ((allocation.d_qk, allocation.d_vo), dims_by_layer(config))
-    )
-    return {
-        "model": model,
-        "budget": asked.budget,
-        "window": near.window,
-        "sinks": near.sinks,
-        "context": context,
-        **asdict(allocation),
-        "expected_loss": allocation.expected_loss,
-        "cache_bytes_per_token": latent,
-        "teacher_cache_bytes_per_token": whole,
-        "cache_bytes": latent * max(0, context - sum(near)) + whole * min(context, sum(near)),
-        "teacher_cache_bytes": whole * context,
-        "out": str(out),
-    }
+    check_ending(out)
+    with new_output(out):
+        config, tokenizer = load_config(model), load_tokenizer(model)
+        check_teacher(config)
+        statistics = None if asked.stats is None else load_statistics(asked.stats, config)
+        grouped = grouped_heads(config, PRESETS["best"].default, asked.heads_per_latent, statistics)
+        near = near_of("best", PRESETS["best"].default, asked.window, asked.sinks, statistics)
+        total = budgets.total_dims(config, asked.budget, near)
+        if statistics is None:
+            check_far_tokens(near, asked.block_size)
+        teacher = load_model(model, device=device, dtype="float32")[0]
+        if statistics is None:
+            blocks = read_text(
+                asked.text, tokenizer, tokens=asked.tokens, block_size=asked.block_size, seed=seed,
+                vocab_size=config.vocab_size, teacher=lambda: teacher,
+            )  # fmt: skip
+            statistics = budgets.planning_statistics(teacher, blocks.ids, heads_per_latent=grouped, near=near)
+        allocation = budgets.spend(teacher, statistics, total)
+        kv_heads, size = config.num_key_value_heads, stored_dtype(config, dtype).itemsize
+        context = counted_context(config)
+        title = f"{model}: {asked.budget:.4g} of the cache"
+        if near.window:
+            title += f" of {context:,} tokens, {window_text(*near)}"
+        draw(allocation, out, title=title, head_dim=head_dim_of(config))
+        latent = bytes_per_token(allocation.d_qk, allocation.d_vo, kv_heads, size)
+        whole = bytes_per_token(*dims_by_layer(config), kv_heads, size)
+        return {
+            "model": model,
+            "budget": asked.budget,
+            "window": near.window,
+            "sinks": near.sinks,
+            "context": context,
+            **asdict(allocation),
+            "expected_loss": allocation.expected_loss,
+            "cache_bytes_per_token": latent,
+            "teacher_cache_bytes_per_token": whole,
+            "cache_bytes": latent * max(0, context - sum(near)) + whole * min(context, sum(near)),
+            "teacher_cache_bytes": whole * context,
+            "out": str(out),
+        }
 
 
 # --- convert ---------------------------------------------------------------------------------------------------------
@@ -207,26 +211,26 @@ def convert_checkpoint(
     Raises:
         UserError: `out` exists, or the model, the dims, the text or the statistics can't be used.
     """
-    refuse_existing(out)
-    config, tokenizer = load_config(model), load_tokenizer(model)
-    check_teacher(config)
-    statistics = None if asked.stats is None else load_statistics(asked.stats, config)
-    target = target_of(config, asked, statistics)
+    with new_output(out):
+        config, tokenizer = load_config(model), load_tokenizer(model)
+        check_teacher(config)
+        statistics = None if asked.stats is None else load_statistics(asked.stats, config)
+        target = target_of(config, asked, statistics)
 
-    @lru_cache(maxsize=1)
-    def teacher() -> PreTrainedModel:
-        return load_model(model, device=device, dtype="float32")[0]
+        @lru_cache(maxsize=1)
+        def teacher() -> PreTrainedModel:
+            return load_model(model, device=device, dtype="float32")[0]
 
-    blocks = None
-    if asked.text:
-        blocks = read_text(
-            asked.text, tokenizer, tokens=asked.tokens, block_size=asked.block_size, seed=seed,
-            vocab_size=config.vocab_size, teacher=teacher,
+        blocks = None
+        if asked.text:
+            blocks = read_text(
+                asked.text, tokenizer, tokens=asked.tokens, block_size=asked.block_size, seed=seed,
+                vocab_size=config.vocab_size, teacher=teacher,
+            )  # fmt: skip
+        return convert_loaded(
+            teacher(), tokenizer, out, target, name=model, blocks=blocks, statistics=statistics,
+            dtype=stored_dtype(config, dtype),
         )  # fmt: skip
-    return convert_loaded(
-        teacher(), tokenizer, out, target, name=model, blocks=blocks, statistics=statistics,
-        dtype=stored_dtype(config, dtype),
-    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +283,8 @@ def target_of(config: PreTrainedConfig, asked: ConvertConfig, statistics: Statis
     if not recipe.calibrated and (asked.stats or asked.text):
         raise UserError(f"preset {asked.preset} is not calibrated; leave --text and --stats out")
     check_source(request, given=bool(asked.stats or asked.text))
+    if asked.text:
+        check_far_tokens(request.near, asked.block_size)
     if asked.stats and asked.text and total is None:
         raise UserError("give either text (--text) or statistics (--stats); both only for best with a --budget")
     return Target(asked=asked, request=request, total=total, context=context_of(config, asked.context))

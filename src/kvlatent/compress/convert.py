@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from kvlatent.compress.fill import fill
 from kvlatent.compress.in_order import convert_in_order
 from kvlatent.compress.planning import Plan, Request, check_source, plan_reduction, reductions, requested
-from kvlatent.compress.statistics import Statistics, calibrate
+from kvlatent.compress.statistics import Statistics, calibrate, check_far_tokens
 from kvlatent.errors import UserError
 from kvlatent.model.graft import graft, set_spec
 from kvlatent.model.spec import Preset
@@ -77,6 +77,8 @@ def convert_as(
 ) -> PreTrainedModel:
     """`convert` for a request that is checked already."""
     check_source(request, given=statistics is not None or ids is not None)
+    if ids is not None:
+        check_far_tokens(request.near, ids.shape[1])
     check_finite(teacher)
     if request.method.needs_statistics and statistics is None:
         assert ids is not None

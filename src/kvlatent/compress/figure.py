@@ -8,14 +8,17 @@ from matplotlib.figure import Figure
 
 from kvlatent.compress.budget import Allocation
 from kvlatent.errors import UserError
+from kvlatent.files import new_file
+
+
+def check_ending(out: Path) -> None:
+    """Raise `UserError` unless matplotlib draws files that end like `out`."""
+    if out.suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
+        raise UserError(f"a figure's name ends in .png, .svg or .pdf; got {out}")
 
 
 def draw(allocation: Allocation, out: Path, *, title: str, head_dim: int) -> None:
-    """Draw dims and expected losses layer by layer into an image file.
-
-    Raises:
-        UserError: matplotlib doesn't know files that end like `out`.
-    """
+    """Draw dims and expected losses layer by layer into an image file."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     dims, losses = figure.subplots(2, sharex=True)
     parts = (
@@ -32,8 +35,5 @@ def draw(allocation: Allocation, out: Path, *, title: str, head_dim: int) -> Non
     dims.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.02), frameon=False)
     losses.set_ylabel("Expected loss alone\n(nats per token)")
     losses.set_xlabel("Layer")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(out, dpi=150)
-    except ValueError as error:
-        raise UserError(f"can't draw {out}: {error}") from None
+    with new_file(out) as partial:
+        figure.savefig(partial, dpi=150, format=out.suffix[1:])

@@ -284,8 +284,8 @@ class Statistics:
                     raise UserError(f"layers.{index}.{name} has a wrong shape or dtype")
                 if not bool(torch.isfinite(x).all()):
                     raise UserError(f"layers.{index}.{name} holds NaN or infinity")
-        shape = (2, len(self.layers))
-        if (probes := self.probes) is not None and not (
+        shape, probes = (2, len(self.layers)), self.probes
+        if probes is not None and not (
             probes.shape == shape and probes.dtype == torch.float64 and bool(probes.isfinite().all())
         ):
             raise UserError("probes have a wrong shape or dtype, or hold NaN or infinity")
@@ -314,6 +314,15 @@ class Statistics:
             if key in self.about and key in other.about
         }
         return Statistics(layers, {**self.about, **both, "tokens": layers[0].tokens}, probes)
+
+
+def check_far_tokens(near: Near, block_size: int) -> None:
+    """Raise `UserError` if blocks of text hold no token that is met through latents."""
+    if near.window and block_size <= sum(near):
+        raise UserError(
+            f"blocks of {block_size} tokens hold nothing beyond a window of {near.window} and {near.sinks} sinks; "
+            "give longer ones (--block-size), or a shorter --window"
+        )
 
 
 def calibrate(
@@ -345,11 +354,7 @@ def calibrate(
     Raises:
         UserError: Activations aren't finite, or the blocks hold nothing far.
     """
-    if near.window and ids.shape[1] <= sum(near):
-        raise UserError(
-            f"blocks of {ids.shape[1]} tokens hold nothing beyond a window of {near.window} and {near.sinks} sinks; "
-            "give longer ones (--block-size), or a shorter --window"
-        )
+    check_far_tokens(near, ids.shape[1])
     model, grouped = graft(teacher), heads_per_latent_of(teacher.config, heads_per_latent)
     layers, scaling = model.model.layers, model.model.rotary_emb.scaling
     statistics = [LayerStatistics() for _ in layers]

@@ -100,8 +100,8 @@ class BenchConfig:
             raise UserError("--own measures the model of --against on our path; give --against")
         if not (self.context and self.batch):
             raise UserError("give at least one --context and one --batch")
-        if self.memory is not None and self.memory <= 0:
-            raise UserError(f"--memory must be positive; got {self.memory}")
+        if self.memory is not None and not 0 < self.memory <= 10**9:
+            raise UserError(f"--memory must be above 0 and at most 1e9; got {self.memory}")
 
 
 @dataclass(frozen=True, kw_only=True)

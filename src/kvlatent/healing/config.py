@@ -16,6 +16,13 @@ from kvlatent.model.spec import Preset
 Loss = Literal["kl", "ntp", "mix"]
 Part = Literal["attention", "maps", "norms"]
 
+LARGEST = 10**12
+"""Of every number here."""
+NEVER_NEGATIVE = (
+    "stage1_tokens", "stage2_tokens", "learning_rate", "stage1_learning_rate", "weight_decay", "lora_rank",
+    "lora_alpha", "save_minutes", "eval_tokens",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class HealConfig:
@@ -80,14 +87,20 @@ class HealConfig:
     """Random seed of LoRA's start and of nothing else: the blocks come in a fixed order."""
 
     def __post_init__(self) -> None:
-        for name in ("stage1_tokens", "stage2_tokens", "lora_rank", "eval_tokens"):
+        for name, value in vars(self).items():
+            if isinstance(value, (int, float)) and not abs(value) <= LARGEST:  # nor what is no number
+                raise UserError(f"{name} must be a number up to {LARGEST:.0e}; got {value}")
+        for name in NEVER_NEGATIVE:
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative; got {getattr(self, name)}")
         for name in ("batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.temperature <= 0:
-            raise UserError(f"temperature must be above 0; got {self.temperature}")
+        for name in ("temperature", "eps", "clip"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError(f"{name} must be above 0; got {getattr(self, name)}")
+        if not 0 <= self.warmup <= 1:
+            raise UserError(f"warmup is a share of the steps, between 0 and 1; got {self.warmup}")
         if (unknown := set(self.train) - set(get_args(Part))) or not self.train:
             raise UserError(f"train takes {', '.join(get_args(Part))}; got {', '.join(unknown) or 'nothing'}")
         if not 0 < self.kl_weight < 1:

@@ -9,7 +9,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
-from kvlatent.errors import UserError
 from kvlatent.kernels.attention import latent_attention
 from kvlatent.kernels.cpu_linear import linear_outputs
 from kvlatent.model.compatibility import WITHOUT_EFFECT, refuse_unknown
@@ -185,13 +184,13 @@ class LatentAttention(nn.Module):
 
         Raises:
             TypeError: An argument that this module doesn't know.
-            UserError: Attention that isn't causal, or its weights, or another implementation was asked for.
+            ValueError: Attention that isn't causal, or its weights, or another implementation was asked for.
         """
         refuse_unknown(self, (name for name in others if name not in WITHOUT_EFFECT))
         if is_causal is False:
-            raise UserError("latent attention is causal; is_causal=False is not supported")
+            raise ValueError("latent attention is causal; is_causal=False is not supported")
         if output_attentions or self.config.output_attentions:
-            raise UserError("latent attention never forms attention weights, so output_attentions can't return them")
+            raise ValueError("latent attention never forms attention weights, so output_attentions can't return them")
         check_implementation(self.config)
         cache = past_key_values if cache is None else cache
         queries = hidden_states.shape[1]
@@ -211,10 +210,10 @@ class LatentAttention(nn.Module):
 
 
 def check_implementation(config: PreTrainedConfig) -> None:
-    """Raise `UserError` for an `attn_implementation` whose masks `LatentAttention` can't read."""
+    """Raise `ValueError` for an `attn_implementation` whose masks `LatentAttention` can't read."""
     asked = config._attn_implementation
     if asked not in (None, "sdpa", "eager"):
-        raise UserError(f"latent attention runs as attn_implementation sdpa or eager, not as {asked}")
+        raise ValueError(f"latent attention runs as attn_implementation sdpa or eager, not as {asked}")
 
 
 def side_by_side(

@@ -100,7 +100,7 @@ def read_config(source: str, **where: Any) -> PreTrainedConfig:
     for name in ("_attn_implementation", "_experts_implementation"):
         if "/" in str(getattr(config, name, None)):
             raise UserError(f"its config names a kernel to download ({getattr(config, name)}), which is code")
-    for name in ("use_kernels", "kernel_config", "transformers_weights", "is_encoder_decoder"):
+    for name in ("use_kernels", "kernel_config", "transformers_weights", "is_encoder_decoder", "output_attentions"):
         if getattr(config, name, None):
             raise UserError(f"its config has {name}, which is not supported; remove the entry")
     try:

@@ -81,6 +81,11 @@ def open_offloaded(model: str, *, device: str = "auto", dtype: str = "auto") -> 
     place, source = pick_device(device), locate(model)
     with one_line(f"can't open {model}"):
         config = read_config(source)
+        if (quantized := getattr(config, "quantization_config", None)) is not None:
+            raise UserError(
+                f"{model} is quantized ({quantized.get('quant_method')}), and layers that come one at a time are read "
+                "as they are stored; leave --offload out, or give a checkpoint that is not quantized"
+            )
         layers = OffloadedLayers(model, weight_files(source), place, pick_dtype(dtype, place))
         if config.tie_word_embeddings and HEAD in layers.files:  # the files are right: it may be one of its own
             config.tie_word_embeddings = torch.equal(layers.tensor(HEAD), layers.tensor(EMBEDDINGS))

@@ -36,13 +36,13 @@ def unpacked(file: Path) -> Path:
     Raises:
         UserError: The file can't be read, or its model is not supported.
     """
+    sweep(_cache())
     folder = _cache() / f"{file.stem[:80]}-{_hash_of(file, hashlib.sha256)[:16]}"
     if _intact(folder):
         return folder
     with sole_writer(folder, wait=True):
         if _intact(folder):
             return folder
-        sweep(folder.parent)
         if folder.is_dir():
             print(f"{folder} is damaged; unpacking {file.name} again", file=sys.stderr)
             discard(folder, of=folder)

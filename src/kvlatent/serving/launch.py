@@ -1,4 +1,4 @@
-"""Start an engine on a model, wait until it answers, hand signals on, and leave nothing running behind."""
+"""Start an engine on a model behind the guard, hand signals on, and leave nothing running behind."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import errno
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -26,6 +25,7 @@ from kvlatent.model.checkpoints import load_model, locate, pick_device, pick_dty
 from kvlatent.model.loading import load_config, load_tokenizer
 from kvlatent.serving.config import Engine, FileType, ServeConfig
 from kvlatent.serving.engines import check_gguf, check_vllm, window_of
+from kvlatent.serving.guard import guarded
 from kvlatent.signals import interruptible
 
 INSTALL = {
@@ -41,6 +41,8 @@ FORWARDED = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signa
 """Signals that stop us, and what the engine gets: engines don't handle the closing of our terminal."""
 SLOTS = 4
 """Requests that llama.cpp answers at once."""
+LONGEST_SOCKET = 103
+"""Bytes of a Unix socket's path on every system."""
 PR_SET_PDEATHSIG = 1
 """Of prctl(2)."""
 
@@ -66,42 +68,65 @@ def pick_engine(name: Literal["auto"] | Engine) -> Engine:
 
 
 def vllm_command(
-    model: str, *, name: str, host: str, port: int, dtype: str, eager: bool, context: int | None, seed: int
+    model: str, *, name: str, engine: Path, dtype: str, eager: bool, context: int | None, seed: int
 ) -> list[str]:
-    """How to start vLLM's OpenAI-compatible server on a folder or hub id; `eager` is without compiling the model."""
+    """How to start vLLM's OpenAI-compatible server on a folder or hub id, at the Unix socket `engine`.
+
+    `eager` is without compiling the model.
+    """
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     length = [] if context is None else ["--max-model-len", str(context)]
-    where = ["--host", host, "--port", str(port)]
     return [
-        *server, "--model", model, "--served-model-name", name, *where, "--dtype", dtype, "--seed", str(seed), *length,
-        "--shutdown-timeout", str(DRAIN), *(["--enforce-eager"] if eager else []),
+        *server, "--model", model, "--served-model-name", name, "--uds", str(engine), "--dtype", dtype,
+        "--seed", str(seed), *length, *(["--enforce-eager"] if eager else []),
     ]  # fmt: skip
 
 
-def llama_cpp_command(gguf: Path, *, name: str, host: str, port: int, context: int, seed: int) -> list[str]:
+def llama_cpp_command(gguf: Path, *, name: str, engine: Path, context: int, seed: int) -> list[str]:
     """How to start llama.cpp's server on a GGUF file: the program if there is one, else the one inside `xllamacpp`.
 
-    Its slots share `--ctx-size` evenly, so that each has `context` tokens whatever the others hold.
+    It listens on the Unix socket `engine`, as which it takes a host that ends in .sock. Its slots share `--ctx-size`
+    evenly, so that each has `context` tokens whatever the others hold.
     """
     program = shutil.which("llama-server")
     server = [program, "--jinja"] if program else [sys.executable, "-m", "kvlatent.serving.xllamacpp_server"]
     size = ["--parallel", str(SLOTS), "--ctx-size", str(SLOTS * context)]
-    where = ["--host", host, "--port", str(port)]
-    return [*server, "--model", str(gguf), "--alias", name, *where, "--seed", str(seed), *size]
+    return [*server, "--model", str(gguf), "--alias", name, "--host", str(engine), "--seed", str(seed), *size]
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise `UserError` unless a server can listen there."""
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at the address where clients will find us.
+
+    Raises:
+        UserError: There is no such address, or somebody listens there.
+    """
     if not 0 < port < 65536:
         raise UserError(f"a port is a number from 1 to 65535; got {port}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left is free
-            probe.bind(address)
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left is free
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
+        return listener
     except OSError as error:
         other = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
         raise UserError(f"can't listen on {host} port {port}: {error.strerror}; choose another {other}") from None
+
+
+def engine_socket(folder: Path) -> Path:
+    """Where an engine listens, in a folder that only its user can enter.
+
+    Raises:
+        UserError: Its path is longer than the system takes.
+    """
+    path = folder / "e.sock"
+    if len(os.fsencode(path)) > LONGEST_SOCKET:
+        raise UserError(f"{path} is too long for a socket; set TMPDIR to a shorter folder")
+    return path
 
 
 def run_server(
@@ -109,32 +134,32 @@ def run_server(
     *,
     host: str,
     port: int,
+    engine: Path,
     environment: Mapping[str, str] | None = None,
-    busy: Callable[[str], bool] = lambda url: False,
     announce: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Run a server until it ends or we are told to; SIGINT, SIGTERM and SIGHUP are handed on as `FORWARDED` says.
+    """Run an engine behind the guard until it ends or we are told to.
 
-    A second signal kills it, as does the end of our `PATIENCE`.
+    SIGINT, SIGTERM and SIGHUP are handed on as `FORWARDED` says, after the requests in flight, which have `DRAIN`
+    seconds. A second signal kills the engine, as does the end of our `PATIENCE`.
 
     Args:
-        command: The server and its arguments; what it prints goes to stderr.
-        host: Where it listens.
+        command: The engine and its arguments; what it prints goes to stderr.
+        host: Where the guard listens.
         port: Likewise.
+        engine: The Unix socket where the engine does.
         environment: Variables for it that are not set already.
-        busy: Whether the server at a URL has requests in flight that the signal would cut off; then it waits for them,
-            `DRAIN` seconds at most.
-        announce: Called with the URL once the server answers.
+        announce: Called with the URL once the engine answers.
 
     Returns:
         The URL and the seconds it took to answer and served.
 
     Raises:
-        UserError: The server ended by itself.
+        UserError: The engine ended by itself, or something else listens there.
     """
     url = f"http://{_reachable(host)}:{port}"
     began, ready = time.monotonic(), None
-    with interruptible(FORWARDED) as stop:
+    with interruptible(FORWARDED) as stop, guarded(bound(host, port), host=host, engine=engine) as guard:
         process = subprocess.Popen(
             command,
             env={**(environment or {}), **os.environ},
@@ -149,8 +174,9 @@ def run_server(
             while process.poll() is None:
                 if stop and told is None:
                     told = time.monotonic()
+                    guard.stop_listening()
                 waited = 0.0 if told is None else time.monotonic() - told
-                if told is not None and not handed_on and not (waited < DRAIN and busy(url)):
+                if told is not None and not handed_on and not (waited < DRAIN and guard.busy):
                     process.send_signal(FORWARDED[stop[0]])
                     handed_on = True
                 if len(stop) > 1 or waited > PATIENCE:
@@ -183,17 +209,6 @@ def _ends_with_parent() -> Callable[[], None] | None:
             os._exit(1)
 
     return ask
-
-
-def llama_cpp_is_busy(url: str) -> bool:
-    """Whether llama.cpp's server is answering a request; those in flight are cut off by the signal that ends it."""
-    try:
-        with _opener().open(f"{url}/slots", timeout=2) as response:
-            return any(slot["is_processing"] for slot in json.load(response))
-    except TimeoutError:
-        return True  # too busy to say so
-    except (OSError, ValueError):
-        return False
 
 
 def _reachable(host: str) -> str:
@@ -256,15 +271,15 @@ def serve(config: ServeConfig, *, dtype: str = "auto", seed: int = 0) -> dict[st
     name, source = folder.resolve().name if folder.exists() else config.model, locate(config.model)
     (check_gguf if config.engine == "llama.cpp" else check_vllm)(shape)  # before an engine is installed in vain
     chosen = pick_engine(config.engine)
-    check_port(config.host, config.port)
-    where: dict[str, Any] = {"name": name, "host": config.host, "port": config.port}
-    where |= {"context": config.context, "seed": seed}
+    bound(config.host, config.port).close()  # before anything takes time
 
     def announce(url: str) -> None:
         print(f"{name} is served by {chosen} at {url}; stop with ^C", file=sys.stderr, flush=True)
 
     options: dict[str, Any] = {"host": config.host, "port": config.port, "announce": announce}
     with contextlib.ExitStack() as stack:
+        options["engine"] = engine = engine_socket(stack.enter_context(scratch_folder()))
+        where: dict[str, Any] = {"name": name, "engine": engine, "context": config.context, "seed": seed}
         if chosen == "vllm":
             device = pick_device()
             kind = str(pick_dtype(dtype, device)).removeprefix("torch.")
@@ -275,6 +290,5 @@ def serve(config: ServeConfig, *, dtype: str = "auto", seed: int = 0) -> dict[st
             where["context"] = config.context or window_of(shape) or positions
             gguf = stack.enter_context(gguf_of(source, dtype=dtype))
             command = llama_cpp_command(gguf, **where)
-            options["busy"] = llama_cpp_is_busy
         served = run_server(command, **options)
     return {"model": name, "engine": chosen, **served}

@@ -11,7 +11,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kvlatent.serving.xllamacpp_server")
     for option in ("--model", "--alias", "--host"):
         parser.add_argument(option, required=True)
-    parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--parallel", type=int, default=1)
     parser.add_argument("--ctx-size", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
@@ -22,10 +21,9 @@ def main() -> None:
 
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = arguments.model, {arguments.alias}
-    params.hostnames, params.port = [arguments.host], arguments.port
+    params.hostnames = [arguments.host]
     params.n_ctx, params.n_parallel, params.kv_unified = arguments.ctx_size, arguments.parallel, False
     params.cache_ram_mib = 0  # no room for past prompts, which take up to 8 GB otherwise
-    params.cors_origins, params.cors_origins_explicit, params.cors_credentials = "", True, False
     params.sampling.seed = arguments.seed
     server = xllamacpp.Server(params)
     print(f"listening on {server.listening_address}", flush=True)
