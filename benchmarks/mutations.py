@@ -8,12 +8,14 @@ and shows all that is said of it. A command either works or says in one line why
 isn't allowed: a traceback, another exit code, several lines, more than 60 seconds, more than 2 GB resident, code that
 came with an input and ran, numbers that are not finite in an answer, and temporary files that stay.
 
-Prints a table by kind of input; exit code 1 if something that isn't allowed has happened.
+Prints a table by kind of input, after Ctrl-C of those tried until then; exit code 1 if something that isn't allowed has
+happened.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import re
@@ -350,7 +352,7 @@ def main() -> int:
     counts: dict[str, Counter[str]] = {name: Counter() for name in KINDS}
     examples: dict[tuple[str, str], str] = {}
     numbers = range(asked.first, asked.first + asked.count) if asked.only is None else [asked.only]
-    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+    with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         root = Path(folder, "in")
         root.mkdir()
         tiny.inputs(root)
