@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvlatent.compress.checkpoints import calibrate_checkpoint, convert_checkpoint, plan_checkpoint, target_of
 from kvlatent.compress.config import CalibrateConfig, ConvertConfig, PlanConfig
+from kvlatent.compress.planning import WINDOW
 from kvlatent.errors import UserError
 from kvlatent.model.checkpoints import RECORD
+from kvlatent.model.window import ALL_FAR, Near
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +80,20 @@ def test_requests_that_can_not_be_are_refused_before_anything_is_loaded(
     target_of(tiny_teacher("llama").config, asked)
     with pytest.raises(UserError, match=said):
         target_of(tiny_teacher("llama").config, replace(asked, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "near"),
+    [
+        ({}, WINDOW),
+        ({"budget": None, "d_qk": 32, "d_vo": 32}, WINDOW),
+        ({"window": 64}, Near(64, 4)),
+        ({"window": 0}, ALL_FAR),
+        ({"preset": "portable"}, ALL_FAR),
+        ({"qk": "pairs"}, ALL_FAR),
+        ({"budget": None, "d_qk": 64, "d_vo": 64}, ALL_FAR),
+    ],
+)
+def test_a_window_is_the_default_where_there_is_something_to_reduce(changes: dict[str, Any], near: Near) -> None:
+    config = LlamaConfig(hidden_size=256, num_attention_heads=4, num_hidden_layers=2, max_position_embeddings=8192)
+    assert target_of(config, replace(ConvertConfig(budget=0.5, text=("teacher",)), **changes)).request.near == near

@@ -263,13 +263,14 @@ def target_of(config: PreTrainedConfig, asked: ConvertConfig, statistics: Statis
     if (asked.d_qk is None) == (asked.budget is None):
         raise UserError("give either d_qk and d_vo or a budget, one and not both")
     total, recipe, method = None, PRESETS[asked.preset], method_of(asked.preset, asked.qk)
+    window, sinks = asked.window, asked.sinks
     if asked.d_qk is not None and asked.d_vo is not None:
         d_qk, d_vo = asked.d_qk, asked.d_vo
     elif asked.budget is not None and recipe.uniform:
         d_qk = d_vo = budgets.uniform_dims(config, asked.budget)
     else:
         assert asked.budget is not None
-        near = near_of(asked.preset, method, asked.window, asked.sinks, statistics)
+        window, sinks = near = near_of(asked.preset, method, asked.window, asked.sinks, statistics)
         total, d_qk = budgets.total_dims(config, asked.budget, near), head_dim_of(config)
         d_vo = d_qk
         if method.one_frequency_list:
@@ -278,7 +279,7 @@ def target_of(config: PreTrainedConfig, asked: ConvertConfig, statistics: Statis
             )
     request = requested(
         config, preset=asked.preset, qk=asked.qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=asked.heads_per_latent,
-        window=asked.window, sinks=asked.sinks, statistics=statistics,
+        window=window, sinks=sinks, statistics=statistics,
     )  # fmt: skip
     if not recipe.calibrated and (asked.stats or asked.text):
         raise UserError(f"preset {asked.preset} is not calibrated; leave --text and --stats out")
