@@ -13,21 +13,17 @@ import hashlib
 import json
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from windowless import convert
 
 from kvlatent.compress import budget
-from kvlatent.compress.convert import convert as convert_by_default
 from kvlatent.compress.statistics import calibrate
 from kvlatent.healing.config import HealConfig
 from kvlatent.healing.heal import heal
-
-convert = partial(convert_by_default, window=0)
-"""Texts are short here, so that a window would leave nothing to reduce."""
 
 GOLDEN = Path(__file__).with_name("golden.json")
 PAPER = ("stride", "aware", "matched")

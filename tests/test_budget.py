@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -10,15 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
+from windowless import convert
 
 from kvlatent.compress import budget
-from kvlatent.compress.convert import convert as convert_by_default
 from kvlatent.compress.statistics import Statistics, calibrate
 from kvlatent.errors import UserError
 from kvlatent.model.graft import spec_of
-
-convert = partial(convert_by_default, window=0)
-"""Texts are short here, so that a window would leave nothing to reduce."""
 
 
 def falling(items: int, options: int, seed: int) -> Tensor:

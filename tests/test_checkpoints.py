@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
+from windowless import convert
 
-from kvlatent.compress.convert import convert as convert_by_default
 from kvlatent.errors import UserError
 from kvlatent.files import new_folder, refuse_existing
 from kvlatent.model import unpacked
@@ -35,9 +34,6 @@ from kvlatent.model.spec import LatentSpec
 from kvlatent.serving.export.plain import plain_weights
 from kvlatent.serving.export.stock import export_stock
 from kvlatent.serving.info import describe
-
-convert = partial(convert_by_default, window=0)
-"""Texts are short here, so that a window would leave nothing to reduce."""
 
 PRESETS = ["best", "portable", "paper"]
 

@@ -1,23 +1,19 @@
 """Nothing changes at full dims, the paper's preset is to the letter, known cases are exact, wrong requests refused."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from windowless import convert
 
-from kvlatent.compress.convert import convert as convert_by_default
 from kvlatent.compress.planning import Plan
 from kvlatent.compress.statistics import calibrate
 from kvlatent.errors import UserError
 from kvlatent.model.graft import heads_per_latent_of, identity_spec, spec_of
 from kvlatent.model.rope import frequency_aware_exponents, inverse_frequencies
-
-convert = partial(convert_by_default, window=0)
-"""Texts are short here, so that a window would leave nothing to reduce."""
 
 PRESETS = ["best", "portable"]
 

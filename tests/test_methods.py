@@ -1,7 +1,6 @@
 """Head reductions: lossless where that is exactly known, no worse than simpler ones elsewhere, and invariant."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
+from windowless import convert
 
-from kvlatent.compress.convert import convert as convert_by_default
 from kvlatent.compress.fill import fill
 from kvlatent.compress.linear_algebra import complex_covariance, pair_scores
 from kvlatent.compress.maps import (
@@ -36,9 +35,6 @@ from kvlatent.model.attention import LatentAttention
 from kvlatent.model.graft import graft, set_spec, spec_of
 from kvlatent.model.rope import rotate
 from kvlatent.model.spec import LatentSpec
-
-convert = partial(convert_by_default, window=0)
-"""Texts are short here, so that a window would leave nothing to reduce."""
 
 KV_HEADS, GROUP, DIM = 2, 3, 8
 

@@ -1,21 +1,17 @@
 """Blocks of text spread over a longer context: where they begin, and that conversion then holds there."""
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from windowless import convert
 
-from kvlatent.compress.convert import convert as convert_by_default
 from kvlatent.compress.statistics import calibrate
 from kvlatent.data.positions import block_starts, positions_in_blocks, positions_in_documents
 from kvlatent.healing.stages import Text
 from kvlatent.model.layers import layer_arguments
-
-convert = partial(convert_by_default, window=0)
-"""Texts are short here, so that a window would leave nothing to reduce."""
 
 SEPARATOR = 5
 

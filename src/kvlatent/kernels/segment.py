@@ -61,6 +61,11 @@ def attend_segment(
             hidden = _lowest_where(_later(rows.shape[2], met, q.device), q.dtype)
         run = partial(checkpoint, _plain, use_reentrant=False) if torch.is_grad_enabled() else _plain
         parts.append(run(rows, k[:, :, :met], v[:, :, :met], hidden, scale))
+    return stacked_rows(parts)
+
+
+def stacked_rows(parts: list[Joinable]) -> Joinable:
+    """What consecutive queries, some at a time, got from one segment."""
     outs, normalizers = zip(*parts, strict=True)
     return torch.cat(outs, dim=2), torch.cat(normalizers, dim=2)
 

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvlatent.kernels.attention import merged, segment_attention
-from kvlatent.kernels.segment import ROWS, Joinable, attend_segment, joined_segments, nothing_seen
+from kvlatent.kernels.segment import ROWS, Joinable, attend_segment, joined_segments, nothing_seen, stacked_rows
 
 
 class Near(NamedTuple):
@@ -177,7 +177,6 @@ def windowed_attention(
         mask: True where a query may look, over all columns; None is the causal triangle.
         unabsorbed: Take latents back to the heads, instead of queries to the latents: less arithmetic for many queries.
 
-
     Returns:
         Per-head outputs before `o_proj`, in the dtype and device of `q`.
     """
@@ -231,7 +230,7 @@ def _band(q: Tensor, whole: Whole, tokens: _Tokens, scale: float) -> Joinable:
             seen = seen & tokens.visible[:, :, rows, low:high]
         k, v = (x[:, :, low - whole.start : high - whole.start] for x in (whole.k, whole.v))
         parts.append(attend_segment(q[:, :, rows], k, v, scale=scale, visible=seen))
-    return _stacked(parts)
+    return stacked_rows(parts)
 
 
 def _sinks(q: Tensor, whole: Whole, tokens: _Tokens, scale: float) -> Joinable | None:
@@ -278,13 +277,7 @@ def _beyond(q: Tensor, far: Far, whole: Whole, tokens: _Tokens, scale: float) ->
             seen = seen & tokens.visible[:, :, rows, far.start : end]
         k, v = (x[:, :, : end - far.start] for x in (far.k, far.v))
         parts.append(attend_segment(q[:, :, rows], k, v, scale=scale, visible=seen))
-    return nothing_seen(_stacked(parts), skipped) if parts else None
-
-
-def _stacked(parts: list[Joinable]) -> Joinable:
-    """Results of consecutive queries."""
-    outs, normalizers = zip(*parts, strict=True)
-    return torch.cat(outs, dim=2), torch.cat(normalizers, dim=2)
+    return nothing_seen(stacked_rows(parts), skipped) if parts else None
 
 
 def decode(
