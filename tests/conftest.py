@@ -141,7 +141,8 @@ def tiny_student(ids: torch.Tensor) -> Callable[..., PreTrainedModel]:
 def compilable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch.compile starts afresh, and shapes aren't checked: it can't look into the checks."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    for name in ("of", "reduced"):  # of an object that is made inside a graph not even a check that is off passes
+    # Of an object that is made inside a graph not even a check that is off passes.
+    for name in ("of", "reduced", "stored", "read"):
         monkeypatch.setattr(FarMaps, name, getattr(FarMaps, name).__wrapped__)
     torch._dynamo.reset()
     yield

@@ -20,11 +20,16 @@ from kvlatent.model.window import Far, FarMaps, Whole, sinks_of, windowed_attent
 WINDOW, SINKS = 5, 2
 
 
-def windowed(teacher: PreTrainedModel, window: int = WINDOW, sinks: int = SINKS, latents: int = 1) -> PreTrainedModel:
+def windowed(
+    teacher: PreTrainedModel, window: int = WINDOW, sinks: int = SINKS, latents: int = 1, *, codes: bool = False
+) -> PreTrainedModel:
     """A student with a window and random maps, otherwise its teacher."""
     config = teacher.config
     dims = {"d_qk": (8,) * config.num_hidden_layers, "d_vo": (4,) * config.num_hidden_layers}
     fields = dims | {"qk_map": "after_rope", "window": window, "sinks": sinks}
+    if codes:
+        groups = ((4, 8), (9, 4), (3, 2)), ((5, 4), (3, 2))
+        fields |= {name: [x] * config.num_hidden_layers for name, x in zip(("k_codes", "v_codes"), groups, strict=True)}
     spec = LatentSpec.from_dict(
         identity_spec(teacher).to_dict() | fields | {"heads_per_latent": config.num_key_value_heads // latents}
     )
@@ -33,10 +38,13 @@ def windowed(teacher: PreTrainedModel, window: int = WINDOW, sinks: int = SINKS,
     set_spec(student, spec)
     torch.manual_seed(3)
     missing = student.load_state_dict(weights, strict=False).missing_keys
-    assert missing and all(name.endswith("_map") for name in missing)
+    assert missing and all(name.endswith(("_map", "_mean")) for name in missing)
     for layer in student.model.layers:
+        for name in ("k_mean", "v_mean") if codes else ():
+            torch.nn.init.normal_(getattr(layer.self_attn, name))
         for name in ("q_map", "k_map", "v_map", "o_map"):
             torch.nn.init.normal_(getattr(layer.self_attn, name), std=0.4)
+    student = student.double() if codes else student  # float32 rounds differently step by step, and codes jump
     return student.eval().requires_grad_(False)
 
 
@@ -73,8 +81,8 @@ def test_windowed_attention_and_its_gradients_match_the_loops(
         visible[:, half:, :half] = False
         rank[:, half:] -= half
     sink = (rank >= 0) & (rank < sinks)
-    tensors = [x.requires_grad_() for x in (q, k, v, *maps)]
-    wanted = reference.windowed_attention(q, k, v, tuple(maps), window=window, scale=0.3, visible=visible, sink=sink)
+    tensors = [x.requires_grad_() for x in (q, k, v, *maps[:4])]
+    wanted = reference.windowed_attention(q, k, v, maps[:4], window=window, scale=0.3, visible=visible, sink=sink)
     mask = None if kind == "plain" else visible[:, None]
     sink_k, sink_v, columns = sinks_of(k, v, mask, sinks)
     first = mask is None
@@ -105,9 +113,10 @@ def test_up_to_window_and_sinks_the_student_is_the_teacher(any_teacher: PreTrain
     assert (logits(student, ids) - logits(any_teacher, ids)).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize("steps", [[1] * 24, [3, 1, 1, 6, 1, 1, 1, 7, 3], [20, 1, 1, 1, 1], [1, 23]])
-def test_cached_equals_uncached(any_teacher: PreTrainedModel, ids: Tensor, steps: list[int]) -> None:
-    student = windowed(any_teacher)
+def test_cached_equals_uncached(any_teacher: PreTrainedModel, ids: Tensor, steps: list[int], codes: bool) -> None:
+    student = windowed(any_teacher, codes=codes)
     whole, cache, at, parts = logits(student, ids), LatentCache(student.config), 0, []
     for step in steps:
         parts.append(logits(student, ids[:, at : at + step], past_key_values=cache, use_cache=True))
@@ -115,8 +124,9 @@ def test_cached_equals_uncached(any_teacher: PreTrainedModel, ids: Tensor, steps
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-3, atol=5e-4)
 
 
-def test_bytes_are_latents_far_and_whole_near(any_teacher: PreTrainedModel, ids: Tensor) -> None:
-    student = windowed(any_teacher)
+@pytest.mark.parametrize("codes", [False, True])
+def test_bytes_are_latents_far_and_whole_near(any_teacher: PreTrainedModel, ids: Tensor, codes: bool) -> None:
+    student = windowed(any_teacher, codes=codes)
     spec = spec_of(student)
     assert spec is not None
     kv_heads = student.config.num_key_value_heads
@@ -125,7 +135,7 @@ def test_bytes_are_latents_far_and_whole_near(any_teacher: PreTrainedModel, ids:
         cache = LatentCache(student.config)
         logits(student, ids[:, :tokens], past_key_values=cache, use_cache=True)
         if sliding is None:
-            assert cache_bytes(cache) == 12 * spec.cache_bytes(kv_heads, 4, tokens)
+            assert cache_bytes(cache) == 12 * spec.cache_bytes(kv_heads, 8 if codes else 4, tokens)
 
 
 @pytest.mark.parametrize("split", [None, 9])

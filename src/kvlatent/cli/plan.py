@@ -37,5 +37,6 @@ class Plan(Command):
         keys = ["budget", "cache_bytes_per_token", "teacher_cache_bytes_per_token"]
         if result["window"]:
             keys += ["window", "sinks", "context", "cache_bytes", "teacher_cache_bytes"]
-        keys += ["expected_loss", "uniform_loss", "out"]
-        return "\n".join([*lines, "", pairs({key: result[key] for key in keys})])
+        others = {f"loss at the same bytes: {name}": loss for name, loss in result["alternatives"].items()}
+        told = {key: result[key] for key in (*keys, "expected_loss")} | others | {"out": result["out"]}
+        return "\n".join([*lines, "", pairs(told)])

@@ -45,9 +45,9 @@ from kvlatent.model.checkpoints import (
     processes,
     record_of,
 )
-from kvlatent.model.graft import dims_by_layer
 from kvlatent.model.loading import load_config, load_tokenizer, stored_dtype
-from kvlatent.model.spec import Preset, bytes_per_token
+from kvlatent.model.sizes import whole_token_bytes
+from kvlatent.model.spec import Preset
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class _Run:
             if length > positions:
                 raise UserError(f"{what}: {length:,} tokens exceed the {positions:,} positions of {self.recipe.model}")
         element = getattr(torch, self.dtype).itemsize
-        per_token = bytes_per_token(*dims_by_layer(self.config), self.config.num_key_value_heads, element)
+        per_token = whole_token_bytes(self.config, element)
         needed, there = bench.batch * lengths["bench"] * per_token, memory_of(pick_device(self.device))
         if needed > there:
             raise UserError(f"bench: a cache of {needed / 1e9:,.1f} GB exceeds the memory of {there / 1e9:,.1f} GB")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from kvlatent.compress.allocation import Allocation, probe_dims, probes_of
+from kvlatent.compress.bits import spend_bits, total_bits
 from kvlatent.compress.fill import fill
 from kvlatent.compress.methods.project import project_tail
 from kvlatent.compress.planning import plan_reduction, reductions, requested
@@ -21,14 +22,13 @@ from kvlatent.compress.values import value_output_tail
 from kvlatent.data.blocks import batch_size_for
 from kvlatent.errors import UserError
 from kvlatent.model.attention import LatentAttention
+from kvlatent.model.codes import BITS
 from kvlatent.model.graft import graft, head_dim_of
 from kvlatent.model.layers import layer_arguments
 from kvlatent.model.offload import OffloadedLayers
 from kvlatent.model.sizes import counted_context
 from kvlatent.model.window import ALL_FAR, Near
 
-PROBE_SHARE = 0.5
-"""A probe keeps this share of one layer's key dims, or of its value dims, and everything else."""
 PROBE_STRIDE = 4
 """Probes compare the next token's distributions at every so many positions: the head costs as much as many layers."""
 PLAN_TOKENS = 4096
@@ -37,25 +37,6 @@ PROBE_TOKENS = (2048, 4096)
 """How much layers matter is measured on an eighth of the text, within these limits; less is too few documents."""
 PIECE = 1024
 """Both are taken evenly from all of the text, in pieces of this many tokens, read as if they began a context."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Allocation:
-    """Dims per layer that spend a budget, and the loss that the curves expect of each."""
-
-    d_qk: tuple[int, ...]
-    d_vo: tuple[int, ...]
-    qk_loss: tuple[float, ...]
-    """What each layer's narrow keys cost on their own, in nats per token."""
-    vo_loss: tuple[float, ...]
-    """What each layer's narrow values cost, likewise."""
-    uniform_loss: float
-    """What the same dims in every layer would cost; all losses added up, as for `expected_loss`."""
-
-    @property
-    def expected_loss(self) -> float:
-        """Sum over layers, for keys and values: how plans compare, not a forecast (errors don't simply add up)."""
-        return sum(self.qk_loss) + sum(self.vo_loss)
 
 
 def step_of(head_dim: int) -> int:
@@ -121,18 +102,52 @@ def uniform_dims(config: PreTrainedConfig, budget: float) -> int:
     return dims
 
 
+def as_codes(bits: int | None, near: Near) -> bool:
+    """Whether far tokens become codes.
+
+    Raises:
+        UserError: Bits that can't be, or codes without a window of whole tokens.
+    """
+    if bits not in (None, 16, *BITS):
+        raise UserError(f"bits are 16, {', '.join(map(str, reversed(BITS)))}; got {bits}")
+    if bits not in (None, 16) and not near.window:
+        raise UserError(f"far tokens become codes of {bits} bits beside a window of whole ones; give a --window")
+    return bits != 16 and near.window > 0
+
+
 def _check_share(budget: float) -> None:
     if not 0 < budget <= 1:
         raise UserError(f"budget is the share of the cache bytes that is kept, above 0 and at most 1; got {budget}")
 
 
-def plan(teacher: PreTrainedModel, statistics: Statistics, budget: float) -> Allocation:
+def plan(teacher: PreTrainedModel, statistics: Statistics, budget: float, *, bits: int | None = None) -> Allocation:
     """Spend `budget`, a share of the cache bytes, where the teacher's statistics expect it to save the most loss.
+
+    Args:
+        teacher: A stock model of a supported family.
+        statistics: From `calibrate`, with losses from `probe`.
+        budget: Share of the bytes of a 16-bit cache, tokens met whole included.
+        bits: Of every number of a far token: 8, 4 or 2, or 16, which spends the budget on dims alone; None mixes bits
+            where the statistics are for a window, and is 16 elsewhere.
 
     Raises:
         UserError: The budget can't be, or the statistics were never probed.
     """
-    return spend(teacher, statistics, total_dims(teacher.config, budget, statistics.near))
+    near, m = statistics.near, statistics.heads_per_latent
+    check_budget(teacher.config, budget, bits, near, m)
+    if not as_codes(bits, near):
+        return spend(teacher, statistics, total_dims(teacher.config, budget, near))
+    share = far_share(teacher.config, budget, near)
+    return spend_bits(teacher, statistics, share, choices=BITS if bits is None else (bits,))
+
+
+def check_budget(config: PreTrainedConfig, budget: float, bits: int | None, near: Near, heads_per_latent: int) -> None:
+    """Raise `UserError` for a budget that `plan` couldn't spend."""
+    if as_codes(bits, near):
+        _check_share(budget)
+        total_bits(config, heads_per_latent, far_share(config, budget, near), BITS if bits is None else (bits,))
+    else:
+        total_dims(config, budget, near)
 
 
 def spend(teacher: PreTrainedModel, statistics: Statistics, total: int) -> Allocation:
@@ -163,7 +178,7 @@ def spend(teacher: PreTrainedModel, statistics: Statistics, total: int) -> Alloc
         d_vo=tuple(dims[layers:]),
         qk_loss=tuple(losses[:layers]),
         vo_loss=tuple(losses[layers:]),
-        uniform_loss=float(alike.sum()),
+        alternatives={"the same dims in every layer": float(alike.sum())},
     )
 
 
@@ -207,16 +222,11 @@ def loss_curves(teacher: PreTrainedModel, statistics: Statistics) -> Float[Tenso
         qk = project_tail(stats.mean("q").cpu(), k)
         tails.append(torch.stack((qk, value_output_tail(o, o_weight, kv_heads=kv_heads))))
     curves = torch.stack(tails, dim=1)
-    if statistics.probes is None or statistics.probes.ndim != 2:
-        raise UserError("these statistics say nothing about how much each layer matters; calibrate again")
+    probes = probes_of(statistics)
     # A layer of so low a rank that nothing is lost at half its dims has no tail there, only rounding.
     least = (1e-6 * curves[..., 0]).clamp_min(torch.finfo(torch.float64).tiny)
-    scale = statistics.probes / torch.maximum(curves[..., _probe_dims(curves.shape[-1] - 1)], least)
+    scale = probes / torch.maximum(curves[..., probe_dims(curves.shape[-1] - 1)], least)
     return curves * scale[..., None]
-
-
-def _probe_dims(head_dim: int) -> int:
-    return max(2, int(PROBE_SHARE * head_dim) // 2 * 2)
 
 
 @torch.no_grad()
@@ -240,7 +250,7 @@ def probe(
     """
     student = graft(teacher)
     head_dim, layers = head_dim_of(teacher.config), student.model.layers
-    narrow = _probe_dims(head_dim)
+    narrow = probe_dims(head_dim)
     plans = [
         plan_reduction(
             teacher,

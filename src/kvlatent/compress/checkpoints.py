@@ -27,11 +27,10 @@ from kvlatent.errors import UserError, needs
 from kvlatent.files import check_disk, new_output
 from kvlatent.model.card import unmeasured_card, window_text
 from kvlatent.model.checkpoints import environment, load_model, record_of, save_checkpoint
-from kvlatent.model.graft import check_teacher, dims_by_layer, head_dim_of, heads_per_latent_of, spec_of
+from kvlatent.model.graft import check_teacher, head_dim_of, heads_per_latent_of, spec_of
 from kvlatent.model.loading import load_config, load_tokenizer, stored_dtype, teacher_name, weight_bytes
 from kvlatent.model.offload import OffloadedLayers, open_offloaded
-from kvlatent.model.sizes import counted_context
-from kvlatent.model.spec import bytes_per_token
+from kvlatent.model.sizes import counted_context, whole_token_bytes
 from kvlatent.model.window import ALL_FAR, Near
 
 # --- calibrate -------------------------------------------------------------------------------------------------------
@@ -157,7 +156,7 @@ def plan_checkpoint(
         statistics = None if asked.stats is None else load_statistics(asked.stats, config)
         grouped = grouped_heads(config, PRESETS["best"].default, asked.heads_per_latent, statistics)
         near = near_of("best", PRESETS["best"].default, asked.window, asked.sinks, statistics)
-        total = budgets.total_dims(config, asked.budget, near)
+        budgets.check_budget(config, asked.budget, asked.bits, near, grouped)
         if statistics is None:
             check_far_tokens(near, asked.block_size)
         teacher = load_model(model, device=device, dtype="float32")[0]
@@ -167,15 +166,15 @@ def plan_checkpoint(
                 vocab_size=config.vocab_size, teacher=lambda: teacher,
             )  # fmt: skip
             statistics = budgets.planning_statistics(teacher, blocks.ids, heads_per_latent=grouped, near=near)
-        allocation = budgets.spend(teacher, statistics, total)
-        kv_heads, size = config.num_key_value_heads, stored_dtype(config, dtype).itemsize
+        allocation = budgets.plan(teacher, statistics, asked.budget, bits=asked.bits)
+        size = stored_dtype(config, dtype).itemsize
         context = counted_context(config)
         title = f"{model}: {asked.budget:.4g} of the cache"
         if near.window:
             title += f" of {context:,} tokens, {window_text(*near)}"
         draw(allocation, out, title=title, head_dim=head_dim_of(config))
-        latent = bytes_per_token(allocation.d_qk, allocation.d_vo, kv_heads, size)
-        whole = bytes_per_token(*dims_by_layer(config), kv_heads, size)
+        latent = allocation.token_bytes(config.num_key_value_heads, grouped, size)
+        whole = whole_token_bytes(config, size)
         return {
             "model": model,
             "budget": asked.budget,
@@ -240,8 +239,8 @@ class Target:
     asked: ConvertConfig
     request: Request
     """With all dims, where a budget is yet to be spent on the layers."""
-    total: int | None
-    """d_qk + d_vo of all layers, where that is what is known of them."""
+    budgeted: bool
+    """Whether dims, and bits, are what a budget pays for."""
     context: int
     """Positions that blocks are spread over."""
 
@@ -262,7 +261,7 @@ def target_of(config: PreTrainedConfig, asked: ConvertConfig, statistics: Statis
         raise UserError("d_qk and d_vo go together; give both, or a budget")
     if (asked.d_qk is None) == (asked.budget is None):
         raise UserError("give either d_qk and d_vo or a budget, one and not both")
-    total, recipe, method = None, PRESETS[asked.preset], method_of(asked.preset, asked.qk)
+    budgeted, recipe, method = False, PRESETS[asked.preset], method_of(asked.preset, asked.qk)
     window, sinks = asked.window, asked.sinks
     if asked.d_qk is not None and asked.d_vo is not None:
         d_qk, d_vo = asked.d_qk, asked.d_vo
@@ -271,8 +270,10 @@ def target_of(config: PreTrainedConfig, asked: ConvertConfig, statistics: Statis
     else:
         assert asked.budget is not None
         window, sinks = near = near_of(asked.preset, method, asked.window, asked.sinks, statistics)
-        total, d_qk = budgets.total_dims(config, asked.budget, near), head_dim_of(config)
-        d_vo = d_qk
+        grouped = grouped_heads(config, method, asked.heads_per_latent, statistics)
+        budgets.check_budget(config, asked.budget, asked.bits, near, grouped)
+        budgeted = True
+        d_qk = d_vo = head_dim_of(config)
         if method.one_frequency_list:
             raise UserError(
                 f"{method.name} has one frequency list, so every layer the same d_qk; give --d-qk and --d-vo"
@@ -281,14 +282,18 @@ def target_of(config: PreTrainedConfig, asked: ConvertConfig, statistics: Statis
         config, preset=asked.preset, qk=asked.qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=asked.heads_per_latent,
         window=window, sinks=sinks, statistics=statistics,
     )  # fmt: skip
+    if not budgeted and budgets.as_codes(asked.bits or 16, request.near):
+        layers, m = config.num_hidden_layers, request.heads_per_latent
+        k_codes, v_codes = ((((m * d, asked.bits),),) * layers for d in (d_qk, d_vo))
+        request = replace(request, k_codes=k_codes, v_codes=v_codes)
     if not recipe.calibrated and (asked.stats or asked.text):
         raise UserError(f"preset {asked.preset} is not calibrated; leave --text and --stats out")
     check_source(request, given=bool(asked.stats or asked.text))
     if asked.text:
         check_far_tokens(request.near, asked.block_size)
-    if asked.stats and asked.text and total is None:
+    if asked.stats and asked.text and not budgeted:
         raise UserError("give either text (--text) or statistics (--stats); both only for best with a --budget")
-    return Target(asked=asked, request=request, total=total, context=context_of(config, asked.context))
+    return Target(asked=asked, request=request, budgeted=budgeted, context=context_of(config, asked.context))
 
 
 def convert_loaded(
@@ -316,14 +321,17 @@ def convert_loaded(
     """
     check_disk(out, weight_bytes(teacher, dtype) + 50_000_000)
     request = target.request
-    if target.total is not None:
+    if target.budgeted:
         spent_by = statistics
         if spent_by is None:
             assert blocks is not None
             settings: dict[str, Any] = {"heads_per_latent": request.heads_per_latent, "near": request.near}
             spent_by = budgets.planning_statistics(teacher, blocks.ids, **settings)
-        allocation = budgets.spend(teacher, spent_by, target.total)
-        request = replace(request, d_qk=allocation.d_qk, d_vo=allocation.d_vo)
+        assert target.asked.budget is not None
+        allocation = budgets.plan(teacher, spent_by, target.asked.budget, bits=target.asked.bits)
+        request = replace(
+            request, d_qk=allocation.d_qk, d_vo=allocation.d_vo, k_codes=allocation.k_codes, v_codes=allocation.v_codes
+        )
     began = time.monotonic()
     if blocks is None:
         student = convert_as(request, teacher, statistics=statistics)
@@ -332,7 +340,7 @@ def convert_loaded(
         student = convert_as(request, teacher, ids=blocks.ids, batch_size=size, context=target.context)
     spec = spec_of(student)
     assert spec is not None
-    by_layer = target.total is not None
+    by_layer = target.budgeted
     step: dict[str, Any] = {
         "verb": "convert",
         "preset": request.preset,
@@ -365,5 +373,5 @@ def convert_loaded(
         "layout": spec.layout,
         **{key: value for key, value in step.items() if key != "verb"},
         "cache_bytes_per_token": spec.cache_bytes_per_token(kv_heads, dtype.itemsize),
-        "teacher_cache_bytes_per_token": bytes_per_token(*dims_by_layer(teacher.config), kv_heads, dtype.itemsize),
+        "teacher_cache_bytes_per_token": whole_token_bytes(teacher.config, dtype.itemsize),
     }

@@ -62,12 +62,18 @@ class CalibrateConfig(Calibration):
     """Positions that blocks are spread over: as far as the student will be used."""
 
 
+Bits = Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: a mix beside a window, else 16)")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(Calibration):
     """Settings of planning; convert plans alike for the same text, statistics and budget."""
 
     budget: Annotated[float, arg(metavar="SHARE")]
-    """The share of the cache bytes to keep."""
+    """The share of the bytes of a 16-bit cache to keep, tokens met whole included."""
+    bits: Bits = None
+    """Bits of every number of a far token: 16 leaves them as they are and spends the budget on dims alone, 8, 4 and 2
+    make them codes; without, every dim has as many as pay."""
     stats: Stats = None
     """Statistics from calibrate; without them, they are taken on text."""
     text: Sources = ("teacher",)
@@ -83,7 +89,11 @@ class ConvertConfig(Calibration):
     d_vo: Dims = None
     """Value/output dims per head. Goes with --d-qk."""
     budget: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="(default: 0.5)")] = None
-    """Instead of dims: the share of the cache bytes to keep; best spends it layer by layer, as plan shows."""
+    """Instead of dims: the share of the bytes of a 16-bit cache to keep; best spends it layer by layer, as plan
+    shows."""
+    bits: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: a mix with a budget, else 16)")] = None
+    """Bits of every number of a far token: 16 leaves them as they are, 8, 4 and 2 make them codes, which need a window;
+    without, a budget is spent on dims and bits together where there is a window."""
     preset: Preset = "best"
     """best: what measures best; portable: the same dims and frequencies everywhere; paper: KV-Latent's own recipe."""
     qk: Annotated[str | None, arg(metavar="METHOD", help_behavior_hint="(default: the preset's)")] = None

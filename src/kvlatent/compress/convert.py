@@ -14,6 +14,7 @@ from kvlatent.compress.in_order import convert_in_order
 from kvlatent.compress.planning import Plan, Request, check_source, plan_reduction, reductions, requested
 from kvlatent.compress.statistics import Statistics, calibrate, check_far_tokens
 from kvlatent.errors import UserError
+from kvlatent.model.codes import Groups
 from kvlatent.model.graft import graft, set_spec
 from kvlatent.model.spec import Preset
 
@@ -28,6 +29,8 @@ def convert(
     heads_per_latent: int | None = None,
     window: int | None = None,
     sinks: int | None = None,
+    k_codes: Sequence[Groups] = (),
+    v_codes: Sequence[Groups] = (),
     statistics: Statistics | None = None,
     ids: Int[Tensor, "blocks block_size"] | None = None,
     batch_size: int = 4,
@@ -50,6 +53,9 @@ def convert(
         window: Newest tokens that queries meet whole; None is what the statistics are for or, without them, 128 for
             preset best with method project, as long as any dims are reduced, and 0 for others.
         sinks: First tokens that queries meet whole, likewise; 4 beside a window.
+        k_codes: By layer, the dims of a latent's keys and the bits of each, as `budget.plan` gives them; without, far
+            tokens are numbers.
+        v_codes: Likewise of values.
         statistics: From `calibrate`.
         ids: Calibration text as token blocks.
         batch_size: Blocks per forward.
@@ -61,7 +67,7 @@ def convert(
     """
     request = requested(
         teacher.config, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=heads_per_latent,
-        window=window, sinks=sinks, statistics=statistics,
+        window=window, sinks=sinks, k_codes=k_codes, v_codes=v_codes, statistics=statistics,
     )  # fmt: skip
     return convert_as(request, teacher, statistics=statistics, ids=ids, batch_size=batch_size, context=context)
 
@@ -104,7 +110,7 @@ def _one_shot(teacher: PreTrainedModel, plan: Plan, statistics: Statistics | Non
     set_spec(student, plan.spec)
     for index, layer in enumerate(student.model.layers):
         stats = None if statistics is None else statistics.layers[index]
-        fill(layer.self_attn, whole[index], *reductions(plan, index, whole[index], stats))
+        fill(layer.self_attn, whole[index], *reductions(plan, index, whole[index], stats), stats)
     return student
 
 

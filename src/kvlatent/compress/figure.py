@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from kvlatent.compress.budget import Allocation
+from kvlatent.compress.allocation import Allocation
 from kvlatent.errors import UserError
 from kvlatent.files import new_file
 

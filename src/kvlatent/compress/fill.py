@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import torch
 
+from kvlatent.compress.codes import coded, layer_axes
 from kvlatent.compress.maps import QKReduction, VOReduction, own_part
+from kvlatent.compress.statistics import LayerStatistics
 from kvlatent.model.attention import LatentAttention
 
 
 @torch.no_grad()
-def fill(reduced: LatentAttention, whole: LatentAttention, qk: QKReduction, vo: VOReduction) -> LatentAttention:
-    """Write into `reduced` the weights of the unreduced attention `whole` under the given maps."""
+def fill(
+    reduced: LatentAttention,
+    whole: LatentAttention,
+    qk: QKReduction,
+    vo: VOReduction,
+    statistics: LayerStatistics | None = None,
+) -> LatentAttention:
+    """Write into `reduced` the weights of the unreduced attention `whole` under the given maps.
+
+    Where latents are codes, maps are made fit for them by the layer's `statistics`.
+    """
+    if reduced.codes is not None:
+        assert statistics is not None
+        found = layer_axes(statistics, qk, vo, whole.o_proj.weight, kv_heads=whole.kv_heads)
+        k_codes, v_codes = reduced.codes
+        qk, vo, means = coded(qk, vo, found, (k_codes.groups, v_codes.groups))
+        for buffer, mean in zip((reduced.k_mean, reduced.v_mean), means, strict=True):
+            assert buffer is not None
+            buffer.copy_(mean)
     heads_and_maps = (
         (reduced.q_proj, whole.q_proj, qk.q_map if reduced.qk_map == "folded" else None),
         (reduced.k_proj, whole.k_proj, qk.k_map if reduced.qk_map == "folded" else None),

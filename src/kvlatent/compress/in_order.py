@@ -93,7 +93,7 @@ def convert_in_order(
             turn = None if spec.qk_map == "after_rope" else turning(from_start, qk.freq_index)
             qk = rescaled(refit_logits(samples, qk, turn=turn, scale=spec.scale, strength=LOGIT_RIDGE))
         layer.self_attn = LatentAttention(student.config, index, whole, spec)
-        fill(layer.self_attn, whole, qk, vo)
+        fill(layer.self_attn, whole, qk, vo, stats)
 
         if near.window:  # W_O and the FFN stay the teacher's, as near tokens need them
             for b, state in enumerate(student_states):

@@ -65,6 +65,8 @@ class Layer:
     d_qk: int
     """Dims per head after."""
     heads_per_latent: int
+    latent_dims: int
+    """Dims after, of all heads that share a latent."""
     statistics: LayerStatistics | None
     """Calibration statistics of this layer; None only for methods that aren't calibrated."""
 
@@ -72,11 +74,6 @@ class Layer:
     def group_size(self) -> int:
         """Query heads per KV head."""
         return self.q_heads // self.kv_heads
-
-    @property
-    def latent_dims(self) -> int:
-        """Dims after, of all heads that share a latent."""
-        return self.d_qk * self.heads_per_latent
 
     def moment(self, name: str) -> Tensor:
         """A second moment of queries (`q…`) by head, or of keys (`k…`) by latent."""

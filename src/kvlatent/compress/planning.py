@@ -15,6 +15,7 @@ from kvlatent.compress.statistics import LayerStatistics, Statistics
 from kvlatent.compress.values import value_output_svd, value_stride
 from kvlatent.errors import UserError
 from kvlatent.model.attention import LatentAttention
+from kvlatent.model.codes import Groups
 from kvlatent.model.families import family_of
 from kvlatent.model.graft import check_teacher, head_dim_of, heads_per_latent_of, identity_spec
 from kvlatent.model.spec import LatentSpec, Preset, check_dims
@@ -35,6 +36,8 @@ class Request:
     """Tokens met whole."""
     d_qk: tuple[int, ...]
     d_vo: tuple[int, ...]
+    k_codes: tuple[Groups, ...] = ()
+    v_codes: tuple[Groups, ...] = ()
 
     @property
     def recipe(self) -> Recipe:
@@ -52,6 +55,8 @@ def requested(
     heads_per_latent: int | None = None,
     window: int | None = None,
     sinks: int | None = None,
+    k_codes: Sequence[Groups] = (),
+    v_codes: Sequence[Groups] = (),
     statistics: Statistics | None = None,
 ) -> Request:
     """Resolve a request; needs no weights, so it can come before loading them.
@@ -67,6 +72,8 @@ def requested(
         window: Newest tokens met whole; None is what the statistics are for or, without them, that of `WINDOW` if any
             dims are reduced.
         sinks: First tokens met whole, likewise.
+        k_codes: Dims and bits of far tokens' keys by layer, where they are to be codes.
+        v_codes: Likewise of values.
         statistics: Those that layers will be reduced by.
 
     Raises:
@@ -89,10 +96,17 @@ def requested(
     if not recipe.calibrated:
         stride_channels(head_dim, values[0], "d_vo")
     grouped = grouped_heads(config, method, heads_per_latent, statistics)
-    if statistics is None and window is None and {*keys, *values} == {head_dim}:  # there is nothing to lose
+    if (
+        statistics is None and window is None and {*keys, *values} == {head_dim} and not k_codes
+    ):  # there is nothing to lose
         window = 0
     near = near_of(preset, method, window, sinks, statistics)
-    return Request(preset=preset, method=method, heads_per_latent=grouped, near=near, d_qk=keys, d_vo=values)
+    if k_codes and not near.window:
+        raise UserError("far tokens become codes beside a window of whole ones; give --window, or --bits 16")
+    return Request(
+        preset=preset, method=method, heads_per_latent=grouped, near=near, d_qk=keys, d_vo=values,
+        k_codes=tuple(k_codes), v_codes=tuple(v_codes),
+    )  # fmt: skip
 
 
 def check_source(request: Request, *, given: bool) -> None:
@@ -216,6 +230,8 @@ def plan_reduction(teacher: PreTrainedModel, request: Request, statistics: Stati
         heads_per_latent=request.heads_per_latent,
         window=request.near.window,
         sinks=request.near.sinks,
+        k_codes=request.k_codes,
+        v_codes=request.v_codes,
         inv_freq=decision.inv_freq,
         per_head_frequencies=decision.per_head_frequencies,
         qk_map=qk_map,
@@ -235,6 +251,7 @@ def reductions(
         head_dim=head_dim,
         d_qk=spec.d_qk[index],
         heads_per_latent=spec.heads_per_latent,
+        latent_dims=spec.latent_dims[0][index],
         statistics=statistics,
     )
     qk = plan.method.reduce(layer, plan.decision)

@@ -32,6 +32,9 @@ NAMES = ("q", "k", "q_unrotated", "k_unrotated", "o")
 """The moments kept of each layer: queries, keys (per KV head), both again before RoPE, and head outputs."""
 GROUPED = ("k_grouped", "k_unrotated_grouped", "o_grouped")
 """Keys and head outputs once more, with the dims of all KV heads that are to share a latent side by side."""
+SINGLE = ("k_single", "v_single")
+"""Single keys and values of a latent around zero, with a constant 1 behind their dims, so that the last column holds
+sums: what noise on a key costs counts with the attention it gets, on a value with that attention's square."""
 
 
 @dataclass
@@ -75,7 +78,7 @@ class LayerStatistics:
         keys, values = (side_by_side(t, heads_per_latent) for t in (k, v))
         mask = kwargs.get("attention_mask")
         both = torch.cat((keys, values), dim=-1)
-        mean_key, out, received, given = _attend(q, k, both, mask=mask, scale=attention.scale, near=near)
+        mean_key, out, received, squared, given = _attend(q, k, both, mask=mask, scale=attention.scale, near=near)
         k_centered = _centered(k, _own(mean_key, heads_per_latent, attention.group_size), received)
         unscale = 1 / rope_scaling**2
         q_unrotated, k_unrotated = (rotate(t, cos[:, None], -sin[:, None]) * unscale for t in (q, k))
@@ -83,8 +86,9 @@ class LayerStatistics:
         met = q * given[..., None] if near.window else q
         of_heads = moment(q, met), k_centered, moment(q_unrotated), moment(k_unrotated), moment(own_out)
         moments = dict(zip(NAMES, of_heads, strict=True))
+        received, squared = (x.unflatten(1, (-1, heads_per_latent)).sum(2) for x in (received, squared))
+        moments |= zip(SINGLE, (_with_one(keys, received), _with_one(values, squared)), strict=True)
         if heads_per_latent > 1:
-            received = received.unflatten(1, (-1, heads_per_latent)).sum(2)
             unrotated = side_by_side(k_unrotated, heads_per_latent)
             of_latents = _centered(keys, mean_key, received), moment(unrotated), moment(out)
             moments |= zip(GROUPED, of_latents, strict=True)
@@ -106,6 +110,12 @@ def _centered(k: Tensor, mean_key: Tensor, received: Tensor) -> Tensor:
     return (moment(k, k * received[..., None]) - of_means) * heads / q_heads
 
 
+def _with_one(x: Tensor, weights: Tensor) -> Tensor:
+    """Weighted second moments with a constant: (batch, heads, seq, dim) → (heads, dim + 1, dim + 1)."""
+    x = torch.nn.functional.pad(x, (0, 1), value=1.0)
+    return moment(x, x * weights[..., None])
+
+
 def _own(x: Tensor, heads_per_latent: int, group_size: int) -> Tensor:
     """Each query head's own part of heads side by side: (batch, q_heads, seq, m·dim) → (batch, q_heads, seq, dim)."""
     by_head = x.unflatten(1, (-1, heads_per_latent, group_size)).unflatten(-1, (heads_per_latent, -1))
@@ -114,7 +124,7 @@ def _own(x: Tensor, heads_per_latent: int, group_size: int) -> Tensor:
 
 def _attend(
     q: Tensor, k: Tensor, both: Tensor, *, mask: Tensor | None, scale: float, near: Near = ALL_FAR, rows: int = 128
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Attend causally, `rows` queries at a time, so that memory and time go to visible keys only.
 
     Args:
@@ -128,11 +138,11 @@ def _attend(
 
     Returns:
         Mean key and mean value of each query, (batch, q_heads, seq, dim), the attention that each key receives from its
-        group, (batch, kv_heads, seq), and that each query gives, (batch, q_heads, seq).
+        group and the sum of its squares, (batch, kv_heads, seq), and what each query gives, (batch, q_heads, seq).
     """
     (batch, kv_heads, seq, _), latents, parts = k.shape, both.shape[1], []
     grouped = q.unflatten(1, (kv_heads, -1))
-    received, given = k.new_zeros(batch, kv_heads, seq), list[Tensor]()
+    received, squared, given = k.new_zeros(batch, kv_heads, seq), k.new_zeros(batch, kv_heads, seq), list[Tensor]()
     at = torch.arange(seq, device=k.device)
     for start in range(0, seq, rows):
         end = min(start + rows, seq)
@@ -148,9 +158,10 @@ def _attend(
         given.append(probs.sum(-1))
         probs = probs.flatten(2, 3)
         received[..., :end] += probs.sum(2)
+        squared[..., :end] += probs.square().sum(2)
         parts.append((probs.reshape(batch, latents, -1, end) @ both[:, :, :end]).unflatten(2, (-1, end - start)))
     mean_key, out = torch.cat(parts, dim=3).flatten(1, 2).chunk(2, dim=-1)
-    return mean_key, out, received, torch.cat(given, dim=3).flatten(1, 2)
+    return mean_key, out, received, squared, torch.cat(given, dim=3).flatten(1, 2)
 
 
 @torch.no_grad()
@@ -254,7 +265,7 @@ class Statistics:
                 meta, present = file.metadata() or {}, set(file.keys())
                 about = About.model_validate_json(meta["about"]).model_dump(exclude_unset=True)
                 tokens = TypeAdapter(list[Count]).validate_json(meta["tokens"], strict=True)
-                names = NAMES + GROUPED if f"layers.0.{GROUPED[0]}" in present else NAMES
+                names = NAMES + SINGLE + (GROUPED if f"layers.0.{GROUPED[0]}" in present else ())
                 wanted = {f"layers.{i}.{name}" for i in range(min(len(tokens), len(present))) for name in names}
                 if present - {"probes"} != wanted or len(wanted) != len(tokens) * len(names):
                     raise UserError("its tensors are not those of so many layers")
@@ -278,8 +289,9 @@ class Statistics:
         m = self.heads_per_latent
         for index, layer in enumerate(self.layers):
             for name, x in layer.sums.items():
-                heads = q_heads if name[0] in "qo" else kv_heads // m if name in GROUPED else kv_heads
-                width = head_dim * m if name in GROUPED else head_dim
+                of_latents = name in GROUPED + SINGLE
+                heads = q_heads if name[0] in "qo" else kv_heads // m if of_latents else kv_heads
+                width = (head_dim * m if of_latents else head_dim) + (name in SINGLE)
                 if x.shape != (heads, width, width) or x.dtype != torch.float64:
                     raise UserError(f"layers.{index}.{name} has a wrong shape or dtype")
                 if not bool(torch.isfinite(x).all()):

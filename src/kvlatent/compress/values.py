@@ -34,7 +34,7 @@ def value_output_svd(
         d_vo: Dims kept, of a latent if heads share them.
         kv_heads: Heads of the stock model.
     """
-    cov, w = _by_latent(o_cov, o_weight, kv_heads)
+    cov, w = outputs_by_latent(o_cov, o_weight, kv_heads)
     c_root, c_inverse = root_and_inverse(cov)
     u = torch.linalg.svd(c_root @ w, full_matrices=False).U[..., :d_vo]
     v_map, o_map = orthonormal(c_inverse @ u, c_root @ u)
@@ -43,14 +43,14 @@ def value_output_svd(
 
 def value_output_tail(o_cov: Tensor, o_weight: Tensor, *, kv_heads: int) -> Float[Tensor, "dims"]:
     """What `value_output_svd` leaves of the expected squared output, by dims kept, summed over KV heads."""
-    cov, w = _by_latent(o_cov, o_weight, kv_heads)
+    cov, w = outputs_by_latent(o_cov, o_weight, kv_heads)
     return tail(torch.linalg.svdvals(root(cov) @ w))[:: o_cov.shape[0] * o_cov.shape[1] // o_weight.shape[1]]
 
 
-def _by_latent(o_cov: Tensor, o_weight: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+def outputs_by_latent(o_cov: Tensor, o_weight: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
     """C of each latent, and W_O of all its query heads, stacked, (latents, m·head_dim, heads·hidden)."""
     q_heads, width = o_cov.shape[:2]
-    w = o_weight.double().T.unflatten(0, (q_heads, -1))  # (q_heads, head_dim, hidden)
+    w = o_weight.detach().double().T.unflatten(0, (q_heads, -1))  # (q_heads, head_dim, hidden)
     heads_per_latent = width // w.shape[1]
     latents = kv_heads // heads_per_latent
     parts = torch.nn.functional.one_hot(own_part(q_heads, kv_heads, heads_per_latent)).to(w)

@@ -22,10 +22,9 @@ from kvlatent.model.buffers import reserve
 from kvlatent.model.cache import LatentCache, allocated_bytes, cache_bytes
 from kvlatent.model.checkpoints import load_model, peak_memory
 from kvlatent.model.compatibility import CACHE
-from kvlatent.model.graft import cached_dims, cached_heads, dims_by_layer, graft, spec_of
+from kvlatent.model.graft import cached_dims, cached_heads, graft, spec_of
 from kvlatent.model.loading import load_config
-from kvlatent.model.sizes import near_tokens, predicted_cache_bytes, whole_token_bytes
-from kvlatent.model.spec import bytes_per_token
+from kvlatent.model.sizes import far_token_bytes, near_tokens, predicted_cache_bytes, whole_token_bytes
 from kvlatent.model.window_cache import SLACK
 
 
@@ -283,8 +282,7 @@ def n_max_of(model: PreTrainedModel, *, memory: int, batch: int) -> dict[str, An
 
 def _bytes_per_token(model: PreTrainedModel) -> int:
     """Bytes that one more token of a sequence adds to the cache, in layers that hold every token."""
-    config = model.config
-    return bytes_per_token(*dims_by_layer(config), config.num_key_value_heads, model.dtype.itemsize)
+    return far_token_bytes(model.config, model.dtype.itemsize)
 
 
 def _summary(model: PreTrainedModel, measured: Sequence[Measurement], *, batch: int) -> dict[str, Any]:

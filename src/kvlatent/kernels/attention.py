@@ -112,7 +112,8 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None)
     if own is not None and own[1].available():
         return own[1].decode_segment(q, k, v, scale=scale, mask=mask)
     batch, q_heads, _, d_qk = q.shape
-    logits = (q.view(batch, k.shape[1], -1, d_qk) @ k.mT).float() * (scale * math.log2(math.e))
+    logits = (q.view(batch, k.shape[1], -1, d_qk) @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
+    logits = logits * (scale * math.log2(math.e))
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
     if k.shape[2] == 0:

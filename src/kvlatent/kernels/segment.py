@@ -77,6 +77,13 @@ def joined_segments(parts: list[Joinable]) -> Float[Tensor, "batch q_heads rows 
     return out.to(parts[0][0].dtype)
 
 
+def together(parts: list[Joinable]) -> Joinable:
+    """Several segments as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return joined_segments(parts), torch.stack([normalizer for _, normalizer in parts]).logsumexp(0)
+
+
 def nothing_seen(like: Joinable, rows: int) -> Joinable:
     """`like` with so many queries before its own that see nothing."""
     out, normalizer = like

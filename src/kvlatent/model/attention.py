@@ -40,6 +40,8 @@ class LatentAttention(nn.Module):
     v_map: Tensor | None
     o_map: Tensor | None
     freq_index: Tensor | None
+    k_mean: Tensor | None
+    v_mean: Tensor | None
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int, stock: nn.Module, spec: LatentSpec) -> None:
         """Build the module for layer `layer_idx` with the biases and QK-norms of `stock`; weights stay unset."""
@@ -83,6 +85,9 @@ class LatentAttention(nn.Module):
         joint = self.heads_per_latent * spec.head_dim
         self.v_map = head_map(self.latents, joint, cached_values) if self.window else None
         self.o_map = head_map(self.q_heads, cached_values, spec.head_dim) if output_map else None
+        self.codes = spec.codes_of(layer_idx)
+        for name, width in (("k_mean", cached_keys), ("v_mean", cached_values)):
+            self.register_buffer(name, weight.new_zeros(self.latents, 1, width) if self.codes else None)
         # Which of the inverse frequencies each KV head rotates by; without it, all of them in order.
         index = torch.arange(rotated // 2, device=weight.device).repeat(self.kv_heads, 1)
         self.register_buffer("freq_index", index if spec.per_head_frequencies else None)
@@ -125,12 +130,12 @@ class LatentAttention(nn.Module):
     def far_maps(self) -> FarMaps:
         """How tokens are reduced that have left the window."""
         assert self.q_map is not None and self.k_map is not None and self.v_map is not None and self.o_map is not None
-        return FarMaps(self.q_map, self.k_map, self.v_map, self.o_map)
+        return FarMaps(self.q_map, self.k_map, self.v_map, self.o_map, self.k_mean, self.v_mean, self.codes)
 
     def _split(self, k: Tensor, v: Tensor, maps: FarMaps, mask: Tensor | None) -> tuple[Whole, Far]:
         """A sequence without a cache: all of it whole, and latents of what leaves the last query's window."""
         sink_k, sink_v, columns = sinks_of(k, v, mask, self.sinks)
-        far_k, far_v = maps.reduced(*(x[:, :, : max(0, k.shape[2] - self.window)] for x in (k, v)))
+        far_k, far_v = maps.seen(*(x[:, :, : max(0, k.shape[2] - self.window)] for x in (k, v)))
         first = mask is None
         whole = Whole(k=k, v=v, start=0, sink_k=sink_k, sink_v=sink_v, sink_columns=columns, sinks_first=first)
         return whole, Far(k=far_k, v=far_v, start=0)

@@ -39,7 +39,8 @@ class FixedWindowLayer(StaticLayer):
             [x.new_zeros(batch, x.shape[1], slots, x.shape[3]) for x in (key_states, value_states)]
             for slots in (self.window + self.sinks, SLACK)
         )
-        self.latents = [key_states.new_zeros(batch, len(x), places, x.shape[2]) for x in (maps.k, maps.v)]
+        none = maps.stored(key_states[:, :, :0], value_states[:, :, :0])
+        self.latents = [x.new_zeros(batch, x.shape[1], places, x.shape[3]) for x in none]
         self.sink_at = torch.full((batch, self.sinks), NOWHERE, device=self.device)
         self.cumulative_length = self.cumulative_length.to(self.device)
         self.most_left = torch.zeros_like(self.cumulative_length)  # tokens that have ever been outside the window
@@ -103,7 +104,7 @@ class FixedWindowLayer(StaticLayer):
             whole[:, :, self.window :] = torch.where(becomes_sink, old, whole[:, :, self.window :])
             left.index_copy_(2, (leaving % SLACK)[None], old)  # before the window is full, what is overwritten later
             whole.index_copy_(2, slot, new)
-        for latents, new in zip(self.latents, maps.reduced(*oldest), strict=True):
+        for latents, new in zip(self.latents, maps.stored(*oldest), strict=True):
             latents.index_copy_(2, place, new)
         batch = len(self.sink_at)
         seen = torch.ones(batch, 1, dtype=torch.bool, device=self.device)

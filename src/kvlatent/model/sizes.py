@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import DynamicCache, PreTrainedConfig
 
-from kvlatent.model.graft import dims_by_layer, head_dim_of, spec_in
+from kvlatent.model.graft import head_dim_of, spec_in
 from kvlatent.model.window import ALL_FAR, Near
 from kvlatent.model.window_cache import SLACK
 
@@ -28,11 +28,20 @@ def whole_token_bytes(config: PreTrainedConfig, element_size: int) -> int:
     return int(2 * config.num_key_value_heads * head_dim_of(config) * config.num_hidden_layers * element_size)
 
 
+def far_token_bytes(config: PreTrainedConfig, element_size: int) -> int:
+    """Bytes that one more token of one sequence adds in all layers that hold every token, beyond a window."""
+    spec = spec_in(config)
+    if spec is None:
+        return whole_token_bytes(config, element_size)
+    return spec.cache_bytes_per_token(config.num_key_value_heads, element_size)
+
+
 def predicted_cache_bytes(config: PreTrainedConfig, *, batch: int, tokens: int, element_size: int) -> int:
     """Bytes of keys and values that a model's default cache holds, counted layer by layer.
 
-    Tokens within a window and sinks are held whole, all others with the layer's dims. A layer with a sliding window of
-    the teacher's forgets what the next token won't look at; beside a window of the student's it keeps `SLACK` more.
+    Tokens within a window and sinks are held whole, all others with the layer's dims and bits. A layer with a sliding
+    window of the teacher's forgets what the next token won't look at; beside a window of the student's it keeps `SLACK`
+    more.
 
     Args:
         config: Of a stock model or a student.
@@ -40,13 +49,15 @@ def predicted_cache_bytes(config: PreTrainedConfig, *, batch: int, tokens: int, 
         tokens: Cached tokens per sequence.
         element_size: Bytes per number.
     """
-    near = near_tokens(config)
-    numbers = 0
-    for d_qk, d_vo, layer in zip(*dims_by_layer(config), DynamicCache(config=config).layers, strict=True):
+    near, spec, heads = near_tokens(config), spec_in(config), config.num_key_value_heads
+    whole_bytes = 2 * head_dim_of(config) * heads * element_size
+    total = 0
+    for index, layer in enumerate(DynamicCache(config=config).layers):
         whole = min(tokens, sum(near))
         others = tokens - whole
         if layer.is_sliding:
             least = layer.sliding_window - 1 + (SLACK - near.window if near.window else 0)
             others = min(others, max(0, least))
-        numbers += 2 * head_dim_of(config) * whole + (d_qk + d_vo) * others
-    return int(batch * config.num_key_value_heads * numbers * element_size)
+        far_bytes = whole_bytes if spec is None else spec.token_bytes(index, heads, element_size)
+        total += whole_bytes * whole + far_bytes * others
+    return int(batch * total)

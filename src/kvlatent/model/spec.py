@@ -9,6 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from kvlatent.errors import UserError, first_error
+from kvlatent.model.codes import BITS, Codes, Groups
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -49,11 +50,19 @@ class LatentSpec:
     """Newest tokens that a query meets with the teacher's own keys and values, itself included; 0 is none."""
     sinks: int = 0
     """First tokens of a sequence that are met so too."""
+    k_codes: tuple[Groups, ...] = ()
+    """By layer, the dims of a latent's keys and the bits of each; empty where they are numbers of the model's dtype."""
+    v_codes: tuple[Groups, ...] = ()
+    """Likewise for values."""
 
     def __post_init__(self) -> None:
         for name in ("d_qk", "d_vo", "inv_freq"):  # JSON gives lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("k_codes", "v_codes"):
+            groups = tuple(tuple((dims, bits) for dims, bits in layer) for layer in getattr(self, name))
+            object.__setattr__(self, name, groups)
         check_dims(self.head_dim, self.d_qk, self.d_vo)
+        self._check_codes()
         for name, allowed in (("preset", (*get_args(Preset), "none")), ("qk_map", get_args(QKMap))):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
@@ -75,6 +84,18 @@ class LatentSpec:
                 f"the layers rotate {sorted(rotated)}"
             )
 
+    def _check_codes(self) -> None:
+        most = self.head_dim * self.heads_per_latent
+        for name, dims in (("k_codes", self.d_qk), ("v_codes", self.d_vo)):
+            layers = getattr(self, name)
+            if bool(layers) != bool(self.k_codes) or (layers and (len(layers) != len(dims) or not self.window)):
+                raise UserError("codes are of the keys and values of every layer, beside a window")
+            for groups in layers:
+                if not groups or any(n < 1 or bits not in BITS for n, bits in groups):
+                    raise UserError(f"{name} are numbers of dims with {', '.join(map(str, BITS))} bits; got {groups}")
+                if sum(n for n, _ in groups) > most:
+                    raise UserError(f"{name} are of at most the {most} dims of a latent; got {groups}")
+
     @property
     def uniform(self) -> bool:
         """Whether every layer has the same dims."""
@@ -83,8 +104,22 @@ class LatentSpec:
     @property
     def latent_dims(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Dims of the keys and of the values that are cached as one, by layer: of a head, or of a group of heads."""
+        if self.k_codes:
+            keys, values = (tuple(Codes(groups).width for groups in x) for x in (self.k_codes, self.v_codes))
+            return keys, values
         m = self.heads_per_latent
         return tuple(m * d for d in self.d_qk), tuple(m * d for d in self.d_vo)
+
+    def codes_of(self, layer: int) -> tuple[Codes, Codes] | None:
+        """How keys and values of a layer's far tokens are written down; None is as numbers of the model's dtype."""
+        return (Codes(self.k_codes[layer]), Codes(self.v_codes[layer])) if self.k_codes else None
+
+    def token_bytes(self, layer: int, kv_heads: int, element_size: int) -> int:
+        """Bytes of one far token in the cache of one layer."""
+        codes = self.codes_of(layer)
+        if codes is None:
+            return kv_heads * (self.d_qk[layer] + self.d_vo[layer]) * element_size
+        return kv_heads // self.heads_per_latent * sum(x.row_bytes for x in codes)
 
     @property
     def output_map(self) -> tuple[bool, ...]:
@@ -98,7 +133,7 @@ class LatentSpec:
 
     def cache_bytes_per_token(self, kv_heads: int, element_size: int) -> int:
         """Bytes one token adds to the cache of a sequence, all layers together."""
-        return bytes_per_token(self.d_qk, self.d_vo, kv_heads, element_size)
+        return sum(self.token_bytes(layer, kv_heads, element_size) for layer in range(len(self.d_qk)))
 
     def cache_bytes(self, kv_heads: int, element_size: int, tokens: int) -> int:
         """Bytes of the cache of a sequence: latents of far tokens, whole keys and values of the others."""

@@ -9,17 +9,27 @@ included, which distances don't see.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from kvlatent.kernels.attention import merged, segment_attention
-from kvlatent.kernels.segment import ROWS, Joinable, attend_segment, joined_segments, nothing_seen, stacked_rows
+from kvlatent.kernels.attention import Part, merged, segment_attention
+from kvlatent.kernels.segment import (
+    ROWS,
+    Joinable,
+    attend_segment,
+    joined_segments,
+    nothing_seen,
+    stacked_rows,
+    together,
+)
+from kvlatent.model.codes import Codes
 
 
 class Near(NamedTuple):
@@ -35,6 +45,8 @@ class Near(NamedTuple):
         return (rows[:, None] - columns >= self.window) & (columns >= self.sinks)
 
 
+READ_AT_ONCE = 1024
+"""Tokens whose codes are read at a time where several queries meet them."""
 ALL_FAR = Near()
 """No window: every token goes through latents."""
 
@@ -46,14 +58,48 @@ class FarMaps(NamedTuple):
     k: Float[Tensor, "latents joined latent"]
     v: Float[Tensor, "latents joined latent_v"]
     o: Float[Tensor, "q_heads latent_v head_dim"]
+    k_mean: Float[Tensor, "latents 1 latent"] | None = None
+    """What is taken from keys before they become codes."""
+    v_mean: Float[Tensor, "latents 1 latent_v"] | None = None
+    codes: tuple[Codes, Codes] | None = None
+    """How keys and values are written down; None is as numbers."""
 
     def of(self, dtype: torch.dtype) -> FarMaps:
         """The same in another dtype."""
-        return FarMaps(q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype), o=self.o.to(dtype))
+        tensors = {name: x.to(dtype) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**tensors)  # type: ignore[arg-type]
 
     def reduced(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Latents of whole keys and values, (batch, kv_heads, seq, head_dim) → (batch, latents, seq, latent)."""
         return joined(k, len(self.k)) @ self.k, joined(v, len(self.v)) @ self.v
+
+    def stored(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What a cache holds of whole keys and values: latents, or rows of codes."""
+        latents = self.reduced(k, v)
+        if self.codes is None:
+            return latents
+        assert self.k_mean is not None and self.v_mean is not None
+        return self.codes[0].encode(latents[0] - self.k_mean), self.codes[1].encode(latents[1] - self.v_mean)
+
+    def read(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents of what a cache holds."""
+        if self.codes is None or k.dtype != torch.uint8:
+            return k, v
+        assert self.k_mean is not None and self.v_mean is not None
+        dtype = self.k.dtype
+        return self.codes[0].decode(k, dtype) + self.k_mean, self.codes[1].decode(v, dtype) + self.v_mean
+
+    def seen(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents of whole keys and values as they would be read back, with gradients."""
+        latents = self.reduced(k, v)
+        if self.codes is None:
+            return latents
+        assert self.k_mean is not None and self.v_mean is not None
+        keys, values = (
+            codes.straight_through(x - mean) + mean
+            for codes, x, mean in zip(self.codes, latents, (self.k_mean, self.v_mean), strict=True)
+        )
+        return keys, values
 
 
 def joined(x: Float[Tensor, "batch heads seq dim"], latents: int) -> Float[Tensor, "batch latents seq joined"]:
@@ -81,19 +127,33 @@ class Whole:
 
 @dataclass(frozen=True, kw_only=True)
 class Far:
-    """Latents of a run of columns."""
+    """Latents of a run of columns, or their codes."""
 
-    k: Float[Tensor, "batch latents run latent"]
-    v: Float[Tensor, "batch latents run latent_v"]
+    k: Shaped[Tensor, "batch latents run latent"]
+    v: Shaped[Tensor, "batch latents run latent_v"]
     start: int
     """The column of the first."""
+
+    def blocks(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Columns as runs; codes are read so many at a time, so that no buffer of the context's length exists."""
+        step = READ_AT_ONCE if self.k.dtype == torch.uint8 else max(1, end - start)
+        for first in range(start, end, step):
+            yield first, min(first + step, end)
+
+    def columns(self, start: int, end: int, maps: FarMaps, unabsorbed: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values at some columns: latents, or those of the heads, (batch, q_heads, run, head_dim)."""
+        k, v = maps.read(*(x[:, :, start - self.start : end - self.start] for x in (self.k, self.v)))
+        if not unabsorbed:
+            return k, v
+        by_head = len(maps.q) // k.shape[1]
+        return tuple(x.repeat_interleave(by_head, dim=1) @ y for x, y in ((k, maps.q.mT), (v, maps.o)))  # type: ignore[return-value]
 
 
 class Segment(NamedTuple):
     """All that the only query of a decode step meets of one kind, in any order."""
 
-    k: Float[Tensor, "batch heads tokens dim"]
-    v: Float[Tensor, "batch heads tokens dim_v"]
+    k: Shaped[Tensor, "batch heads tokens dim"]
+    v: Shaped[Tensor, "batch heads tokens dim_v"]
     mask: Bool[Tensor, "mask_batch 1 1 tokens"] | None
     """What of it is visible; None is all."""
 
@@ -183,15 +243,9 @@ def windowed_attention(
     queries = q.shape[2]
     columns = whole.start + whole.k.shape[2]
     tokens = _Tokens(first=columns - queries, columns=columns, window=window, visible=mask)
-    if unabsorbed:  # (batch, q_heads, run, head_dim)
-        by_head = len(maps.q) // far.k.shape[1]
-        far = replace(
-            far,
-            k=far.k.repeat_interleave(by_head, dim=1) @ maps.q.mT,
-            v=far.v.repeat_interleave(by_head, dim=1) @ maps.o,
-        )
     far_q = q if unabsorbed else q @ maps.q
-    beyond = (_triangle if mask is None and whole.sinks_first else _beyond)(far_q, far, whole, tokens, scale)
+    met = partial(far.columns, maps=maps, unabsorbed=unabsorbed)
+    beyond = (_triangle if mask is None and whole.sinks_first else _beyond)(far_q, far, met, whole, tokens, scale)
     if beyond is not None and not unabsorbed:
         beyond = beyond[0] @ maps.o, beyond[1]
     parts = _band(q, whole, tokens, scale), _sinks(q, whole, tokens, scale), beyond
@@ -245,23 +299,24 @@ def _sinks(q: Tensor, whole: Whole, tokens: _Tokens, scale: float) -> Joinable |
     return attend_segment(q, whole.sink_k, whole.sink_v, scale=scale, visible=seen)
 
 
-def _triangle(q: Tensor, far: Far, whole: Whole, tokens: _Tokens, scale: float) -> Joinable | None:
+Met = Callable[[int, int], tuple[Tensor, Tensor]]
+"""Keys and values of far tokens by the columns at which they begin and end."""
+
+
+def _triangle(q: Tensor, far: Far, met: Met, whole: Whole, tokens: _Tokens, scale: float) -> Joinable | None:
     """What has left the window and is no sink, without a mask."""
     start, end = max(far.start, whole.sink_k.shape[2]), tokens.columns - tokens.window
     if start >= end:
         return None
-    k, v = (x[:, :, start - far.start : end - far.start] for x in (far.k, far.v))
     before = end - start - q.shape[2]  # what every query sees, or, below zero, how many queries see nothing
     if before < 0:
-        return nothing_seen(attend_segment(q[:, :, -before:], k, v, scale=scale, causal=True), -before)
-    newest = attend_segment(q, k[:, :, before:], v[:, :, before:], scale=scale, causal=True)
-    if before == 0:
-        return newest
-    oldest = attend_segment(q, k[:, :, :before], v[:, :, :before], scale=scale)
-    return joined_segments([newest, oldest]), torch.logaddexp(newest[1], oldest[1])
+        return nothing_seen(attend_segment(q[:, :, -before:], *met(start, end), scale=scale, causal=True), -before)
+    newest = attend_segment(q, *met(start + before, end), scale=scale, causal=True)
+    oldest = [attend_segment(q, *met(*run), scale=scale) for run in far.blocks(start, start + before)]
+    return together([*oldest, newest])
 
 
-def _beyond(q: Tensor, far: Far, whole: Whole, tokens: _Tokens, scale: float) -> Joinable | None:
+def _beyond(q: Tensor, far: Far, met: Met, whole: Whole, tokens: _Tokens, scale: float) -> Joinable | None:
     """What has left the window and is no sink, under a mask."""
     flags = torch.zeros(len(whole.sink_columns), tokens.columns + 1, dtype=torch.bool, device=q.device)
     flags = flags.scatter_(1, whole.sink_columns, True)[:, None, None]
@@ -271,12 +326,13 @@ def _beyond(q: Tensor, far: Far, whole: Whole, tokens: _Tokens, scale: float) ->
         if end <= far.start:  # the first queries have nothing that is far
             skipped = rows.stop
             continue
-        at, run = tokens.of(rows, q), torch.arange(far.start, end, device=q.device)
-        seen = (at - run >= tokens.window) & ~flags[..., far.start : end]
-        if tokens.visible is not None:
-            seen = seen & tokens.visible[:, :, rows, far.start : end]
-        k, v = (x[:, :, : end - far.start] for x in (far.k, far.v))
-        parts.append(attend_segment(q[:, :, rows], k, v, scale=scale, visible=seen))
+        at, blocks = tokens.of(rows, q), []
+        for low, high in far.blocks(far.start, end):
+            seen = (at - torch.arange(low, high, device=q.device) >= tokens.window) & ~flags[..., low:high]
+            if tokens.visible is not None:
+                seen = seen & tokens.visible[:, :, rows, low:high]
+            blocks.append(attend_segment(q[:, :, rows], *met(low, high), scale=scale, visible=seen))
+        parts.append(together(blocks))
     return nothing_seen(stacked_rows(parts), skipped) if parts else None
 
 
@@ -287,5 +343,16 @@ def decode(
     whole = segment_attention(q, near.k, near.v, scale=scale, mask=near.mask)
     if far.k.shape[2] == 0:
         return whole[0]
-    out, largest, weight = segment_attention(q @ maps.q, far.k, far.v, scale=scale, mask=far.mask)
-    return merged([whole, (out @ maps.o, largest, weight)])
+    parts = ((out @ maps.o, top, weight) for out, top, weight in _far_parts(q @ maps.q, far, maps, scale))
+    return merged([whole, *parts])
+
+
+def _far_parts(q: Tensor, far: Segment, maps: FarMaps, scale: float) -> Iterator[Part]:
+    """What one query per sequence, absorbed, gets from far tokens."""
+    if maps.codes is None:
+        yield segment_attention(q, far.k, far.v, scale=scale, mask=far.mask)
+        return
+    for start in range(0, far.k.shape[2], READ_AT_ONCE):
+        k, v = maps.read(*(x[:, :, start : start + READ_AT_ONCE] for x in (far.k, far.v)))
+        mask = None if far.mask is None else far.mask[..., start : start + READ_AT_ONCE]
+        yield segment_attention(q, k, v, scale=scale, mask=mask)

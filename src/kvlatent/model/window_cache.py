@@ -35,7 +35,7 @@ Held = tuple[Whole, Far] | tuple[Segment, Segment]
 
 
 class Latents:
-    """Keys and values of the tokens that have left the window, reduced."""
+    """Keys and values of the tokens that have left the window: latents, or rows of codes."""
 
     def __init__(self) -> None:
         self.parts: list[Buffer] = []  # keys, values
@@ -134,7 +134,7 @@ class WindowLayer(Buffered, DynamicLayer):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            none = maps.reduced(key_states[:, :, :0], value_states[:, :, :0])
+            none = maps.stored(key_states[:, :, :0], value_states[:, :, :0])
             self.far.append(*(x.detach() for x in none))
         if key_states.shape[2] == 1 and self.length and not key_states.requires_grad:
             return self._step(key_states, value_states, maps, mask)
@@ -209,12 +209,12 @@ class WindowLayer(Buffered, DynamicLayer):
                 last = min(end, self.sinks)
                 whole[:, :, self.window + column : self.window + last] = x[:, :, : last - column]
         far = min(count, max(0, self.sinks - column))  # the first columns are sinks, or padding
-        keys, values = maps.reduced(*(x[:, :, far:] for x in parts))
-        if not (keys.requires_grad or values.requires_grad):
-            return self.far.append(keys, values)
-        before = self.far.held()
-        after = [torch.cat(pair, dim=2) for pair in zip(before, (keys, values), strict=True)]
-        self.far.append(keys.detach(), values.detach())
+        leaving = [x[:, :, far:] for x in parts]
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in (*leaving, *maps[:4]))):
+            return self.far.append(*maps.stored(*leaving))
+        before = maps.read(*self.far.held())
+        after = [torch.cat(pair, dim=2) for pair in zip(before, maps.seen(*leaving), strict=True)]
+        self.far.append(*(x.detach() for x in maps.stored(*leaving)))
         return after[0], after[1]
 
     def _find_sinks(self, mask: Tensor | None, new: int) -> None:

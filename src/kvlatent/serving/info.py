@@ -13,8 +13,7 @@ from kvlatent.model.families import family_of
 from kvlatent.model.folder import one_line
 from kvlatent.model.graft import cached_heads, dims_by_layer, head_dim_of, spec_in
 from kvlatent.model.loading import load_config
-from kvlatent.model.sizes import counted_context, predicted_cache_bytes, whole_token_bytes
-from kvlatent.model.spec import bytes_per_token
+from kvlatent.model.sizes import counted_context, far_token_bytes, predicted_cache_bytes, whole_token_bytes
 from kvlatent.serving.engines import engine_names
 
 SIZES = {"float32": 4, "bfloat16": 2}
@@ -48,9 +47,7 @@ def describe(model: str) -> dict[str, Any]:
         "parameters": shape.num_parameters(),
         "positions": config.max_position_embeddings,
         "engines": engine_names(config),
-        "cache_bytes_per_token": {
-            name: bytes_per_token(d_qk, d_vo, config.num_key_value_heads, size) for name, size in SIZES.items()
-        },
+        "cache_bytes_per_token": {name: far_token_bytes(config, size) for name, size in SIZES.items()},
     }
     if spec is not None:
         about |= {"latents": cached_heads(config), "preset": spec.preset, "teacher": record_of(model).get("teacher")}

@@ -7,9 +7,8 @@ from typing import Any
 from kvlatent.errors import needs
 from kvlatent.files import new_output
 from kvlatent.model.checkpoints import environment, load_model, record_of
-from kvlatent.model.graft import dims_by_layer, head_dim_of
 from kvlatent.model.loading import load_config, stored_dtype
-from kvlatent.model.spec import bytes_per_token
+from kvlatent.model.sizes import far_token_bytes, whole_token_bytes
 from kvlatent.serving.config import ExportConfig
 from kvlatent.serving.engines import check_gguf, check_stock, routes
 from kvlatent.serving.export.stock import export_stock
@@ -42,11 +41,10 @@ def export(config: ExportConfig, *, dtype: str = "auto") -> dict[str, Any]:
             record = {"teacher": None} | record_of(config.model)
             step = {"verb": "export", "to": config.to, "record": environment()}
             export_stock(loaded, tokenizer, config.out, record=record | {"steps": [*record.get("steps", ()), step]})
-        whole = (head_dim_of(shape),) * shape.num_hidden_layers
         sizes = shape.num_key_value_heads, kind.itemsize if config.to == "stock" else 2  # llama.cpp caches float16
         return about | {
             "cache_bytes_per_token": route.cache_bytes_per_token(*sizes),
-            "student_cache_bytes_per_token": bytes_per_token(*dims_by_layer(shape), *sizes),
-            "teacher_cache_bytes_per_token": bytes_per_token(whole, whole, *sizes),
+            "student_cache_bytes_per_token": far_token_bytes(shape, sizes[1]),
+            "teacher_cache_bytes_per_token": whole_token_bytes(shape, sizes[1]),
             "note": route.note,
         }

@@ -1,0 +1,61 @@
+"""What a budget is spent on, and the probes that say how much each layer matters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kvlatent.compress.statistics import Statistics
+from kvlatent.errors import UserError
+from kvlatent.model.codes import Codes, Groups
+from kvlatent.model.spec import bytes_per_token
+
+PROBE_SHARE = 0.5
+"""A probe keeps this share of one layer's key dims, or of its value dims, and everything else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """Dims per layer that spend a budget, and their bits, and the loss that the curves expect of each."""
+
+    d_qk: tuple[int, ...]
+    d_vo: tuple[int, ...]
+    qk_loss: tuple[float, ...]
+    """What each layer's narrow keys cost on their own, in nats per token."""
+    vo_loss: tuple[float, ...]
+    """What each layer's narrow values cost, likewise."""
+    alternatives: dict[str, float]
+    """What other ways to spend the same bytes would cost; all losses added up, as for `expected_loss`."""
+    k_codes: tuple[Groups, ...] = ()
+    """By layer, the dims of a latent's keys and the bits of each; empty where they aren't codes."""
+    v_codes: tuple[Groups, ...] = ()
+    """Likewise of values."""
+
+    def token_bytes(self, kv_heads: int, heads_per_latent: int, element_size: int) -> int:
+        """Bytes of one far token in the cache of all layers."""
+        if not self.k_codes:
+            return bytes_per_token(self.d_qk, self.d_vo, kv_heads, element_size)
+        return kv_heads // heads_per_latent * sum(Codes(x).row_bytes for x in (*self.k_codes, *self.v_codes))
+
+    @property
+    def expected_loss(self) -> float:
+        """Sum over layers, for keys and values: how plans compare, not a forecast (errors don't simply add up)."""
+        return sum(self.qk_loss) + sum(self.vo_loss)
+
+
+def probe_dims(head_dim: int) -> int:
+    """Dims per head that a probe keeps."""
+    return max(2, int(PROBE_SHARE * head_dim) // 2 * 2)
+
+
+def probes_of(statistics: Statistics) -> Float[Tensor, "2 layers"]:
+    """Losses from `probe`.
+
+    Raises:
+        UserError: The statistics were never probed.
+    """
+    if statistics.probes is None or statistics.probes.ndim != 2:
+        raise UserError("these statistics say nothing about how much each layer matters; calibrate again")
+    return statistics.probes

@@ -1,0 +1,171 @@
+"""One budget of bits over layers, keys and values, and dims: reverse water-filling on what each dim costs."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kvlatent.compress.allocation import Allocation, probe_dims, probes_of
+from kvlatent.compress.codes import LayerAxes, layer_axes
+from kvlatent.compress.planning import plan_reduction, reductions, requested
+from kvlatent.compress.statistics import Statistics
+from kvlatent.errors import UserError
+from kvlatent.model.codes import BITS, DISTORTION, SIZE_BYTES, Groups
+from kvlatent.model.graft import graft, head_dim_of
+
+CHUNKS = 16
+"""Dims of a latent get their bits in about so many chunks, of 4 dims at least."""
+
+
+def spend_bits(
+    teacher: PreTrainedModel, statistics: Statistics, share: float, *, choices: Sequence[int] = BITS
+) -> Allocation:
+    """Share the bits of far tokens among layers, keys and values, and dims.
+
+    A dim that is dropped has no bits, so this is a choice of dims as well.
+
+    Args:
+        teacher: A stock model of a supported family.
+        statistics: From `calibrate`, with losses from `probe`.
+        share: Of the 16-bit cache of far tokens.
+        choices: Bits that a dim may have.
+
+    Raises:
+        UserError: The share is too small, or the statistics were never probed.
+    """
+    config, m = teacher.config, statistics.heads_per_latent
+    found = full_axes(teacher, statistics)
+    narrow = probe_dims(head_dim_of(config)) * m
+    dropped = torch.stack([torch.stack([side.dropped for side in layer]) for layer in found], dim=1)
+    tails = dropped[..., narrow:].sum(-1)
+    weights = probes_of(statistics) / tails.clamp_min(1e-6 * dropped.sum(-1))
+    total = total_bits(config, m, share, choices)
+    groups, losses = share_bits(found, weights, total, choices=choices)
+    others: dict[str, float] = {}
+    for bits in (16, *reversed(BITS)):
+        if (bits,) != tuple(choices):
+            others[f"dims of {bits} bits"] = float(share_bits(found, weights, total, choices=(bits,))[1].sum())
+    k_codes, v_codes = (tuple(layer[side] for layer in groups) for side in (0, 1))
+    d_qk, d_vo = ([-(-sum(n for n, _ in x) // m) for x in codes] for codes in (k_codes, v_codes))
+    return Allocation(
+        d_qk=tuple(d + d % 2 for d in d_qk),
+        d_vo=tuple(d_vo),
+        qk_loss=tuple(losses[0].tolist()),
+        vo_loss=tuple(losses[1].tolist()),
+        alternatives=others,
+        k_codes=k_codes,
+        v_codes=v_codes,
+    )
+
+
+def total_bits(config: PreTrainedConfig, heads_per_latent: int, share: float, choices: Sequence[int]) -> float:
+    """Bits of one far token of all layers that a share of its 16-bit cache pays for, sizes of rows paid.
+
+    Raises:
+        UserError: They are less than every layer needs.
+    """
+    width = heads_per_latent * head_dim_of(config)
+    rows = 2 * config.num_hidden_layers * (config.num_key_value_heads // heads_per_latent)
+    least = (min(choices) * chunk_of(width) + 8 * SIZE_BYTES) / (16 * width)
+    if share < least:
+        raise UserError(f"{share:.3g} of the bytes of far tokens is too little for all layers; they take {least:.3g}")
+    return rows * (share * 16 * width - 8 * SIZE_BYTES)
+
+
+def full_axes(teacher: PreTrainedModel, statistics: Statistics) -> list[LayerAxes]:
+    """The axes of every layer at full width."""
+    config = teacher.config
+    whole = (head_dim_of(config),) * config.num_hidden_layers
+    m = statistics.heads_per_latent
+    plan = plan_reduction(
+        teacher,
+        requested(config, preset="best", qk="project", d_qk=whole, d_vo=whole, heads_per_latent=m,
+                  window=statistics.near.window, sinks=statistics.near.sinks),
+    )  # fmt: skip
+    student = graft(teacher, share=True)
+    return [
+        layer_axes(stats, *reductions(plan, index, layer.self_attn, stats), layer.self_attn.o_proj.weight.detach(),
+                   kv_heads=config.num_key_value_heads)
+        for index, (layer, stats) in enumerate(zip(student.model.layers, statistics.layers, strict=True))
+    ]  # fmt: skip
+
+
+def chunk_of(dims: int) -> int:
+    """Dims of a latent that get their bits together."""
+    return max(4, dims // CHUNKS // 4 * 4) if dims >= 4 else dims
+
+
+def share_bits(
+    found: Sequence[LayerAxes],
+    weights: Float[Tensor, "2 layers"],
+    total: float,
+    *,
+    choices: Sequence[int] = BITS,
+) -> tuple[list[tuple[Groups, Groups]], Float[Tensor, "2 layers"]]:
+    """Give dims their bits where each saves the most of the expected loss, until the total is spent.
+
+    Args:
+        found: Axes of every layer at full width.
+        weights: What a unit of each layer's error costs, keys [0] and values [1], in nats per token.
+        total: Bits of one token of all latents of all layers.
+        choices: Bits that a dim may have.
+
+    Returns:
+        The groups of every layer, and the expected losses, (2, layers), in nats per token.
+
+    """
+    chunk = chunk_of(len(found[0].keys.dropped))
+    latents = len(found[0].keys.to)
+    curves: dict[tuple[int, int, int], dict[int, float]] = {}
+    for index, layer in enumerate(found):
+        for side, x in enumerate(layer):
+            weight = float(weights[side, index])
+            dropped, noise = (y.split(chunk) for y in (x.dropped, x.noise))
+            for at, (lost, noisy) in enumerate(zip(dropped, noise, strict=True)):
+                if len(lost) == chunk:  # what doesn't fill a chunk is dropped
+                    losses = {b: weight * float(noisy.sum()) * DISTORTION[b] for b in choices}
+                    curves[index, side, at] = {0: weight * float(lost.sum())} | losses
+    spent = dict.fromkeys(curves, 0)
+    heap: list[tuple[float, tuple[int, int, int], int]] = []
+
+    def offer(key: tuple[int, int, int]) -> None:
+        """The step up that saves the most per bit."""
+        now, losses = spent[key], curves[key]
+        steps = [((losses[now] - losses[b]) / (b - now), b) for b in choices if b > now]
+        if steps:
+            gain, bits = max(steps)
+            heapq.heappush(heap, (-gain, key, bits))
+
+    left = total
+    for key in curves:
+        if key[2] == 0:  # of every layer, something
+            spent[key] = min(choices)
+            left -= spent[key] * chunk * latents
+    for key in curves:
+        offer(key)
+    while heap:
+        gain, key, bits = heapq.heappop(heap)
+        cost = (bits - spent[key]) * chunk * latents
+        if gain < 0 and cost <= left:
+            left -= cost
+            spent[key] = bits
+            offer(key)
+    loss = torch.zeros_like(weights)
+    for (index, side, at), bits in spent.items():
+        loss[side, index] += curves[index, side, at][bits]
+    groups = [
+        tuple(_grouped([spent[key] for key in curves if key[:2] == (index, side)], chunk) for side in (0, 1))
+        for index in range(len(found))
+    ]
+    return groups, loss  # type: ignore[return-value]
+
+
+def _grouped(bits: list[int], chunk: int) -> Groups:
+    """Runs of equal bits, most first; what has none comes last and is left out."""
+    ordered = sorted(bits, reverse=True)
+    return tuple((ordered.count(b) * chunk, b) for b in dict.fromkeys(ordered) if b)

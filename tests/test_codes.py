@@ -1,0 +1,189 @@
+"""Codes of latents: what rows say against plain loops, what bits cost, and students whose far tokens are codes."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from kvlatent.compress import budget
+from kvlatent.compress.bits import chunk_of, full_axes, share_bits
+from kvlatent.compress.codes import Axes, LayerAxes
+from kvlatent.compress.convert import convert
+from kvlatent.compress.statistics import Statistics, calibrate
+from kvlatent.errors import UserError
+from kvlatent.model.cache import LatentCache, cache_bytes
+from kvlatent.model.codes import DISTORTION, STEP, Codes, Groups
+from kvlatent.model.graft import spec_of
+from kvlatent.model.spec import LatentSpec
+from kvlatent.model.window import Near
+
+GROUPS = st.lists(st.tuples(st.integers(1, 40), st.sampled_from([2, 4, 8])), min_size=1, max_size=4).map(tuple)
+
+
+def probed(teacher: PreTrainedModel, ids: Tensor, near: Near = Near(5, 2)) -> Statistics:
+    statistics = calibrate(teacher, ids, near=near, about={})
+    statistics.probes = budget.probe(teacher, statistics, ids)
+    return statistics
+
+
+def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+@settings(deadline=None, max_examples=40)
+@given(groups=GROUPS, seed=st.integers(0, 99))
+def test_rows_say_what_a_loop_over_intervals_says(groups: Groups, seed: int) -> None:
+    codes = Codes(groups)
+    x = torch.randn(2, 1, 3, codes.width, generator=torch.Generator().manual_seed(seed)) * 3
+    rows = codes.encode(x)
+    assert rows.dtype == torch.uint8 and rows.shape == (2, 1, 3, codes.row_bytes)
+    assert codes.row_bytes == 2 + sum(math.ceil(n * bits / 8) for n, bits in groups)
+    got = codes.decode(rows, torch.float64)
+    for at in itertools.product(range(2), range(1), range(3)):
+        size = float(x[at].square().mean().sqrt().half())
+        dims = [bits for n, bits in groups for _ in range(n)]
+        for dim, bits in enumerate(dims):
+            step = STEP[bits] * size
+            interval = max(-(2 ** (bits - 1)), min(2 ** (bits - 1) - 1, math.floor(float(x[at][dim]) / step)))
+            near_edge = abs(float(x[at][dim]) / step - round(float(x[at][dim]) / step)) < 1e-4
+            assert near_edge or abs(float(got[at][dim]) - (interval + 0.5) * step) < 1e-5 * size
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_errors_of_gaussians_are_those_that_budgets_count_with(bits: int) -> None:
+    x = torch.randn(1, 1, 400, 512, generator=torch.Generator().manual_seed(0))
+    codes = Codes(((512, bits),))
+    error = (codes.decode(codes.encode(x), torch.float32) - x).square().mean()
+    assert error == pytest.approx(DISTORTION[bits], rel=0.1)
+
+
+def test_silence_and_huge_numbers_give_numbers() -> None:
+    codes = Codes(((4, 4), (4, 2)))
+    x = torch.stack((torch.zeros(8), torch.full((8,), 1e30)))[None, None]
+    assert codes.decode(codes.encode(x), torch.float32).isfinite().all()
+    assert codes.decode(codes.encode(x), torch.float32)[0, 0, 0].abs().max() < 1e-6
+
+
+def test_gradients_go_straight_through() -> None:
+    x = torch.randn(1, 2, 3, 6, requires_grad=True)
+    codes, weight = Codes(((6, 2),)), torch.randn(1, 2, 3, 6)
+    (codes.straight_through(x) * weight).sum().backward()
+    assert torch.equal(x.grad, weight)
+    torch.testing.assert_close(codes.straight_through(x), codes.decode(codes.encode(x), x.dtype))
+
+
+def test_bits_are_shared_for_the_least_loss() -> None:
+    """Against every way to share, on two layers of two chunks."""
+    generator = torch.Generator().manual_seed(1)
+
+    def side() -> Axes:
+        size = torch.rand(8, generator=generator, dtype=torch.float64).sort(descending=True).values
+        eye = torch.eye(8, dtype=torch.float64)[None]
+        return Axes(to=eye, back=eye, mean=eye[:, :1], dropped=size, spread=size[None])
+
+    found, weights = [LayerAxes(side(), side()) for _ in range(2)], torch.tensor([[1.0, 3.0], [0.5, 2.0]])
+    chunk = chunk_of(8)
+    assert chunk == 4
+    for total in (32, 64, 96, 160):
+        groups, losses = share_bits(found, weights, total)
+        spent = sum(n * bits for layer in groups for side in layer for n, bits in side)
+        assert spent <= total
+
+        def cost(bits: tuple[int, ...]) -> float:
+            loss = 0.0
+            for at, b in enumerate(bits):
+                layer, part, piece = at // 4, at // 2 % 2, at % 2
+                energy = float(found[layer][part].dropped[4 * piece : 4 * piece + 4].sum())
+                loss += float(weights[part, layer]) * energy * (DISTORTION[b] if b else 1.0)
+            return loss
+
+        ways = (w for w in itertools.product((0, 2, 4, 8), repeat=8) if 4 * sum(w) <= spent and all(w[::2]))
+        assert float(losses.sum()) <= 1.0001 * min(map(cost, ways))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-mha"])
+def test_axes_undo_each_other_and_their_energy_is_the_tail_of_dims(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str
+) -> None:
+    teacher = tiny_teacher(name)
+    statistics = probed(teacher, ids)
+    for layer, stats in zip(full_axes(teacher, statistics), statistics.layers, strict=True):
+        for side in layer:
+            eye = torch.eye(side.to.shape[-1], dtype=torch.float64)
+            torch.testing.assert_close(side.to @ side.back.mT, eye.expand_as(side.to), rtol=0, atol=1e-6)
+            assert (side.dropped.diff() <= 1e-9 * side.dropped[0]).all() and (side.spread >= 0).all()
+        curve = budget.project_tail(stats.mean("q"), stats.mean("k", heads_per_latent=statistics.heads_per_latent))
+        torch.testing.assert_close(layer.keys.dropped.sum(), curve[0], rtol=1e-6, atol=1e-12)
+
+
+def test_eight_bits_of_all_dims_are_nearly_the_teacher(any_teacher: PreTrainedModel, ids: Tensor) -> None:
+    statistics = probed(any_teacher, ids)
+    width = statistics.heads_per_latent * 16
+    codes = [((width, 8),)] * any_teacher.config.num_hidden_layers
+    student = convert(any_teacher, d_qk=16, d_vo=16, k_codes=codes, v_codes=codes, statistics=statistics)
+    exact, coarse = logits(any_teacher, ids), logits(student, ids)
+    assert (coarse - exact).norm() < 0.03 * exact.norm()
+    assert not torch.equal(coarse, exact)
+    few = convert(any_teacher, d_qk=16, d_vo=16, statistics=statistics, k_codes=[((width, 2),)] * 2, v_codes=codes)
+    assert (logits(few, ids) - exact).norm() > 2 * (coarse - exact).norm()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.45])
+def test_a_planned_student_keeps_within_its_budget(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, share: float
+) -> None:
+    teacher = tiny_teacher("llama")
+    statistics = probed(teacher, ids)
+    plan = budget.plan(teacher, statistics, share)
+    assert plan.k_codes and plan.expected_loss <= min(plan.alternatives.values())
+    student = convert(
+        teacher, d_qk=plan.d_qk, d_vo=plan.d_vo, k_codes=plan.k_codes, v_codes=plan.v_codes, statistics=statistics
+    )
+    spec, context = spec_of(student), teacher.config.max_position_embeddings
+    assert spec is not None
+    whole = 2 * 2 * 16 * 2 * 2 * context  # 2 layers, 2 KV heads of 16 dims, keys and values of 2 bytes
+    assert spec.cache_bytes(2, 2, context) <= share * whole * 1.0001
+    with torch.no_grad():
+        cache = LatentCache(student.config)
+        student(ids[:3], past_key_values=cache)
+    assert cache_bytes(cache) == 3 * spec.cache_bytes(2, 4, ids.shape[1])
+    assert plan.token_bytes(2, spec.heads_per_latent, 2) == spec.cache_bytes_per_token(2, 2)
+
+
+def test_in_order_and_back_from_disk(tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    teacher = tiny_teacher("qwen3")
+    plan = budget.plan(teacher, probed(teacher, ids), 0.2)
+    dims = {"d_qk": plan.d_qk, "d_vo": plan.d_vo, "k_codes": plan.k_codes, "v_codes": plan.v_codes}
+    student = convert(teacher, **dims, window=5, sinks=2, ids=ids)
+    student.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, ids), logits(student, ids))
+    assert spec_of(again) == spec_of(student)
+
+
+def test_what_can_not_be_is_refused(tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor) -> None:
+    teacher = tiny_teacher("llama")
+    statistics = probed(teacher, ids)
+    with pytest.raises(UserError, match="is too little for all layers"):
+        budget.plan(teacher, statistics, 0.06)
+    with pytest.raises(UserError, match="bits are 16, 8, 4, 2; got 3"):
+        budget.plan(teacher, statistics, 0.5, bits=3)
+    with pytest.raises(UserError, match="beside a window"):
+        budget.plan(teacher, calibrate(teacher, ids, about={}), 0.5, bits=4)
+    spec = spec_of(convert(teacher, d_qk=16, d_vo=16, statistics=statistics))
+    assert spec is not None
+    fields = spec.to_dict()
+    for wrong, what in (
+        ([[[8, 3]]] * 2, "with 2, 4, 8 bits"),
+        ([[[64, 4]]] * 2, "at most the 32 dims"),
+        ([], "every layer"),
+    ):
+        with pytest.raises(UserError, match=what):
+            LatentSpec.from_dict(fields | {"k_codes": wrong, "v_codes": [[[8, 4]]] * 2})
