@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from kvlatent.compress.codes import Axes, LayerAxes
 from kvlatent.compress.convert import convert
 from kvlatent.compress.statistics import Statistics, calibrate
 from kvlatent.errors import UserError
+from kvlatent.kernels import attention, cpu_decode
+from kvlatent.kernels.attention import merged, segment_attention
+from kvlatent.kernels.codes import DISTORTION, STEP, Codes, Groups
 from kvlatent.model.cache import LatentCache, cache_bytes
-from kvlatent.model.codes import DISTORTION, STEP, Codes, Groups
 from kvlatent.model.graft import spec_of
 from kvlatent.model.spec import LatentSpec
 from kvlatent.model.window import Near
@@ -26,8 +29,8 @@ from kvlatent.model.window import Near
 GROUPS = st.lists(st.tuples(st.integers(1, 40), st.sampled_from([2, 4, 8])), min_size=1, max_size=4).map(tuple)
 
 
-def probed(teacher: PreTrainedModel, ids: Tensor, near: Near = Near(5, 2)) -> Statistics:
-    statistics = calibrate(teacher, ids, near=near, about={})
+def probed(teacher: PreTrainedModel, ids: Tensor) -> Statistics:
+    statistics = calibrate(teacher, ids, near=Near(5, 2), about={})
     statistics.probes = budget.probe(teacher, statistics, ids)
     return statistics
 
@@ -106,6 +109,32 @@ def test_bits_are_shared_for_the_least_loss() -> None:
 
         ways = (w for w in itertools.product((0, 2, 4, 8), repeat=8) if 4 * sum(w) <= spent and all(w[::2]))
         assert float(losses.sum()) <= 1.0001 * min(map(cost, ways))
+
+
+@pytest.mark.skipif(not cpu_decode.available(), reason="needs llvmlite and GNU's OpenMP")
+@settings(deadline=None, max_examples=15)
+@given(
+    k_groups=GROUPS, v_groups=GROUPS, length=st.sampled_from([1, 15, 700]), group=st.sampled_from([1, 3, 9]),
+    masked=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_the_kernel_reads_codes_as_they_are(
+    k_groups: Groups, v_groups: Groups, length: int, group: int, masked: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    codes = Codes(k_groups), Codes(v_groups)
+    k, v = (x.encode(torch.randn(2, 2, length + 3, x.width))[:, :, :length] for x in codes)
+    q = torch.randn(2, 2 * group, 1, codes[0].width)
+    mask = torch.rand(2, 1, 1, length) < 0.7 if masked else None
+    scale = codes[0].width ** -0.5
+    got = segment_attention(q, k, v, scale=scale, mask=mask, codes=codes)
+    plain = [x.decode(rows, torch.float64) for x, rows in zip(codes, (k, v), strict=True)]
+    wanted = segment_attention(q.double(), *plain, scale=scale, mask=mask)
+    for x, y in zip(got, wanted, strict=True):
+        seen = torch.ones(2, dtype=torch.bool) if mask is None else mask.any(-1)[:, 0, 0]
+        torch.testing.assert_close(x[seen].double(), y[seen], rtol=1e-4, atol=1e-4)
+    with patch.object(cpu_decode, "available", lambda: False), patch.object(attention, "READ_AT_ONCE", 256):
+        again = segment_attention(q, k, v, scale=scale, mask=mask, codes=codes)
+    torch.testing.assert_close(merged([again]).double(), merged([wanted]), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-mha"])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvlatent.compress.statistics import Statistics
 from kvlatent.errors import UserError
-from kvlatent.model.codes import Codes, Groups
+from kvlatent.kernels.codes import Codes, Groups
 from kvlatent.model.spec import bytes_per_token
 
 PROBE_SHARE = 0.5

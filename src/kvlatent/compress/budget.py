@@ -21,8 +21,8 @@ from kvlatent.compress.statistics import Statistics, calibrate
 from kvlatent.compress.values import value_output_tail
 from kvlatent.data.blocks import batch_size_for
 from kvlatent.errors import UserError
+from kvlatent.kernels.codes import BITS
 from kvlatent.model.attention import LatentAttention
-from kvlatent.model.codes import BITS
 from kvlatent.model.graft import graft, head_dim_of
 from kvlatent.model.layers import layer_arguments
 from kvlatent.model.offload import OffloadedLayers

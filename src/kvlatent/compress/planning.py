@@ -14,8 +14,8 @@ from kvlatent.compress.methods.stride import STRIDE
 from kvlatent.compress.statistics import LayerStatistics, Statistics
 from kvlatent.compress.values import value_output_svd, value_stride
 from kvlatent.errors import UserError
+from kvlatent.kernels.codes import Groups
 from kvlatent.model.attention import LatentAttention
-from kvlatent.model.codes import Groups
 from kvlatent.model.families import family_of
 from kvlatent.model.graft import check_teacher, head_dim_of, heads_per_latent_of, identity_spec
 from kvlatent.model.spec import LatentSpec, Preset, check_dims

@@ -16,6 +16,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvlatent.kernels import cpu_decode, cuda_decode
+from kvlatent.kernels.codes import Codes
+
+READ_AT_ONCE = 1024
+"""Tokens whose codes are read at a time where no kernel reads them: no buffer of the context's length may exist."""
 
 
 def latent_attention(
@@ -82,7 +86,9 @@ Part = tuple[
 log2(e) and sum of the weights relative to it, both (batch, q_heads, 1, 1)."""
 
 
-def segment_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None) -> Part:
+def segment_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, codes: tuple[Codes, Codes] | None = None
+) -> Part:
     """Attend with one query per sequence to one segment of its context; `merged` then joins the segments.
 
     Args:
@@ -91,23 +97,35 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Te
         v: Values, likewise.
         scale: Logit multiplier.
         mask: True where a query may look; None is everywhere.
+        codes: What rows of keys and values are, if not numbers.
     """
-    own = own_kernel(q, k, v, mask)
-    if own is not None and torch.compiler.is_compiling():
-        return _opaque_segment(q, k, v, scale, mask)
-    return _segment(q, k, v, scale, mask)
+    if torch.compiler.is_compiling() and (codes is not None or own_kernel(q, k, v, mask) is not None):
+        groups = ([], []) if codes is None else ([n for pair in x.groups for n in pair] for x in codes)
+        return _opaque_segment(q, k, v, scale, mask, *groups)
+    return _segment(q, k, v, scale, mask, codes)
 
 
 def merged(parts: Sequence[Part]) -> Float[Tensor, "batch q_heads 1 d_vo"]:
     """The attention over several segments under one softmax, from what each gave alone."""
-    top = torch.stack([largest for _, largest, _ in parts]).amax(0).clamp_min(torch.finfo(torch.float32).min)
-    shares = [weight * torch.exp2(largest - top) for _, largest, weight in parts]
-    total = torch.stack(shares).sum(0).clamp_min(torch.finfo(torch.float32).tiny)
-    out = torch.stack([part * (share / total) for (part, _, _), share in zip(parts, shares, strict=True)]).sum(0)
-    return out.to(parts[0][0].dtype)
+    return as_one(parts)[0]
 
 
-def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Part:
+def as_one(parts: Sequence[Part]) -> Part:
+    """What several segments would give as one."""
+    top = torch.stack([largest for _, largest, _ in parts]).amax(0)
+    finite = top.clamp_min(torch.finfo(torch.float32).min)
+    shares = [weight * torch.exp2(largest - finite) for _, largest, weight in parts]
+    total = torch.stack(shares).sum(0)
+    least = total.clamp_min(torch.finfo(torch.float32).tiny)
+    out = torch.stack([part * (share / least) for (part, _, _), share in zip(parts, shares, strict=True)]).sum(0)
+    return out.to(parts[0][0].dtype), top, total
+
+
+def _segment(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, codes: tuple[Codes, Codes] | None = None
+) -> Part:
+    if codes is not None:
+        return _coded_segment(q, k, v, scale, mask, codes)
     own = own_kernel(q, k, v, mask)
     if own is not None and own[1].available():
         return own[1].decode_segment(q, k, v, scale=scale, mask=mask)
@@ -126,21 +144,49 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None)
     return tuple(x.view(batch, q_heads, 1, -1) for x in (out, largest, weight))  # type: ignore[return-value]
 
 
+def _coded_segment(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, codes: tuple[Codes, Codes]
+) -> Part:
+    """Read by a kernel as they are, or as numbers of a few tokens at a time."""
+    numbers = q.dtype in cpu_decode.STORED and not (torch.is_grad_enabled() and q.requires_grad)
+    if q.device.type == "cpu" and numbers and cpu_decode.available():
+        return cpu_decode.decode_segment(q, k, v, scale=scale, mask=mask, codes=codes)
+    parts = []
+    for start in range(0, max(1, k.shape[2]), READ_AT_ONCE):
+        keys, values = (
+            x.decode(rows[:, :, start : start + READ_AT_ONCE], q.dtype) for x, rows in zip(codes, (k, v), strict=True)
+        )
+        parts.append(
+            _segment(q, keys, values, scale, None if mask is None else mask[..., start : start + READ_AT_ONCE])
+        )
+    return as_one(parts)
+
+
 @torch.library.custom_op(
     "kvlatent::decode_segment",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask, int[] k_groups, int[] v_groups) "
+    "-> (Tensor, Tensor, Tensor)",
 )
-def _opaque_segment(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Part:
-    """A segment's decode kernel as one node of a graph that torch.compile makes."""
-    out, largest, weight = _segment(q, k, v, scale, mask)
+def _opaque_segment(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, k_groups: list[int], v_groups: list[int]
+) -> Part:
+    """A segment's decode kernel as one node of a graph that torch.compile makes; groups are dims and bits in turns."""
+    out, largest, weight = _segment(q, k, v, scale, mask, _codes_of(k_groups, v_groups))
     return out, largest.clone(), weight.clone()  # kernels give both in one tensor, which a node must not
 
 
+def _codes_of(k_groups: list[int], v_groups: list[int]) -> tuple[Codes, Codes] | None:
+    keys, values = (Codes(tuple(zip(x[::2], x[1::2], strict=True))) for x in (k_groups, v_groups))
+    return (keys, values) if k_groups else None
+
+
 @_opaque_segment.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Part:
-    one = q.new_empty(*q.shape[:3], 1, dtype=torch.float32)
-    return q.new_empty(*q.shape[:3], v.shape[-1]), one, torch.empty_like(one)
+def _(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, k_groups: list[int], v_groups: list[int]
+) -> Part:
+    one = q.new_empty(*q.shape[:3], 1, dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(*q.shape[:3], sum(v_groups[::2]) or v.shape[-1]), one, torch.empty_like(one)
 
 
 @torch.library.custom_op(

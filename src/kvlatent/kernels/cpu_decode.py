@@ -14,8 +14,10 @@ import os
 from functools import cache
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
+
+from kvlatent.kernels.codes import Codes
 
 STORED = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """Dtypes a cache may have here, by their names in the kernel."""
@@ -55,11 +57,12 @@ def decode_attention(
 
 def decode_segment(
     q: Float[Tensor, "batch q_heads 1 d_qk"],
-    k: Float[Tensor, "batch kv_heads kv_len d_qk"],
-    v: Float[Tensor, "batch kv_heads kv_len d_vo"],
+    k: Shaped[Tensor, "batch kv_heads kv_len k_row"],
+    v: Shaped[Tensor, "batch kv_heads kv_len v_row"],
     *,
     scale: float,
     mask: Bool[Tensor, "mask_batch 1 1 kv_len"] | None = None,
+    codes: tuple[Codes, Codes] | None = None,
 ) -> tuple[
     Float[Tensor, "batch q_heads 1 d_vo"], Float[Tensor, "batch q_heads 1 1"], Float[Tensor, "batch q_heads 1 1"]
 ]:
@@ -69,11 +72,13 @@ def decode_segment(
 
     Args:
         q: Rotated queries.
-        k: Rotated keys on the CPU, a dtype of `STORED`; may be a view of a longer buffer.
+        k: Rotated keys on the CPU, a dtype of `STORED`, d_qk of them a row, or rows of codes; may be a view of a longer
+            buffer.
         v: Values, likewise.
         scale: Logit multiplier.
         mask: True where a query may look, one row per sequence or for all. Blocks of keys that a sequence doesn't see
             aren't read. A query that sees nothing gets zeros.
+        codes: What rows of keys and values are, if not numbers.
 
     Returns:
         The output; the largest logit, times log2(e); and the sum of the weights relative to that: by the last two,
@@ -82,9 +87,10 @@ def decode_segment(
     from kvlatent.kernels.cpu_kernel import BLOCKS, Kernel, build
 
     batch, q_heads, _, d_qk = q.shape
-    _, kv_heads, length, d_vo = v.shape
-    group_size = q_heads // kv_heads
-    run = build(d_qk, d_vo, group_size, STORED[k.dtype], STORED[v.dtype])
+    _, kv_heads, length, row = v.shape
+    group_size, d_vo = q_heads // kv_heads, row if codes is None else codes[1].width
+    k_kind, v_kind = (STORED[k.dtype], STORED[v.dtype]) if codes is None else (x.groups for x in codes)
+    run = build(d_qk, d_vo, group_size, k_kind, v_kind)
     rows = (q.float() * (scale * math.log2(math.e))).contiguous()
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     pairs = batch * kv_heads

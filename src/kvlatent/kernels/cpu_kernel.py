@@ -13,7 +13,22 @@ from typing import Any
 
 from llvmlite import ir
 
-from kvlatent.kernels.cpu_code import BIT, BYTE, FAST, FLOAT, LONG, STORED, WORD, Writer, compiled, pieces_of
+from kvlatent.kernels.codes import Groups
+from kvlatent.kernels.cpu_code import (
+    BIT,
+    BYTE,
+    FAST,
+    FLOAT,
+    LONG,
+    STORED,
+    WORD,
+    CodeRow,
+    Row,
+    Writer,
+    compiled,
+    row_bytes,
+    vectors_of,
+)
 
 BLOCKS = 64, 32, 16
 """Keys whose logits are held at a time: the largest number that fits."""
@@ -32,9 +47,10 @@ LOWEST = -1e30
 
 
 @cache
-def build(d_qk: int, d_vo: int, group_size: int, k_dtype: str, v_dtype: str) -> Callable[[Any, int], None]:
-    """Return the kernel for these dims and dtypes: a function of the call's fields and the number of threads."""
-    return compiled(Kernel(d_qk, d_vo, group_size, STORED[k_dtype], STORED[v_dtype]).module)
+def build(d_qk: int, d_vo: int, group_size: int, k: str | Groups, v: str | Groups) -> Callable[[Any, int], None]:
+    """Return the kernel for these dims and dtypes, or codes: a function of the call's fields and of threads."""
+    k_stored, v_stored = (STORED[x] if isinstance(x, str) else CodeRow(x) for x in (k, v))
+    return compiled(Kernel(d_qk, d_vo, group_size, k_stored, v_stored).module)
 
 
 class Kernel(Writer):
@@ -46,12 +62,12 @@ class Kernel(Writer):
     )
     """Addresses, strides in elements, and sizes."""
 
-    def __init__(self, d_qk: int, d_vo: int, group_size: int, k_stored: ir.Type, v_stored: ir.Type) -> None:
+    def __init__(self, d_qk: int, d_vo: int, group_size: int, k_stored: Row, v_stored: Row) -> None:
         super().__init__()
         self.d_qk, self.d_vo, self.group_size = d_qk, d_vo, group_size
         self.k_stored, self.v_stored = k_stored, v_stored
-        self.k_pieces, self.v_pieces = pieces_of(d_qk), pieces_of(d_vo)
-        key, value = (d * (4 if stored == FLOAT else 2) for d, stored in ((d_qk, k_stored), (d_vo, v_stored)))
+        self.k_pieces, self.v_pieces = vectors_of(d_qk, k_stored), vectors_of(d_vo, v_stored)
+        key, value = row_bytes(d_qk, k_stored), row_bytes(d_vo, v_stored)
         fitting = [block for block in BLOCKS if (2 * key + value) * block <= BLOCK_BYTES]
         self.block, self.ahead = (fitting[0], True) if fitting else (BLOCKS[0], False)
         self.keys = KEYS if d_qk <= WIDE else 1

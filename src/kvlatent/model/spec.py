@@ -9,7 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from kvlatent.errors import UserError, first_error
-from kvlatent.model.codes import BITS, Codes, Groups
+from kvlatent.kernels.codes import BITS, Codes, Groups
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -9,6 +9,7 @@ included, which distances don't see.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from kvlatent.kernels.attention import Part, merged, segment_attention
+from kvlatent.kernels.attention import READ_AT_ONCE, merged, segment_attention
+from kvlatent.kernels.codes import Codes
 from kvlatent.kernels.segment import (
     ROWS,
     Joinable,
@@ -29,7 +31,6 @@ from kvlatent.kernels.segment import (
     stacked_rows,
     together,
 )
-from kvlatent.model.codes import Codes
 
 
 class Near(NamedTuple):
@@ -45,8 +46,6 @@ class Near(NamedTuple):
         return (rows[:, None] - columns >= self.window) & (columns >= self.sinks)
 
 
-READ_AT_ONCE = 1024
-"""Tokens whose codes are read at a time where several queries meet them."""
 ALL_FAR = Near()
 """No window: every token goes through latents."""
 
@@ -343,16 +342,11 @@ def decode(
     whole = segment_attention(q, near.k, near.v, scale=scale, mask=near.mask)
     if far.k.shape[2] == 0:
         return whole[0]
-    parts = ((out @ maps.o, top, weight) for out, top, weight in _far_parts(q @ maps.q, far, maps, scale))
-    return merged([whole, *parts])
-
-
-def _far_parts(q: Tensor, far: Segment, maps: FarMaps, scale: float) -> Iterator[Part]:
-    """What one query per sequence, absorbed, gets from far tokens."""
-    if maps.codes is None:
-        yield segment_attention(q, far.k, far.v, scale=scale, mask=far.mask)
-        return
-    for start in range(0, far.k.shape[2], READ_AT_ONCE):
-        k, v = maps.read(*(x[:, :, start : start + READ_AT_ONCE] for x in (far.k, far.v)))
-        mask = None if far.mask is None else far.mask[..., start : start + READ_AT_ONCE]
-        yield segment_attention(q, k, v, scale=scale, mask=mask)
+    absorbed = q @ maps.q
+    out, largest, weight = segment_attention(absorbed, far.k, far.v, scale=scale, mask=far.mask, codes=maps.codes)
+    if maps.k_mean is not None and maps.v_mean is not None:  # what codes leave out
+        by_head = q.shape[1] // len(maps.k_mean)
+        k_mean, v_mean = (x.repeat_interleave(by_head, dim=0) for x in (maps.k_mean, maps.v_mean))
+        largest = largest + (absorbed * k_mean).sum(-1, keepdim=True).to(largest.dtype) * (scale * math.log2(math.e))
+        out = out + v_mean
+    return merged([whole, (out @ maps.o, largest, weight)])
