@@ -25,4 +25,9 @@ class Info(Command):
         return describe(self.model)
 
     def table(self, result: dict[str, Any]) -> str:
-        return pairs({key: span(value) if key in ("d_qk", "d_vo") else value for key, value in result.items()})
+        return pairs(
+            {
+                key: span(value) if key in ("d_qk", "d_vo", "k_bits", "v_bits") else value
+                for key, value in result.items()
+            }
+        )

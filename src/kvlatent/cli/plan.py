@@ -30,10 +30,10 @@ class Plan(Command):
         return plan_checkpoint(self.model, self.out, self.asked, **self.common.place())
 
     def table(self, result: dict[str, Any]) -> str:
-        columns = [result[key] for key in ("d_qk", "d_vo", "qk_loss", "vo_loss")]
-        lines = ["layer  d_qk  d_vo  loss of keys  loss of values  (each alone, nats per token)"]
-        for layer, (d_qk, d_vo, qk, vo) in enumerate(zip(*columns, strict=True)):
-            lines.append(f"{layer:5}  {d_qk:4}  {d_vo:4}  {qk:12.4f}  {vo:14.4f}")
+        columns = [result[key] for key in ("d_qk", "k_bits", "d_vo", "v_bits", "qk_loss", "vo_loss")]
+        lines = ["layer  d_qk  bits  d_vo  bits  loss of keys  loss of values  (each alone, nats per token)"]
+        for layer, (d_qk, k_bits, d_vo, v_bits, qk, vo) in enumerate(zip(*columns, strict=True)):
+            lines.append(f"{layer:5}  {d_qk:4}  {k_bits:4.1f}  {d_vo:4}  {v_bits:4.1f}  {qk:12.4f}  {vo:14.4f}")
         keys = ["budget", "cache_bytes_per_token", "teacher_cache_bytes_per_token"]
         if result["window"]:
             keys += ["window", "sinks", "context", "cache_bytes", "teacher_cache_bytes"]

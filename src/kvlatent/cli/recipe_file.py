@@ -49,7 +49,9 @@ class Student(Entry):
     d_qk: int | None = None
     d_vo: int | None = None
     budget: float | None = None
-    """Share of the cache bytes that is kept."""
+    """Share of the bytes of a 16-bit cache that is kept."""
+    bits: int | None = None
+    """Of every number of a far token; a mix by default, where a budget is spent beside a window."""
     heads_per_latent: int | None = None
     """KV heads that are reduced together."""
     window: int | None = None
@@ -98,7 +100,8 @@ class Recipe(Entry):
         """How a student is converted."""
         student = self.students[preset]
         asked: dict[str, Any] = {
-            name: getattr(student, name) for name in ("d_qk", "d_vo", "budget", "heads_per_latent", "window", "sinks")
+            name: getattr(student, name)
+            for name in ("d_qk", "d_vo", "budget", "bits", "heads_per_latent", "window", "sinks")
         }
         if PRESETS[preset].calibrated:
             asked |= {"text": tuple(self.calibration.text), "tokens": self.calibration.tokens}

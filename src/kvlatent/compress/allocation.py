@@ -33,6 +33,13 @@ class Allocation:
     v_codes: tuple[Groups, ...] = ()
     """Likewise of values."""
 
+    @property
+    def bits(self) -> tuple[list[float], list[float]]:
+        """Of a dim on average, by layer, of keys and of values; 16 where they aren't codes."""
+        if not self.k_codes:
+            return [16.0] * len(self.d_qk), [16.0] * len(self.d_vo)
+        return [Codes(x).bits for x in self.k_codes], [Codes(x).bits for x in self.v_codes]
+
     def token_bytes(self, kv_heads: int, heads_per_latent: int, element_size: int) -> int:
         """Bytes of one far token in the cache of all layers."""
         if not self.k_codes:

@@ -18,8 +18,8 @@ from kvlatent.errors import UserError
 from kvlatent.kernels.codes import BITS, DISTORTION, SIZE_BYTES, Groups
 from kvlatent.model.graft import graft, head_dim_of
 
-CHUNKS = 16
-"""Dims of a latent get their bits in about so many chunks, of 4 dims at least."""
+CHUNKS = 16, 8, 4
+"""Dims of a latent get their bits so many at a time, the most that leaves eight chunks: kernels like them wide."""
 
 
 def spend_bits(
@@ -97,7 +97,7 @@ def full_axes(teacher: PreTrainedModel, statistics: Statistics) -> list[LayerAxe
 
 def chunk_of(dims: int) -> int:
     """Dims of a latent that get their bits together."""
-    return max(4, dims // CHUNKS // 4 * 4) if dims >= 4 else dims
+    return next((chunk for chunk in CHUNKS if chunk * 8 <= dims), min(CHUNKS[-1], dims))
 
 
 def share_bits(

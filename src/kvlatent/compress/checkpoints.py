@@ -182,6 +182,8 @@ def plan_checkpoint(
             "sinks": near.sinks,
             "context": context,
             **asdict(allocation),
+            "k_bits": allocation.bits[0],
+            "v_bits": allocation.bits[1],
             "expected_loss": allocation.expected_loss,
             "cache_bytes_per_token": latent,
             "teacher_cache_bytes_per_token": whole,

@@ -44,6 +44,11 @@ class Codes:
         return sum(dims for dims, _ in self.groups)
 
     @property
+    def bits(self) -> float:
+        """Of a dim, on average."""
+        return sum(dims * bits for dims, bits in self.groups) / self.width
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one latent of one token."""
         return SIZE_BYTES + sum(plane_bytes(dims, bits) for dims, bits in self.groups)

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers import initialization as init
 
+from kvlatent.kernels.codes import Codes
 from kvlatent.model.checkpoints import record_of
 from kvlatent.model.families import family_of
 from kvlatent.model.folder import one_line
@@ -23,7 +24,7 @@ SIZES = {"float32": 4, "bfloat16": 2}
 def describe(model: str) -> dict[str, Any]:
     """Family, dims, layout, engines, size and cache bytes of a model, from its config alone.
 
-    Of a student with a window, `cache_bytes_per_token` is of a token that has left it, `window_bytes` what a sequence
+    Of codes, `k_bits` and `v_bits` are a dim's by layer. Of a student with a window, `cache_bytes_per_token` is of a token that has left it, `window_bytes` what a sequence
     takes for those that haven't, and `step` says what a window costs beside bytes.
     """
     config = load_config(model)
@@ -51,6 +52,11 @@ def describe(model: str) -> dict[str, Any]:
     }
     if spec is not None:
         about |= {"latents": cached_heads(config), "preset": spec.preset, "teacher": record_of(model).get("teacher")}
+    if spec is not None and spec.k_codes:
+        about |= {
+            "k_bits": [round(Codes(x).bits, 2) for x in spec.k_codes],
+            "v_bits": [round(Codes(x).bits, 2) for x in spec.v_codes],
+        }
     if spec is not None and spec.window:
         context = counted_context(config)
         whole = {name: (spec.window + spec.sinks) * whole_token_bytes(config, size) for name, size in SIZES.items()}
