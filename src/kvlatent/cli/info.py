@@ -25,9 +25,5 @@ class Info(Command):
         return describe(self.model)
 
     def table(self, result: dict[str, Any]) -> str:
-        return pairs(
-            {
-                key: span(value) if key in ("d_qk", "d_vo", "k_bits", "v_bits") else value
-                for key, value in result.items()
-            }
-        )
+        by_layer = ("d_qk", "d_vo", "k_bits", "v_bits")
+        return pairs({key: span(value) if key in by_layer else value for key, value in result.items()})

@@ -41,10 +41,12 @@ class QuantizedCache(LatentCache):
             bits: Per number, 8 or 4.
 
         Raises:
-            UserError: Other `bits`.
+            UserError: Other `bits`, or a student whose far tokens are codes.
         """
         if bits not in (4, 8):
             raise UserError(f"caches are quantized to 4 or 8 bits; got {bits}")
+        if (getattr(config, "latent", None) or {}).get("k_codes"):
+            raise UserError("this student's far tokens are codes already; let the model make its cache")
         super().__init__(config)
         for index, layer in enumerate(self.layers):
             if type(layer) is GrowingLayer:

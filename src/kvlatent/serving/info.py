@@ -24,8 +24,9 @@ SIZES = {"float32": 4, "bfloat16": 2}
 def describe(model: str) -> dict[str, Any]:
     """Family, dims, layout, engines, size and cache bytes of a model, from its config alone.
 
-    Of codes, `k_bits` and `v_bits` are a dim's by layer. Of a student with a window, `cache_bytes_per_token` is of a token that has left it, `window_bytes` what a sequence
-    takes for those that haven't, and `step` says what a window costs beside bytes.
+    Of codes, `k_bits` and `v_bits` are a dim's by layer. Of a student with a window, `cache_bytes_per_token` is of a
+    token that has left it, `window_bytes` what a sequence takes for those that haven't, and `step` says what a window
+    costs beside bytes.
     """
     config = load_config(model)
     spec = spec_in(config)
