@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvlatent.kernels import attention, cuda_decode
+from kvlatent.kernels.codes import Codes, Groups
 from kvlatent.kernels.cuda_decode import decode_attention, split
 
 pytest.importorskip("triton")
@@ -66,6 +67,19 @@ def wanted(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None
 def check(got: Tensor, exact: Tensor, float32: float = 5e-6) -> None:
     eps = 8 * torch.finfo(got.dtype).eps if got.dtype != torch.float32 else float32
     torch.testing.assert_close(got.double().cpu(), exact, rtol=eps, atol=eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("k_groups", "v_groups"), [(((4, 8), (9, 4), (6, 2)), ((33, 2),)), (((32, 4),), ((7, 8),))])
+@pytest.mark.parametrize("masked", [False, True])
+def test_codes_are_read_as_they_are(dtype: torch.dtype, k_groups: Groups, v_groups: Groups, masked: bool) -> None:
+    codes = Codes(k_groups), Codes(v_groups)
+    q, k, v = heads(codes[0].width, codes[1].width, dtype, kv_len=70)
+    rows = [x.encode(y.float().cpu()).to(DEVICE) for x, y in zip(codes, (k, v), strict=True)]
+    mask = (torch.arange(70) % 3 > 0).expand(2, 1, 1, -1).to(DEVICE) if masked else None
+    got = cuda_decode.decode_segment(q, *rows, scale=0.2, mask=mask, codes=codes)[0]
+    numbers = [x.decode(y.cpu(), torch.float32) for x, y in zip(codes, rows, strict=True)]
+    check(got, wanted(q, *numbers, scale=0.2, mask=mask))
 
 
 def splitting(monkeypatch: pytest.MonkeyPatch, processors: int) -> None:
@@ -156,13 +170,14 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kvlatent.kernels import cuda_decode, cuda_kernel
+from kvlatent.kernels.codes import Codes
 
 def compiled(kernel, grid, arguments, settings, capability):
     options = {name: settings.pop(name) for name in ("num_warps", "num_stages") if name in settings}
     names, types, divisible = kernel.arg_names, {}, {}
     for index, (name, value) in enumerate(zip(names, arguments)):
         if isinstance(value, torch.Tensor):
-            types[name] = "*" + {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "uint8": "u8"}[
+            types[name] = "*" + {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "uint8": "u8", "int32": "i32"}[
                 str(value.dtype).removeprefix("torch.")
             ]
         else:
@@ -181,11 +196,14 @@ class Launch:
 
 cuda_kernel.attend, cuda_kernel.merge = Launch(cuda_kernel.attend), Launch(cuda_kernel.merge)
 dtype, d_qk, d_vo, masked, batch, capability = json.loads(sys.argv[1])
-launches, dtype = [], getattr(torch, dtype)
-k, v = torch.zeros(batch, 8, 1024, d_qk, dtype=dtype), torch.zeros(batch, 8, 1024, d_vo, dtype=dtype)
+launches, coded, dtype = [], dtype == "codes", getattr(torch, "bfloat16" if dtype == "codes" else dtype)
+codes = [Codes(((16, 8), (d - 48, 4), (32, 2))) for d in (d_qk, d_vo)] if coded else None
+widths, held = ([x.row_bytes for x in codes], torch.uint8) if coded else ((d_qk, d_vo), dtype)
+k, v = (torch.zeros(batch, 8, 1024, width, dtype=held) for width in widths)
 mask = torch.ones(batch, 1, 1, 1024, dtype=torch.bool) if masked else None
 cuda_decode.processors = lambda device: 132
-cuda_decode.decode_attention(torch.zeros(batch, 32, 1, d_qk, dtype=dtype), k, v, scale=0.1, mask=mask)
+q = torch.zeros(batch, 32, 1, d_qk, dtype=dtype)
+cuda_decode.decode_segment(q, k, v, scale=0.1, mask=mask, codes=codes)
 results = [compiled(*launch, capability) for launch in launches]
 print(json.dumps({
     "grids": [launch[1] for launch in launches],
@@ -202,6 +220,7 @@ print(json.dumps({
     "case",
     [
         ["bfloat16", 64, 64, True, 1, 90],
+        ["codes", 128, 96, True, 1, 90],
         pytest.param(["float16", 32, 96, False, 1, 80], marks=pytest.mark.slow),
         pytest.param(["bfloat16", 16, 48, True, 1, 89], marks=pytest.mark.slow),
         pytest.param(["bfloat16", 128, 128, True, 64, 90], marks=pytest.mark.slow),
@@ -220,7 +239,7 @@ def test_the_kernels_compile_for_gpus(case: list[Any], tmp_path: Path) -> None:
     batch = case[4]  # a large one isn't split, so nothing is merged
     assert made["grids"] == ([[8, 8], [32]] if batch == 1 else [[8 * batch, 1]])
     assert max(made["shared"]) <= 48 * 1024  # fits two to a multiprocessor on every GPU since Ampere
-    assert min(made["binary"]) > 0 and made["copies_ahead"] and not made["spills"]
+    assert min(made["binary"]) > 0 and (made["copies_ahead"] or case[0] == "codes") and not made["spills"]
     assert made["matrix_units"] == (case[0] != "float32")
 
 

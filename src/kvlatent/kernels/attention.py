@@ -148,9 +148,9 @@ def _coded_segment(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, codes: tuple[Codes, Codes]
 ) -> Part:
     """Read by a kernel as they are, or as numbers of a few tokens at a time."""
-    numbers = q.dtype in cpu_decode.STORED and not (torch.is_grad_enabled() and q.requires_grad)
-    if q.device.type == "cpu" and numbers and cpu_decode.available():
-        return cpu_decode.decode_segment(q, k, v, scale=scale, mask=mask, codes=codes)
+    own = own_kernel(q, q, q, mask)
+    if own is not None and own[1].available():
+        return own[1].decode_segment(q, k, v, scale=scale, mask=mask, codes=codes)
     parts = []
     for start in range(0, max(1, k.shape[2]), READ_AT_ONCE):
         keys, values = (

@@ -12,8 +12,10 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
+
+from kvlatent.kernels.codes import SIZE_BYTES, STEP, Codes, middle, plane_bytes
 
 STORED = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes a cache may have here."""
@@ -74,13 +76,30 @@ def decode_attention(
     return decode_segment(q, k, v, scale=scale, mask=mask)[0]
 
 
+@cache
+def places(codes: Codes, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of every dim of a row of codes: byte, shift and mask, (3, width) int32; step and code 0, (2, width) float32."""
+    table, steps, byte = [], [], SIZE_BYTES
+    for dims, bits in codes.groups:
+        each = plane_bytes(dims, bits)
+        for dim in range(dims):
+            table.append((byte + dim % each, dim // each * bits, 2**bits - 1))
+            steps.append((STEP[bits], STEP[bits] * middle(bits)))
+        byte += each
+    return (
+        torch.tensor(table, dtype=torch.int32, device=device).T.contiguous(),
+        torch.tensor(steps, dtype=torch.float32, device=device).T.contiguous(),
+    )
+
+
 def decode_segment(
     q: Float[Tensor, "batch q_heads 1 d_qk"],
-    k: Float[Tensor, "batch kv_heads kv_len d_qk"],
-    v: Float[Tensor, "batch kv_heads kv_len d_vo"],
+    k: Shaped[Tensor, "batch kv_heads kv_len k_row"],
+    v: Shaped[Tensor, "batch kv_heads kv_len v_row"],
     *,
     scale: float,
     mask: Bool[Tensor, "mask_batch 1 1 kv_len"] | None = None,
+    codes: tuple[Codes, Codes] | None = None,
 ) -> tuple[
     Float[Tensor, "batch q_heads 1 d_vo"], Float[Tensor, "batch q_heads 1 1"], Float[Tensor, "batch q_heads 1 1"]
 ]:
@@ -92,11 +111,12 @@ def decode_segment(
 
     Args:
         q: Rotated queries.
-        k: Rotated keys, a dtype of `STORED`; may be a view of a longer buffer.
+        k: Rotated keys, a dtype of `STORED`, d_qk of them a row, or rows of codes; may be a view of a longer buffer.
         v: Values, likewise.
         scale: Logit multiplier.
         mask: True where a query may look, one row per sequence or for all. What lies before the first key that a
             sequence sees, and behind the last, isn't read. A query that sees nothing gets zeros.
+        codes: What rows of keys and values are, if not numbers.
 
     Returns:
         The output; the largest logit, times log2(e); and the sum of the weights relative to that: by the last two,
@@ -107,10 +127,13 @@ def decode_segment(
     from kvlatent.kernels.cuda_kernel import attend, merge
 
     batch, q_heads, _, d_qk = q.shape
-    _, kv_heads, length, d_vo = v.shape
+    _, kv_heads, length, row = v.shape
+    d_vo = row if codes is None else codes[1].width
+    tables = (q,) * 4 if codes is None else (x for code in codes for x in places(code, q.device))
+    kinds = (k.dtype, v.dtype) if codes is None else (q.dtype,)
     group_size, pairs = q_heads // kv_heads, batch * kv_heads
     wide_qk, wide_vo = (max(16, next_power_of_2(d)) for d in (d_qk, d_vo))  # the least a matrix unit takes
-    held = TILE_BYTES // ((wide_qk + wide_vo) * k.element_size())
+    held = TILE_BYTES // ((wide_qk + wide_vo) * kinds[0].itemsize)
     block = max(16, min(128, next_power_of_2(held + 1) // 2))
     parts, part = split(length, pairs, block, q.device)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -123,12 +146,12 @@ def decode_segment(
         best, total = torch.empty(2, pairs, parts, group_size, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         attend[pairs, parts](
-            q, k, v, seen, partial, best, total, length, part, scale * math.log2(math.e),
+            q, k, v, *tables, seen, partial, best, total, length, part, scale * math.log2(math.e),
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], 0 if len(seen) == 1 else length, kv_heads, parts,
             K_TOKEN=k.stride(2), V_TOKEN=v.stride(2), K_ALIGN=alignment(k), V_ALIGN=alignment(v),
             GROUP=group_size, D_QK=d_qk, D_VO=d_vo, ROWS=max(16, next_power_of_2(group_size)), WIDE_QK=wide_qk,
             WIDE_VO=wide_vo, BLOCK=block, SCAN=1024, MASKED=mask is not None, WHOLE=parts == 1,
-            PRECISION="ieee" if torch.float32 in (k.dtype, v.dtype) else "tf32", num_warps=4, num_stages=2,
+            PRECISION="ieee" if torch.float32 in kinds else "tf32", CODED=codes is not None, num_warps=4, num_stages=2,
         )  # fmt: skip
         if parts > 1:
             merge[(batch * q_heads,)](

@@ -9,11 +9,35 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def places(table, steps, dim, WIDTH: tl.constexpr):
+    """Of a dim of a row of codes: its byte, how far up in it, the bits as a mask, its step and what code 0 is."""
+    inside = dim < WIDTH
+    byte = tl.load(table + dim, mask=inside, other=0)
+    up = tl.load(table + WIDTH + dim, mask=inside, other=0)
+    bits = tl.load(table + 2 * WIDTH + dim, mask=inside, other=0)
+    step = tl.load(steps + dim, mask=inside, other=0.0)
+    least = tl.load(steps + WIDTH + dim, mask=inside, other=0.0)
+    return byte, up, bits, step, least
+
+
+@triton.jit
+def sizes(rows, inside):
+    """The float16 that rows of codes begin with."""
+    low = tl.load(rows, mask=inside, other=0).to(tl.int16)
+    high = tl.load(rows + 1, mask=inside, other=0).to(tl.int16)
+    return ((high << 8) | low).to(tl.float16, bitcast=True).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["length", "part", "mask_row", "parts"])  # they change as a context grows
 def attend(
     q,
     k,
     v,
+    k_table,
+    k_steps,
+    v_table,
+    v_steps,
     mask,
     out,
     best,
@@ -45,6 +69,7 @@ def attend(
     MASKED: tl.constexpr,
     WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
+    CODED: tl.constexpr,
 ):
     """One part of one sequence's context for the query heads of one KV head.
 
@@ -73,7 +98,12 @@ def attend(
         q + row * q_row + (head * GROUP + member)[:, None] * q_head + qk[None, :],
         mask=(member < GROUP)[:, None] & (qk < D_QK)[None, :],
         other=0.0,
-    ).to(k.dtype.element_ty)
+    )
+    if CODED:
+        k_byte, k_up, k_bits, k_step, k_least = places(k_table, k_steps, qk, D_QK)
+        v_byte, v_up, v_bits, v_step, v_least = places(v_table, v_steps, vo, D_VO)
+    else:
+        queries = queries.to(k.dtype.element_ty)
     k += tl.multiple_of(row * k_row + head * k_head, K_ALIGN)
     v += tl.multiple_of(row * v_row + head * v_head, V_ALIGN)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -83,12 +113,20 @@ def attend(
         token = at + tl.arange(0, BLOCK)
         inside = token < end
         token = token.to(tl.int64)
-        keys = tl.load(
-            k + token[None, :] * K_TOKEN + qk[:, None], mask=inside[None, :] & (qk < D_QK)[:, None], other=0.0
-        )
-        values = tl.load(
-            v + token[:, None] * V_TOKEN + vo[None, :], mask=inside[:, None] & (vo < D_VO)[None, :], other=0.0
-        )
+        if CODED:
+            codes = tl.load(k + token[None, :] * K_TOKEN + k_byte[:, None], mask=inside[None, :], other=0).to(tl.int32)
+            numbers = ((codes >> k_up[:, None]) & k_bits[:, None]).to(tl.float32) * k_step[:, None] + k_least[:, None]
+            keys = (numbers * sizes(k + token * K_TOKEN, inside)[None, :]).to(queries.dtype)
+            codes = tl.load(v + token[:, None] * V_TOKEN + v_byte[None, :], mask=inside[:, None], other=0).to(tl.int32)
+            numbers = ((codes >> v_up[None, :]) & v_bits[None, :]).to(tl.float32) * v_step[None, :] + v_least[None, :]
+            values = (numbers * sizes(v + token * V_TOKEN, inside)[:, None]).to(queries.dtype)
+        else:
+            keys = tl.load(
+                k + token[None, :] * K_TOKEN + qk[:, None], mask=inside[None, :] & (qk < D_QK)[:, None], other=0.0
+            )
+            values = tl.load(
+                v + token[:, None] * V_TOKEN + vo[None, :], mask=inside[:, None] & (vo < D_VO)[None, :], other=0.0
+            )
         if MASKED:
             inside &= tl.load(mask + token, mask=inside, other=0) != 0
         logits = tl.dot(queries, keys, input_precision=PRECISION) * scale
