@@ -232,12 +232,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "kvlatent"
 
 
+@pytest.mark.parametrize("name", ["llama-biases", "qwen2", "qwen2-mha-tied"])
 def test_biases_of_a_gguf_file_are_read_and_other_tensors_refused(
-    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path, cache: Path
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path, cache: Path, name: str
 ) -> None:
-    teacher = tiny_teacher("llama-biases")
+    teacher = tiny_teacher(name)
     write_gguf(teacher, tmp_path / "biases.gguf")
     loaded, _ = load_model(str(tmp_path / "biases.gguf"), device="cpu")
+    assert loaded.config.model_type == teacher.config.model_type
     torch.testing.assert_close(logits(loaded, ids), logits(teacher, ids), rtol=0, atol=1e-4)
     (tmp_path / "other.gguf").write_bytes(
         (tmp_path / "biases.gguf").read_bytes().replace(b"blk.1.attn_q.bias", b"blk.1.attn_x.bias")
