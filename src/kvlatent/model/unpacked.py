@@ -15,6 +15,7 @@ from typing import Any
 import gguf
 import torch
 import xxhash
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
 from transformers import initialization as init
 
@@ -107,7 +108,9 @@ def _read(file: Path) -> tuple[Any, Any]:
     model.hf_quantizer = None  # else save_pretrained refuses
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    return model, read_tokenizer(str(file.parent), **where)
+    tokenizer = read_tokenizer(str(file.parent), **where)
+    _drop_strangers(tokenizer, reader)
+    return model, tokenizer
 
 
 def _with_biases(config: PreTrainedConfig, names: set[str]) -> PreTrainedConfig:
@@ -146,6 +149,22 @@ def _check_merges(reader: gguf.GGUFReader, file: Path) -> None:
             f"the tokenizer of {file} has no merges, which transformers can't read; give the folder that the file was "
             "exported from"
         )
+
+
+def _drop_strangers(tokenizer: Any, reader: gguf.GGUFReader) -> None:
+    """Take out of a BPE what is no token of the model.
+
+    `[PAD316]` stands for an embedding without a token, and transformers adds an `<|endoftext|>` after the last one.
+    """
+    tokens, kinds = (reader.get_field(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    if tokens is None or kinds is None or core["model"]["type"] != "BPE":
+        return
+    numbered = enumerate(zip(tokens.contents(), kinds.contents(), strict=True))
+    own = {token for at, (token, kind) in numbered if kind != gguf.TokenType.UNUSED or token != f"[PAD{at}]"}
+    core["model"]["vocab"] = {token: at for token, at in core["model"]["vocab"].items() if token in own}
+    core["added_tokens"] = [token for token in core["added_tokens"] if token["content"] in own]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(core))
 
 
 def _tensor_names(config: PreTrainedConfig) -> set[str]:
