@@ -31,7 +31,7 @@ PROBE_SHARE = 0.5
 """A probe keeps this share of one layer's key dims, or of its value dims, and everything else."""
 PROBE_STRIDE = 4
 """Probes compare the next token's distributions at every so many positions: the head costs as much as many layers."""
-PROBE_POSITIONS = 256
+PROBE_POSITIONS = 64
 """Their logits over the vocabulary are held for so many positions at a time."""
 PLAN_TOKENS = 4096
 """Without statistics, a budget is spent by those of this much of the calibration text."""
