@@ -113,8 +113,9 @@ def test_values_of_half_rank_need_no_more_than_half_the_dims(
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "llama-yarn", "mistral-mha"])
 def test_probes_are_the_kl_of_models_with_one_narrow_part(
-    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(budget, "PROBE_POSITIONS", 5)  # of twelve
     teacher = tiny_teacher(name)
     statistics = calibrate(teacher, ids, about={})
     probes = budget.probe(teacher, statistics, ids[:2])

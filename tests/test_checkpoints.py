@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 from windowless import convert
 
+from kvlatent.data.blocks import separator_id
 from kvlatent.errors import UserError
 from kvlatent.files import new_folder, refuse_existing
 from kvlatent.model import unpacked
@@ -163,7 +164,7 @@ def test_a_loaded_student_can_be_saved_again(
 # --- GGUF
 
 
-def write_gguf(teacher: PreTrainedModel, path: Path) -> None:
+def write_gguf(teacher: PreTrainedModel, path: Path, *, fillers: int = 0) -> None:
     """As llama.cpp stores a Llama: rotary pairs of W_Q and W_K next to each other, and a byte-level BPE tokenizer."""
     config, state = teacher.config, {name: value.numpy() for name, value in teacher.state_dict().items()}
     writer = gguf.GGUFWriter(path, "llama")
@@ -180,8 +181,9 @@ def write_gguf(teacher: PreTrainedModel, path: Path) -> None:
     tokens = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "he", "in"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * 259)
+    writer.add_token_list([*tokens, *(f"[PAD{len(tokens) + at}]" for at in range(fillers))])
+    kinds = [gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * 259 + [gguf.TokenType.UNUSED] * fillers
+    writer.add_token_types(kinds)
     writer.add_token_merges(["t h", "h e", "i n"])
     writer.add_eos_token_id(0)
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -232,18 +234,31 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "kvlatent"
 
 
+@pytest.mark.parametrize("name", ["llama-biases", "qwen2", "qwen2-mha-tied"])
 def test_biases_of_a_gguf_file_are_read_and_other_tensors_refused(
-    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path, cache: Path
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path, cache: Path, name: str
 ) -> None:
-    teacher = tiny_teacher("llama-biases")
+    teacher = tiny_teacher(name)
     write_gguf(teacher, tmp_path / "biases.gguf")
     loaded, _ = load_model(str(tmp_path / "biases.gguf"), device="cpu")
+    assert loaded.config.model_type == teacher.config.model_type
     torch.testing.assert_close(logits(loaded, ids), logits(teacher, ids), rtol=0, atol=1e-4)
     (tmp_path / "other.gguf").write_bytes(
         (tmp_path / "biases.gguf").read_bytes().replace(b"blk.1.attn_q.bias", b"blk.1.attn_x.bias")
     )
     with pytest.raises(UserError, match=r"lacks 1 weights of its architecture, blk\.1\.attn_q\.bias among them"):
         load_model(str(tmp_path / "other.gguf"), device="cpu")
+
+
+def test_the_tokens_of_a_gguf_file_are_the_models_own(
+    tiny_teacher: Callable[[str], PreTrainedModel], tmp_path: Path, cache: Path
+) -> None:
+    write_gguf(tiny_teacher("llama"), tmp_path / "tiny.gguf", fillers=3)
+    _, tokenizer = load_model(str(tmp_path / "tiny.gguf"), device="cpu")
+    assert tokenizer.decode([*tokenizer("the thin", add_special_tokens=False).input_ids, 260, 262]) == "the thin"
+    assert len(tokenizer) == 260
+    assert not {"[PAD261]", "<|endoftext|>"} & tokenizer.get_vocab().keys()
+    assert separator_id(tokenizer) == 0
 
 
 def test_a_replaced_gguf_file_is_another_model_whatever_its_name_and_size(

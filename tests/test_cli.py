@@ -484,6 +484,7 @@ BAD = {
     "healing with too little text": ([*HEAL, *TEXT[:2], "--stage1-tokens", "0", "--stage2-tokens", "99999"], "short"),
     "healing by no number": ([*HEAL, *TEXT[:2], *STAGES, "--learning-rate", "nan"], "learning_rate must be a number"),
     "healing without end": ([*HEAL, *TEXT[:2], *STAGES, "--clip", "inf"], "clip must be a number up to 1e+12"),
+    "healing by too high a rank": ([*HEAL, *TEXT[:2], *STAGES, "--lora-rank", "65"], "at most the 64 dims of the FFN"),
     "healing without a record": (
         ["heal", "{root}/no-record", "--out", "{root}/out", *TEXT[:2], *STAGES],
         "name it with --teacher",

@@ -237,8 +237,8 @@ def changed(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("students.best.budget", 2, "at most 1"),
         ("students.paper.d_qk", 12, "divide"),
         ("students.best.heal.stage1_tokens", -1, "stage1_tokens"),
-        ("students.best.heal.learning_rate", float("nan"), "learning_rate must be a number"),
-        ("students.best.heal.temperature", float("inf"), "temperature must be a number"),
+        ("students.best.heal.learning_rate", float("nan"), "learning_rate: Input should be a valid number"),
+        ("students.best.heal.temperature", float("inf"), "temperature: Input should be a valid number"),
         ("students.best.heal.stage2_tokens", 10**30, "stage2_tokens must be a number up to 1e+12"),
         ("students.best.heal.weight_decay", -0.1, "weight_decay must not be negative"),
         ("students.best.heal.clip", 0, "clip must be above 0"),
@@ -255,6 +255,15 @@ def changed(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("bench.batch", 10**12, "exceeds the memory"),
         ("seed", -1, "seed"),
         ("seed", 2**32, "seed"),
+        ("seed", True, "seed: Input should be a valid integer"),
+        ("block_size", "32", "block_size: Input should be a valid integer"),
+        ("calibration.tokens", 128.0, "calibration.tokens: Input should be a valid integer"),
+        ("students.best.d_qk", True, "students.best.d_qk: Input should be a valid integer"),
+        ("students.best.budget", True, "students.best.budget: Input should be a valid number"),
+        ("students.best.heal.lora_rank", 65, "lora_rank must be at most the 64 dims of the FFN; got 65"),
+        ("students.best.heal.lora_rank", True, "students.best.heal.lora_rank: Input should be a valid integer"),
+        ("students.best.heal.learning_rate", True, "students.best.heal.learning_rate: Input should be a valid number"),
+        ("students.best.heal.checkpointing", 1, "students.best.heal.checkpointing: Input should be a valid boolean"),
     ],
 )
 def test_bad_recipe_gives_one_line_and_leaves_nothing(
@@ -348,14 +357,32 @@ def test_damage_in_a_run_folder_is_one_line(
         ("seed: " + "9" * 5000, "not YAML"),
         ("title: " + "[" * 5000, "nested too deeply"),
         ("title: 2001-99-99", "not YAML"),
+        ("2001-09-09: a", "not YAML"),
+        ('title: "\\ud800"', "the recipe"),
         ("x" * 1_000_001, "larger than 1 MB"),
     ],
-    ids=["alias", "twice", "number", "deep", "date", "large"],
+    ids=["alias", "twice", "number", "deep", "date", "key", "surrogate", "large"],
 )
 def test_hostile_yaml_is_one_line(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(UserError, match=said):
         pipeline.read_recipe(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    ("written", "value"), [("1e-4", 1e-4), ("1.5e3", 1500.0), ("2", 2.0), ("yes", None), ("'2'", None), (".nan", None)]
+)
+def test_numbers_are_written_as_numbers(
+    recipe: dict[str, Any], tmp_path: Path, written: str, value: float | None
+) -> None:
+    file = write(changed(recipe, "students.best.heal.learning_rate", "HERE"), tmp_path / "tiny.yaml")
+    file.write_text(file.read_text().replace('"HERE"', written))
+    if value is None:
+        with pytest.raises(UserError, match="learning_rate"):
+            pipeline.run(file, tmp_path / "run")
+    else:
+        heal = pipeline.read_recipe(file).students["best"].heal
+        assert heal is not None and heal.learning_rate == value
 
 
 def test_a_pipe_is_no_recipe(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kvlatent import cli
 from kvlatent.errors import UserError
-from kvlatent.serving import launch
+from kvlatent.serving import guard, launch
 
 FAKE_ENGINE = """
 import http.server, os, signal, socketserver, subprocess, sys, time
@@ -402,6 +404,35 @@ def test_llama_cpp_serves_a_student(folder: Path, port: int, tmp_path: Path) -> 
         assert json.loads(last)["usage"]["completion_tokens"] == 60
         assert process.wait(timeout=60) == 0
     launch.bound("127.0.0.1", port).close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_hostile_bodies_take_llama_cpp_little_memory(folder: Path, port: int, tmp_path: Path) -> None:
+    """As many values as fit into the largest body, from four clients at once."""
+    pytest.importorskip("xllamacpp")
+    room = guard.LARGEST_BODY - 100
+    bodies = [f'{{"prompt":[{each * (room // len(each))}0]}}' for each in ("[", "0,", "[],", '"a",')]
+    command = [sys.executable, "-m", "kvlatent", "serve", str(folder), "--engine", "llama.cpp", "--port", str(port)]
+
+    def refused(body: str) -> bool:
+        url, json_type = f"http://127.0.0.1:{port}/v1/completions", {"Content-Type": "application/json"}
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(urllib.request.Request(url, body.encode(), json_type), timeout=300)
+        return caught.value.code == 400
+
+    with started(command, tmp_path / "log", "is served by llama.cpp") as process:
+        (engine,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+        def most() -> int:
+            return int(re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{engine}/status").read_text())[0]) * 1024
+
+        before = most()
+        for body in bodies:
+            with ThreadPoolExecutor(4) as pool:
+                assert all(pool.map(refused, [body] * 4))
+            print(f"{body[:20]}…: {before / 1e6:.0f} MB, then {most() / 1e6:.0f} MB")
+        assert most() - before < 300e6
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -76,7 +76,7 @@ def partial(config: type, *, defaults: Mapping[str, str], without: Collection[st
     namespace = {
         "__doc__": f"What is to be different from the defaults of `{config.__name__}`.",
         "__module__": config.__module__,
-        "__pydantic_config__": {"extra": "forbid"},
+        "__pydantic_config__": {"extra": "forbid", "strict": True},
     }
     return make_dataclass(f"{config.__name__}Changes", made, frozen=True, kw_only=True, namespace=namespace)
 

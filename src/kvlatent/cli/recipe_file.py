@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +14,10 @@ from transformers import PreTrainedConfig
 
 from kvlatent.compress.config import ConvertConfig
 from kvlatent.compress.methods import PRESETS
-from kvlatent.data.positions import context_of
 from kvlatent.errors import UserError
 from kvlatent.fields import LARGEST_SEED
-from kvlatent.healing.config import HealChanges, HealConfig, settings_for
+from kvlatent.healing.checkpoint import settings_for
+from kvlatent.healing.config import HealChanges, HealConfig
 from kvlatent.model.spec import Preset
 
 LARGEST_FILE = 1_000_000
@@ -24,9 +26,9 @@ Count = Annotated[int, Field(gt=0, le=10**12)]
 
 
 class Entry(BaseModel):
-    """What holds the fields it names and no others, all of them finite."""
+    """What holds the fields it names and no others, each of its own type: `yes` is no number, and none is infinite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Sources(Entry):
@@ -118,7 +120,7 @@ class Recipe(Entry):
 class _PlainLoader(yaml.SafeLoader):
     """YAML as `safe_load` reads it, without aliases, by which a small file becomes a large recipe.
 
-    A key may not be given twice: of two, one would count unseen.
+    A key may not be given twice: of two, one would count unseen. `1e-4` is a number, as in YAML 1.2.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -134,6 +136,13 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe.
 
@@ -141,7 +150,8 @@ def read_recipe(path: Path) -> Recipe:
         UserError: It is missing, no YAML, or has a wrong, missing or unknown entry.
     """
     try:
-        return Recipe.model_validate(yaml.load(_read_text(path), _PlainLoader))
+        data = yaml.load(_read_text(path), _PlainLoader)
+        return Recipe.model_validate_json(json.dumps(data, default=str))  # where types are exact, but a list is a tuple
     except OSError as error:
         raise UserError(f"can't read recipe {path}: {error.strerror}") from None
     except UserError as error:
@@ -154,7 +164,7 @@ def read_recipe(path: Path) -> Recipe:
         raise UserError(f"{path}: {where}: {wrong}") from None
     except RecursionError:
         raise UserError(f"{path} is not a recipe: its entries are nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # of text that isn't UTF-8, dates and numbers that can't be
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # of text that isn't UTF-8, dates, numbers and keys
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
 
 
@@ -180,5 +190,4 @@ def healing_settings(recipe: Recipe, preset: Preset, config: PreTrainedConfig) -
     """
     changes = recipe.students[preset].heal
     assert changes is not None
-    context = context_of(config, recipe.context if changes.context is None else changes.context)
-    return settings_for(preset, changes, context=context, seed=recipe.seed)
+    return settings_for(preset, changes, config, context=recipe.context, seed=recipe.seed)

@@ -31,6 +31,8 @@ from kvlatent.model.window import ALL_FAR, Near
 
 PROBE_STRIDE = 4
 """Probes compare the next token's distributions at every so many positions: the head costs as much as many layers."""
+PROBE_POSITIONS = 64
+"""Their logits over the vocabulary are held for so many positions at a time."""
 PLAN_TOKENS = 4096
 """Without statistics, a budget is spent by those of this much of the calibration text."""
 PROBE_TOKENS = (2048, 4096)
@@ -282,12 +284,17 @@ def probe(
             layer.self_attn, state = attention, unchanged
 
     def log_probs(hidden: Tensor) -> Tensor:
-        hidden = hidden[:, (ids.shape[1] - 1) % PROBE_STRIDE :: PROBE_STRIDE]
-        return student.lm_head(student.model.norm(hidden)).flatten(0, 1).float().log_softmax(-1)
+        return student.lm_head(student.model.norm(hidden)).float().log_softmax(-1)
 
-    wanted = log_probs(state)
-    losses = [F.kl_div(log_probs(x), wanted, reduction="batchmean", log_target=True).double().cpu() for x in probes]
-    return torch.stack(losses).clamp_min(0).view(len(layers), 2).T  # below it by rounding, where nothing is lost
+    compared = [x[:, (ids.shape[1] - 1) % PROBE_STRIDE :: PROBE_STRIDE].flatten(0, 1) for x in (state, *probes)]
+    losses = torch.zeros(len(probes), dtype=torch.float64)
+    for whole, *narrowed in zip(*(x.split(PROBE_POSITIONS) for x in compared), strict=True):
+        wanted = log_probs(whole)
+        losses += torch.stack(
+            [F.kl_div(log_probs(x), wanted, reduction="sum", log_target=True) for x in narrowed]
+        ).cpu()
+    mean = losses / len(compared[0])
+    return mean.clamp_min(0).view(len(layers), 2).T  # below it by rounding, where nothing is lost
 
 
 def allocate(curves: Float[Tensor, "items options"], total: int, *, floor: int) -> list[int]:

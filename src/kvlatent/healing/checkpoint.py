@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvlatent.data.blocks import TokenBlocks, check_held_out, load_blocks, save_blocks, separator_id, token_blocks
 from kvlatent.data.positions import context_of
@@ -21,7 +21,7 @@ from kvlatent.data.sources import read_text
 from kvlatent.errors import UserError
 from kvlatent.fields import given
 from kvlatent.files import check_disk, check_regular, discard, refuse_existing, sole_writer
-from kvlatent.healing.config import HealChanges, HealConfig, HealInputs, settings_for, work_folder
+from kvlatent.healing.config import HealChanges, HealConfig, HealInputs, work_folder
 from kvlatent.healing.heal import heal
 from kvlatent.healing.state import has_state
 from kvlatent.healing.streaming import hidden_bytes
@@ -39,6 +39,7 @@ from kvlatent.model.checkpoints import (
 )
 from kvlatent.model.graft import spec_in, spec_of
 from kvlatent.model.loading import load_config, load_tokenizer, stored_dtype, weight_bytes
+from kvlatent.model.spec import Preset
 
 
 def heal_checkpoint(
@@ -89,8 +90,7 @@ def heal_checkpoint(
                     f"its {field} is {getattr(original, field)}, not {getattr(config, field)}"
                 )
         assert spec.preset != "none"
-        context = context_of(config, changes.context)
-        settings = settings_for(spec.preset, changes, context=context, seed=seed)
+        settings = settings_for(spec.preset, changes, config, context=None, seed=seed)
         tokenizer = load_tokenizer(start)
 
         if not 0 < inputs.top_k <= config.vocab_size:
@@ -139,6 +139,31 @@ def heal_checkpoint(
             if group.is_main_process and not has_state(work_folder(out)):  # refused before there was anything to resume
                 discard(work_folder(out), of=out)
             raise
+
+
+def settings_for(
+    preset: Preset, changes: HealChanges, student: PreTrainedConfig, *, context: int | None, seed: int
+) -> HealConfig:
+    """The settings of a healing that somebody asked for: the preset's, with the changes that were given.
+
+    Args:
+        preset: The student's.
+        changes: What is to be different.
+        student: Its config, which bounds the context and the rank.
+        context: Positions where the changes name none; None is all of the model's.
+        seed: Random seed.
+
+    Raises:
+        UserError: A number that can't be, or no tokens at all.
+    """
+    asked = given(changes)
+    asked |= {"context": context_of(student, asked.get("context", context)), "seed": seed}
+    settings = HealConfig.for_preset(asked.pop("like", preset), **asked)
+    if settings.lora_rank > (most := min(student.hidden_size, student.intermediate_size)):
+        raise UserError(f"lora_rank must be at most the {most} dims of the FFN; got {settings.lora_rank}")
+    if settings.stage1_tokens + settings.stage2_tokens == 0:
+        raise UserError("healing needs tokens for stage 1, stage 2 or both; got 0 and 0")
+    return settings
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from tyro.conf import arg
 
 from kvlatent.errors import UserError
-from kvlatent.fields import Number, OptionalFolder, OtherModel, Sources, given, partial
+from kvlatent.fields import Number, OptionalFolder, OtherModel, Sources, partial
 from kvlatent.model.spec import Preset
 
 Loss = Literal["kl", "ntp", "mix"]
@@ -173,19 +173,6 @@ class HealInputs:
     """Likeliest tokens kept per position; all others count as one."""
     track: Annotated[tuple[str, ...], arg(metavar="NAME…", help_behavior_hint="")] = ()
     """Trackers of accelerate that are told of every step, such as tensorboard."""
-
-
-def settings_for(preset: Preset, changes: HealChanges, *, context: int, seed: int) -> HealConfig:
-    """The settings of a healing that somebody asked for: the preset's, with the changes that were given.
-
-    Raises:
-        UserError: A number that can't be, or no tokens at all.
-    """
-    asked = given(changes)
-    settings = HealConfig.for_preset(asked.pop("like", preset), **asked | {"context": context, "seed": seed})
-    if settings.stage1_tokens + settings.stage2_tokens == 0:
-        raise UserError("healing needs tokens for stage 1, stage 2 or both; got 0 and 0")
-    return settings
 
 
 def work_folder(out: Path) -> Path:

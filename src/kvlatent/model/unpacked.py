@@ -15,7 +15,8 @@ from typing import Any
 import gguf
 import torch
 import xxhash
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
 from transformers import initialization as init
 
 from kvlatent.errors import UserError
@@ -24,8 +25,6 @@ from kvlatent.model.folder import check_all_used, one_line, read_config, read_to
 
 HASHES = "hashes.json"
 """Of every other file in an unpacked folder."""
-BIASES = {"attn_q.bias": "attention_bias", "ffn_gate.bias": "mlp_bias"}
-"""Config entry that says a Llama has biases, by a tensor that only such files have."""
 
 
 def unpacked(file: Path) -> Path:
@@ -99,9 +98,8 @@ def _read(file: Path) -> tuple[Any, Any]:
     _check_rope(reader, file)
     _check_merges(reader, file)
     names = {tensor.name for tensor in reader.tensors}
-    for tensor, entry in BIASES.items():
-        if config.model_type == "llama" and f"blk.0.{tensor}" in names:
-            setattr(config, entry, True)
+    if config.model_type == "llama":
+        config = _with_biases(config, names)
     wanted = _tensor_names(config)
     check_all_used(str(file), missing=wanted - names, unused=names - wanted - {"rope_freqs.weight"})
     model = AutoModelForCausalLM.from_pretrained(
@@ -110,7 +108,21 @@ def _read(file: Path) -> tuple[Any, Any]:
     model.hf_quantizer = None  # else save_pretrained refuses
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    return model, read_tokenizer(str(file.parent), **where)
+    tokenizer = read_tokenizer(str(file.parent), **where)
+    _drop_strangers(tokenizer, reader)
+    return model, tokenizer
+
+
+def _with_biases(config: PreTrainedConfig, names: set[str]) -> PreTrainedConfig:
+    """The config of a file of architecture llama, which says by its tensors alone whether there are biases.
+
+    A Llama has them on all of attention's linears or on none; with none on the output it was a Qwen2.
+    """
+    if "blk.0.attn_q.bias" in names and "blk.0.attn_output.bias" not in names:
+        shape = config.to_dict()
+        return Qwen2Config(**{name: shape[name] for name in shape if name not in ("model_type", "architectures")})
+    config.attention_bias, config.mlp_bias = "blk.0.attn_q.bias" in names, "blk.0.ffn_gate.bias" in names
+    return config
 
 
 def _check_rope(reader: gguf.GGUFReader, file: Path) -> None:
@@ -137,6 +149,22 @@ def _check_merges(reader: gguf.GGUFReader, file: Path) -> None:
             f"the tokenizer of {file} has no merges, which transformers can't read; give the folder that the file was "
             "exported from"
         )
+
+
+def _drop_strangers(tokenizer: Any, reader: gguf.GGUFReader) -> None:
+    """Take out of a BPE what is no token of the model.
+
+    `[PAD316]` stands for an embedding without a token, and transformers adds an `<|endoftext|>` after the last one.
+    """
+    tokens, kinds = (reader.get_field(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    if tokens is None or kinds is None or core["model"]["type"] != "BPE":
+        return
+    numbered = enumerate(zip(tokens.contents(), kinds.contents(), strict=True))
+    own = {token for at, (token, kind) in numbered if kind != gguf.TokenType.UNUSED or token != f"[PAD{at}]"}
+    core["model"]["vocab"] = {token: at for token, at in core["model"]["vocab"].items() if token in own}
+    core["added_tokens"] = [token for token in core["added_tokens"] if token["content"] in own]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(core))
 
 
 def _tensor_names(config: PreTrainedConfig) -> set[str]:

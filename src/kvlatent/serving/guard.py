@@ -21,10 +21,10 @@ from pathlib import Path
 
 LARGEST_HEAD = 16 * 2**10
 """Bytes of a request's line and headers."""
-LARGEST_BODY = 4 * 2**20
+LARGEST_BODY = 2 * 2**20
 """Bytes of a request's body; a prompt of 128k tokens has about 0.5 MB."""
-LARGEST_BODIES = 8 * 2**20
-"""Bytes of the bodies of all requests in flight; others wait, since llama.cpp takes 70 times as much to read them."""
+LARGEST_BODIES = 2 * 2**20
+"""Bytes of the bodies of all requests in flight; others wait, since llama.cpp takes 80 times as much to read them."""
 MOST_CONNECTIONS = 256
 """Clients at once, each with a file descriptor for itself and one to the engine."""
 HEAD_SECONDS = 10.0

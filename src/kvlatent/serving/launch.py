@@ -41,6 +41,8 @@ FORWARDED = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signa
 """Signals that stop us, and what the engine gets: engines don't handle the closing of our terminal."""
 SLOTS = 4
 """Requests that llama.cpp answers at once."""
+LLAMA_CPP_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+"""glibc else keeps, for each of its threads, what one large body once took."""
 LONGEST_SOCKET = 103
 """Bytes of a Unix socket's path on every system."""
 PR_SET_PDEATHSIG = 1
@@ -290,5 +292,6 @@ def serve(config: ServeConfig, *, dtype: str = "auto", seed: int = 0) -> dict[st
             where["context"] = config.context or window_of(shape) or positions
             gguf = stack.enter_context(gguf_of(source, dtype=dtype))
             command = llama_cpp_command(gguf, **where)
+            options["environment"] = LLAMA_CPP_ENVIRONMENT
         served = run_server(command, **options)
     return {"model": name, "engine": chosen, **served}
