@@ -177,9 +177,8 @@ def compiled(kernel, grid, arguments, settings, capability):
     names, types, divisible = kernel.arg_names, {}, {}
     for index, (name, value) in enumerate(zip(names, arguments)):
         if isinstance(value, torch.Tensor):
-            types[name] = "*" + {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "uint8": "u8", "int32": "i32"}[
-                str(value.dtype).removeprefix("torch.")
-            ]
+            short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "uint8": "u8", "int32": "i32"}
+            types[name] = "*" + short[str(value.dtype).removeprefix("torch.")]
         else:
             types[name] = "fp32" if isinstance(value, float) else "i32"
         if isinstance(value, torch.Tensor) or (value % 16 == 0 and name not in ("length", "part", "mask_row", "parts")):
