@@ -44,6 +44,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", GQA),
     "llama-mha-tied": ("llama", MHA | {"tie_word_embeddings": True}),
@@ -56,8 +57,11 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-mha-tied": ("qwen2", MHA | {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", GQA),
     "qwen3-mha-tied": ("qwen3", MHA | {"tie_word_embeddings": True}),
+    "mixtral": ("mixtral", GQA | EXPERTS),
+    "qwen3_moe": ("qwen3_moe", GQA | EXPERTS | {"moe_intermediate_size": 24, "mlp_only_layers": [0]}),
 }
 """Family and what is special, by name; the plain family names have grouped heads."""
+ON_ENGINES = [name for name, (family, _) in TEACHERS.items() if FAMILIES[family].on_engines]
 
 
 @cache
@@ -110,6 +114,12 @@ def float32_by_default() -> Iterator[None]:
 def tiny_teacher() -> Callable[[str], PreTrainedModel]:
     """A fresh copy of the teacher called so in `TEACHERS`: 2 layers, 4 query heads of 16 dims."""
     return lambda name: copy.deepcopy(_teacher(name))
+
+
+@pytest.fixture(params=ON_ENGINES)
+def plain_teacher(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Every entry of `TEACHERS` in turn whose family all presets and engines take."""
+    return copy.deepcopy(_teacher(request.param))
 
 
 @pytest.fixture(params=TEACHERS)

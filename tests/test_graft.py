@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
 
 import kvlatent
 from kvlatent.errors import UserError
@@ -20,6 +28,7 @@ from kvlatent.model.families import FAMILIES
 from kvlatent.model.graft import (
     MODELS,
     KVLatentLlamaForCausalLM,
+    check_teacher,
     graft,
     head_dim_of,
     identity_spec,
@@ -29,12 +38,15 @@ from kvlatent.model.graft import (
 from kvlatent.model.spec import LatentSpec
 
 PRESETS = ["best", "apart", "portable", "paper"]
+STUDENTS = [
+    f"{name}-{preset}" for name, family in FAMILIES.items() for preset in (PRESETS if family.on_engines else ["best"])
+]
 NEW_TOKENS = 8
 
 
-@pytest.fixture(params=[f"{family}-{preset}" for family in FAMILIES for preset in PRESETS])
+@pytest.fixture(params=STUDENTS)
 def any_student(request: pytest.FixtureRequest, tiny_student: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    """Every family under every preset, d_qk 8 and d_vo 4 of 16, grouped heads."""
+    """Every family under every preset that it takes, d_qk 8 and d_vo 4 of 16, grouped heads."""
     return tiny_student(*request.param.split("-"))
 
 
@@ -89,6 +101,11 @@ def test_other_architectures_are_refused_with_the_list_of_supported_ones() -> No
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2))
     with pytest.raises(UserError, match="'gpt2' models are not supported; supported are llama, mistral, qwen2, qwen3"):
         graft(gpt2)
+
+
+def test_latent_attention_of_the_teachers_own_is_refused_with_the_reason() -> None:
+    with pytest.raises(UserError, match=r"'deepseek_v3' models have multi-head latent attention .* one latent"):
+        check_teacher(DeepseekV3Config())
 
 
 def test_rope_that_depends_on_the_length_is_refused(tiny_teacher: Callable[[str], PreTrainedModel]) -> None:

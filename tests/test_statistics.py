@@ -71,10 +71,12 @@ def test_first_layers_statistics_match_float64_loops(
         torch.testing.assert_close(statistics.mean(part), wanted[part] / 30, rtol=1e-4, atol=1e-4)
 
 
-def test_statistics_do_not_depend_on_the_batch_size(any_teacher: PreTrainedModel, ids: Tensor) -> None:
-    whole = calibrate(any_teacher, ids, batch_size=12, about={})
+def test_statistics_do_not_depend_on_the_batch_size(plain_teacher: PreTrainedModel, ids: Tensor) -> None:
+    whole = calibrate(plain_teacher, ids, batch_size=12, about={})
     for batch_size in (1, 5):
-        close(calibrate(any_teacher, ids, batch_size=batch_size, about={}), whole, 1e-5)  # sums are of float32 products
+        close(
+            calibrate(plain_teacher, ids, batch_size=batch_size, about={}), whole, 1e-5
+        )  # sums are of float32 products
 
 
 def test_merged_halves_equal_the_whole(tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor) -> None:
@@ -105,14 +107,14 @@ def test_later_layers_see_the_teachers_own_hidden_states(
     torch.testing.assert_close(calibrate(teacher, ids, about={}).layers[1].sums["o"], wanted, rtol=1e-4, atol=1e-3)
 
 
-def test_calibration_leaves_the_teacher_alone(any_teacher: PreTrainedModel, ids: Tensor) -> None:
-    before = {name: value.clone() for name, value in any_teacher.state_dict().items()}
+def test_calibration_leaves_the_teacher_alone(plain_teacher: PreTrainedModel, ids: Tensor) -> None:
+    before = {name: value.clone() for name, value in plain_teacher.state_dict().items()}
     with torch.no_grad():
-        logits = any_teacher(ids[:1]).logits
-        calibrate(any_teacher, ids[:2], about={})
-        assert torch.equal(any_teacher(ids[:1]).logits, logits)
-    assert all(torch.equal(value, before[name]) for name, value in any_teacher.state_dict().items())
-    assert not any(layer._forward_pre_hooks for layer in any_teacher.model.layers)
+        logits = plain_teacher(ids[:1]).logits
+        calibrate(plain_teacher, ids[:2], about={})
+        assert torch.equal(plain_teacher(ids[:1]).logits, logits)
+    assert all(torch.equal(value, before[name]) for name, value in plain_teacher.state_dict().items())
+    assert not any(layer._forward_pre_hooks for layer in plain_teacher.model.layers)
 
 
 @pytest.mark.parametrize("shard", ["100GB", "40KB"])

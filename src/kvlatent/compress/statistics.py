@@ -23,7 +23,7 @@ from kvlatent.errors import UserError, first_error
 from kvlatent.files import check_regular, new_file
 from kvlatent.model.attention import LatentAttention, side_by_side
 from kvlatent.model.graft import graft, heads_per_latent_of
-from kvlatent.model.layers import layer_arguments
+from kvlatent.model.layers import attention_input, embedded, layer_arguments
 from kvlatent.model.offload import OffloadedLayers
 from kvlatent.model.rope import rotate
 from kvlatent.model.window import ALL_FAR, Near
@@ -362,12 +362,12 @@ def calibrate(
 
     def through(index: int, arguments: list[dict[str, Any]], hidden: Tensor) -> Tensor:
         layer, kwargs = layers[index], arguments[index]
-        x, moments = layer.input_layernorm(hidden), statistics[index]
+        x, moments = attention_input(layer, hidden, kwargs), statistics[index]
         moments.update(layer.self_attn, x, kwargs, rope_scaling=scaling, heads_per_latent=grouped, near=near)
         return layer(hidden, **kwargs)
 
     with torch.no_grad(), tqdm(total=ids.numel() * len(layers), unit="tok", unit_scale=True, desc="calibrate") as bar:
-        states = (model.model.embed_tokens(batch.to(model.device)) for batch in ids.split(batch_size))
+        states = (embedded(model, batch) for batch in ids.split(batch_size))
         if offloaded is None:
             for part, hidden in zip(starts, states, strict=True):
                 arguments = layer_arguments(model, part, ids.shape[1])

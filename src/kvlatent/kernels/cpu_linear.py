@@ -42,6 +42,15 @@ def _hooked(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
 
+GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
+"""What a gated FFN is made of: down(act(gate(x)) · up(x))."""
+
+
+def is_gated(mlp: nn.Module) -> bool:
+    """Whether this is one gated FFN; a router with experts isn't."""
+    return all(isinstance(getattr(mlp, name, None), nn.Module) for name in GATED)
+
+
 class GatedFFN(nn.Module):
     """Takes the place of a stock gated FFN, with its layers and parameter names; a decode step reads weights once."""
 
@@ -53,7 +62,7 @@ class GatedFFN(nn.Module):
     def __init__(self, stock: nn.Module) -> None:
         """Hold the layers of `stock`."""
         super().__init__()
-        for name in ("gate_proj", "up_proj", "down_proj", "act_fn"):
+        for name in GATED:
             self.add_module(name, stock.get_submodule(name))
 
     def forward(self, x: Tensor) -> Tensor:

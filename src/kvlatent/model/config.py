@@ -2,7 +2,15 @@
 
 from typing import Any
 
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 OF_THE_CLASS = ("model_type", "architectures", "transformers_version", "auto_map")
 """Entries of a config that say which code it is for; a model of another class doesn't take them over."""
@@ -36,10 +44,26 @@ class KVLatentQwen3Config(Qwen3Config):
     latent: dict[str, Any] | None = None
 
 
+class KVLatentMixtralConfig(MixtralConfig):
+    """A converted Mixtral's config."""
+
+    model_type = "kvlatent_mixtral"
+    latent: dict[str, Any] | None = None
+
+
+class KVLatentQwen3MoeConfig(Qwen3MoeConfig):
+    """A converted Qwen3-MoE's config."""
+
+    model_type = "kvlatent_qwen3_moe"
+    latent: dict[str, Any] | None = None
+
+
 CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "llama": KVLatentLlamaConfig,
     "mistral": KVLatentMistralConfig,
     "qwen2": KVLatentQwen2Config,
     "qwen3": KVLatentQwen3Config,
+    "mixtral": KVLatentMixtralConfig,
+    "qwen3_moe": KVLatentQwen3MoeConfig,
 }
 """Config class of converted models by the stock model_type."""

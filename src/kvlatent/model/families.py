@@ -25,13 +25,17 @@ class Family:
     """Stem of the transformers class names, as in `LlamaForCausalLM`."""
     qk_norm: bool = False
     """Queries and keys pass an RMSNorm over head_dim, so their reduction can't be folded into W_Q and W_K."""
+    on_engines: bool = False
+    """Whether exports and the plugin for vLLM know the family; students of others run on transformers alone."""
 
 
 FAMILIES = {
-    "llama": Family(name="Llama"),
-    "mistral": Family(name="Mistral"),
-    "qwen2": Family(name="Qwen2"),
-    "qwen3": Family(name="Qwen3", qk_norm=True),
+    "llama": Family(name="Llama", on_engines=True),
+    "mistral": Family(name="Mistral", on_engines=True),
+    "qwen2": Family(name="Qwen2", on_engines=True),
+    "qwen3": Family(name="Qwen3", qk_norm=True, on_engines=True),
+    "mixtral": Family(name="Mixtral"),
+    "qwen3_moe": Family(name="Qwen3Moe", qk_norm=True),
 }
 """Family by the `model_type` of the stock config."""
 
@@ -47,6 +51,11 @@ def family_of(config: PreTrainedConfig) -> Family:
     """
     family = FAMILIES.get(config.model_type.removeprefix(PREFIX))
     if family is None:
+        if getattr(config, "kv_lora_rank", None):
+            raise UserError(
+                f"{config.model_type!r} models have multi-head latent attention (MLA): they cache one latent for all "
+                "heads already, so there are no keys and values per head to reduce"
+            )
         raise UserError(f"{config.model_type!r} models are not supported; supported are {', '.join(FAMILIES)}")
     parameters = getattr(config, "rope_parameters", None) or {}
     rope = parameters.get("rope_type", "default")

@@ -12,16 +12,18 @@ from transformers import (
     GenerationConfig,
     LlamaForCausalLM,
     MistralForCausalLM,
+    MixtralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
+    Qwen3MoeForCausalLM,
     StaticCache,
 )
 from transformers import initialization as init
 
 from kvlatent.errors import UserError
-from kvlatent.kernels.cpu_linear import GatedFFN
+from kvlatent.kernels.cpu_linear import GatedFFN, is_gated
 from kvlatent.model.attention import LatentAttention, check_implementation
 from kvlatent.model.cache import LatentCache, write_in_place
 from kvlatent.model.compatibility import CACHE, CACHE_NAMES, check_itself, is_tested
@@ -30,8 +32,10 @@ from kvlatent.model.config import (
     OF_THE_CLASS,
     KVLatentLlamaConfig,
     KVLatentMistralConfig,
+    KVLatentMixtralConfig,
     KVLatentQwen2Config,
     KVLatentQwen3Config,
+    KVLatentQwen3MoeConfig,
 )
 from kvlatent.model.families import PREFIX, family_of
 from kvlatent.model.fixed_window import FixedWindowLayer
@@ -65,7 +69,8 @@ class KVLatentForCausalLM:
         check_implementation(config)
         set_spec(self, spec)
         for layer in self.model.layers:  # type: ignore[attr-defined]
-            layer.mlp = GatedFFN(layer.mlp)
+            if is_gated(layer.mlp):  # experts stay as they are
+                layer.mlp = GatedFFN(layer.mlp)
         self.model.register_forward_pre_hook(  # type: ignore[attr-defined]
             _give_cache, with_kwargs=True
         )
@@ -158,11 +163,25 @@ class KVLatentQwen3ForCausalLM(KVLatentForCausalLM, Qwen3ForCausalLM):
     config_class = KVLatentQwen3Config
 
 
+class KVLatentMixtralForCausalLM(KVLatentForCausalLM, MixtralForCausalLM):
+    """A converted Mixtral."""
+
+    config_class = KVLatentMixtralConfig
+
+
+class KVLatentQwen3MoeForCausalLM(KVLatentForCausalLM, Qwen3MoeForCausalLM):
+    """A converted Qwen3-MoE."""
+
+    config_class = KVLatentQwen3MoeConfig
+
+
 MODELS: dict[str, type[PreTrainedModel]] = {
     "llama": KVLatentLlamaForCausalLM,
     "mistral": KVLatentMistralForCausalLM,
     "qwen2": KVLatentQwen2ForCausalLM,
     "qwen3": KVLatentQwen3ForCausalLM,
+    "mixtral": KVLatentMixtralForCausalLM,
+    "qwen3_moe": KVLatentQwen3MoeForCausalLM,
 }
 """Model class of converted models by the stock model_type."""
 
