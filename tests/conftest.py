@@ -44,6 +44,11 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+MULTIPLIERS = {
+    "attention_multiplier": 0.1, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 3.0
+}  # fmt: skip
+ROPES = {"rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 1e3}}}
+GROWING = YARN | {"original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.5}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", GQA),
@@ -58,6 +63,11 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", GQA),
     "qwen3-mha-tied": ("qwen3", MHA | {"tie_word_embeddings": True}),
     "mixtral": ("mixtral", GQA | EXPERTS),
+    "ministral3": ("ministral3", GQA | {"rope_parameters": GROWING}),
+    "smollm3": ("smollm3", GQA | {"no_rope_layers": [1, 0]}),
+    "granite": ("granite", GQA | MULTIPLIERS),
+    "olmo2": ("olmo2", GQA),
+    "olmo3": ("olmo3", GQA | {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]} | ROPES),
     "qwen3_moe": ("qwen3_moe", GQA | EXPERTS | {"moe_intermediate_size": 24, "mlp_only_layers": [0]}),
 }
 """Family and what is special, by name; the plain family names have grouped heads."""

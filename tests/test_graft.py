@@ -92,8 +92,8 @@ def test_graft_keeps_generation_defaults(tiny_teacher: Callable[[str], PreTraine
 def test_identity_spec_keeps_every_dim(any_teacher: PreTrainedModel) -> None:
     spec = identity_spec(any_teacher)
     assert spec.d_qk == spec.d_vo == (16, 16) and head_dim_of(any_teacher.config) == 16
-    assert spec.scale == 0.25
-    assert spec.inv_freq == tuple(any_teacher.model.rotary_emb.inv_freq.tolist())
+    assert spec.scale == any_teacher.model.layers[0].self_attn.scaling
+    assert len(spec.inv_freq) == 8 and len(spec.sliding_inv_freq) in (0, 8)
     assert spec_of(any_teacher) is None
 
 
@@ -190,30 +190,33 @@ def test_both_kinds_of_masks_transformers_makes_give_the_same(
 # --- the cache
 
 
+def held(layer: object, tokens: int) -> int:
+    """Tokens that a layer of a cache holds; of a sliding window all but the last place, for the token to come."""
+    return layer.sliding_window - 1 if layer.is_sliding else tokens
+
+
 def test_cache_tensors_are_d_qk_and_d_vo_wide_and_their_bytes_as_predicted(
     any_student: PreTrainedModel, ids: Tensor
 ) -> None:
     config, spec = any_student.config, spec_of(any_student)
     with torch.no_grad():
         cache = any_student(ids[:3], use_cache=True).past_key_values
-    window = getattr(config, "sliding_window", None)
-    held = 24 if window is None else window - 1  # the window's last place is for the token to come
-    for layer in cache.layers:
+    held_by_layer = [held(layer, 24) for layer in cache.layers]
+    for layer, held_here in zip(cache.layers, held_by_layer, strict=True):
         together = spec.heads_per_latent
-        assert layer.keys.shape == (3, 2 // together, held, 8 * together)
-        assert layer.values.shape == (3, 2 // together, held, 4 * together)
+        assert layer.keys.shape == (3, 2 // together, held_here, 8 * together)
+        assert layer.values.shape == (3, 2 // together, held_here, 4 * together)
         assert together in (1, 2)
     per_token = spec.cache_bytes_per_token(config.num_key_value_heads, 4)
     assert per_token == 2 * 2 * (8 + 4) * 4
-    assert cache_bytes(cache) == 3 * held * per_token
+    assert cache_bytes(cache) == 3 * sum(held_by_layer) * per_token / 2
 
 
 def test_cache_bytes_of_generate_are_as_predicted(any_student: PreTrainedModel, ids: Tensor) -> None:
     out = generate(any_student, ids[:2, :9], return_dict_in_generate=True, num_beams=2)
-    window = getattr(any_student.config, "sliding_window", None)
-    held = 9 + NEW_TOKENS - 1 if window is None else window - 1
+    tokens = sum(held(layer, 9 + NEW_TOKENS - 1) for layer in out.past_key_values.layers)
     per_token = spec_of(any_student).cache_bytes_per_token(2, 4)
-    assert cache_bytes(out.past_key_values) == 2 * 2 * held * per_token
+    assert cache_bytes(out.past_key_values) == 2 * 2 * tokens * per_token / 2
 
 
 def test_cache_bytes_follow_the_dtype(tiny_student: Callable[..., PreTrainedModel], ids: Tensor) -> None:

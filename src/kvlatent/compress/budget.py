@@ -22,7 +22,7 @@ from kvlatent.data.blocks import batch_size_for
 from kvlatent.errors import UserError
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.graft import graft, head_dim_of
-from kvlatent.model.layers import layer_arguments
+from kvlatent.model.layers import before_head, embedded, layer_arguments
 from kvlatent.model.offload import OffloadedLayers
 from kvlatent.model.sizes import counted_context
 from kvlatent.model.window import ALL_FAR, Near
@@ -257,7 +257,7 @@ def probe(
         )
         for d_qk, d_vo in ((narrow, head_dim), (head_dim, narrow))
     ]
-    state, probes = student.model.embed_tokens(ids.to(student.device)), list[Tensor]()
+    state, probes = embedded(student, ids), list[Tensor]()
     arguments = layer_arguments(student, torch.zeros(len(ids), dtype=torch.long), ids.shape[1])
     for index, kwargs in enumerate(tqdm(arguments, unit="layer", desc="probe")):
         layer, stats = layers[index], statistics.layers[index]
@@ -273,7 +273,7 @@ def probe(
 
     def log_probs(hidden: Tensor) -> Tensor:
         hidden = hidden[:, (ids.shape[1] - 1) % PROBE_STRIDE :: PROBE_STRIDE]
-        return student.lm_head(student.model.norm(hidden)).flatten(0, 1).float().log_softmax(-1)
+        return student.lm_head(before_head(student, student.model.norm(hidden))).flatten(0, 1).float().log_softmax(-1)
 
     wanted = log_probs(state)
     losses = [F.kl_div(log_probs(x), wanted, reduction="batchmean", log_target=True).double().cpu() for x in probes]

@@ -18,6 +18,7 @@ from kvlatent.compress.statistics import LayerStatistics, sample_logits
 from kvlatent.data.positions import block_starts
 from kvlatent.kernels.cpu_linear import is_gated
 from kvlatent.model.attention import LatentAttention
+from kvlatent.model.families import family_of
 from kvlatent.model.layers import attention_input, embedded, input_and_output, input_of, layer_arguments
 from kvlatent.model.rope import LatentRotaryEmbedding
 from kvlatent.model.window import Near
@@ -60,16 +61,14 @@ def convert_in_order(
     """
     device, spec = student.device, plan.spec
     near = Near(spec.window, spec.sinks)
-    settings: dict[str, Any] = {
-        "rope_scaling": spec.rope_scaling, "heads_per_latent": spec.heads_per_latent, "near": near,
-    }  # fmt: skip
+    settings: dict[str, Any] = {"heads_per_latent": spec.heads_per_latent, "near": near}
     batches = ids.split(batch_size)
     size = ids.shape[1]
     starts = block_starts(len(ids), size, context).to(device).split(batch_size)
     whole_arguments, teacher_arguments = (
         [layer_arguments(m, part, size) for part in starts] for m in (student, teacher)
     )
-    student.model.rotary_emb = LatentRotaryEmbedding(spec.inv_freq, spec.rope_scaling).to(device)
+    student.model.rotary_emb = LatentRotaryEmbedding.of(spec).to(device)
     reduced_arguments = [layer_arguments(student, part, size) for part in starts]
     generator = torch.Generator().manual_seed(0)
     of_block = min(size, -(-LOGIT_QUERIES // len(ids)))
@@ -104,7 +103,9 @@ def convert_in_order(
         layer.self_attn = LatentAttention(student.config, index, whole, spec)
         fill(layer.self_attn, whole, qk, vo)
 
-        if near.window:  # W_O and the FFN stay the teacher's, as near tokens need them
+        # W_O and the FFN stay the teacher's where near tokens need them, and where a norm stands before the stream that
+        # they would be refitted to.
+        if near.window or family_of(student.config).post_norm:
             for b, state in enumerate(student_states):
                 student_states[b] = layer(state.to(device), **reduced[b]).cpu()
             continue
@@ -153,7 +154,7 @@ def _through_ffn(layer: Any, states: list[Tensor], wanted: list[Tensor], multipl
             ridge.add(x, (after_layer - state) / multiplier, size=larger(after_layer, stream))
             kept[b] = x.cpu() if keep else None
         ridge.solve(strength=RIDGE)
-    for b, (state, x) in enumerate(zip(states, kept, strict=True)):
+    for b, (state, inner) in enumerate(zip(states, kept, strict=True)):
         state = state.to(device)
-        out = mlp(norm(state)) if x is None else mlp.down_proj(x.to(device))
+        out = mlp(norm(state)) if inner is None else mlp.down_proj(inner.to(device))
         states[b] = (state + out * multiplier).cpu()

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kvlatent.errors import UserError
+from kvlatent.model.layers import before_head
 
 POSITIONS_PER_CHUNK = 512  # a 150k vocabulary in float32 then needs 0.3 GB of logits, whatever the block size
 SHORT = 512  # tokens of a short context
@@ -193,7 +194,7 @@ def _token_nll(
 ) -> Float[Tensor, "batch block_size-1"]:
     """Return nats per predicted token in float32, holding full-vocabulary logits of one chunk at a time."""
     hidden = model.get_decoder()(input_ids=ids, use_cache=False, **kwargs).last_hidden_state[:, :-1].flatten(0, 1)
-    lm_head = model.get_output_embeddings()
+    lm_head, hidden = model.get_output_embeddings(), before_head(model, hidden)
     chunks = zip(hidden.split(POSITIONS_PER_CHUNK), ids[:, 1:].flatten().split(POSITIONS_PER_CHUNK), strict=True)
     nll = [F.cross_entropy(lm_head(states).float(), targets, reduction="none") for states, targets in chunks]
     return torch.cat(nll).view(len(ids), -1)

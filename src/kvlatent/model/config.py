@@ -3,13 +3,18 @@
 from typing import Any
 
 from transformers import (
+    GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 OF_THE_CLASS = ("model_type", "architectures", "transformers_version", "auto_map")
@@ -58,6 +63,41 @@ class KVLatentQwen3MoeConfig(Qwen3MoeConfig):
     latent: dict[str, Any] | None = None
 
 
+class KVLatentMinistral3Config(Ministral3Config):
+    """A converted Ministral 3's config."""
+
+    model_type = "kvlatent_ministral3"
+    latent: dict[str, Any] | None = None
+
+
+class KVLatentSmolLM3Config(SmolLM3Config):
+    """A converted SmolLM3's config."""
+
+    model_type = "kvlatent_smollm3"
+    latent: dict[str, Any] | None = None
+
+
+class KVLatentGraniteConfig(GraniteConfig):
+    """A converted Granite's config."""
+
+    model_type = "kvlatent_granite"
+    latent: dict[str, Any] | None = None
+
+
+class KVLatentOlmo2Config(Olmo2Config):
+    """A converted OLMo 2's config."""
+
+    model_type = "kvlatent_olmo2"
+    latent: dict[str, Any] | None = None
+
+
+class KVLatentOlmo3Config(Olmo3Config):
+    """A converted OLMo 3's config."""
+
+    model_type = "kvlatent_olmo3"
+    latent: dict[str, Any] | None = None
+
+
 CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "llama": KVLatentLlamaConfig,
     "mistral": KVLatentMistralConfig,
@@ -65,5 +105,10 @@ CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "qwen3": KVLatentQwen3Config,
     "mixtral": KVLatentMixtralConfig,
     "qwen3_moe": KVLatentQwen3MoeConfig,
+    "ministral3": KVLatentMinistral3Config,
+    "smollm3": KVLatentSmolLM3Config,
+    "granite": KVLatentGraniteConfig,
+    "olmo2": KVLatentOlmo2Config,
+    "olmo3": KVLatentOlmo3Config,
 }
 """Config class of converted models by the stock model_type."""

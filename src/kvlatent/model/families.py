@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvlatent.errors import UserError
 
@@ -24,7 +24,9 @@ class Family:
     name: str
     """Stem of the transformers class names, as in `LlamaForCausalLM`."""
     qk_norm: bool = False
-    """Queries and keys pass an RMSNorm over head_dim, so their reduction can't be folded into W_Q and W_K."""
+    """Queries and keys pass an RMSNorm, of each head or of all, so their reduction can't be folded into W_Q and W_K."""
+    post_norm: bool = False
+    """Norms follow attention and FFN, before what they give joins the residual stream; neither is refitted to that."""
     on_engines: bool = False
     """Whether exports and the plugin for vLLM know the family; students of others run on transformers alone."""
 
@@ -36,6 +38,11 @@ FAMILIES = {
     "qwen3": Family(name="Qwen3", qk_norm=True, on_engines=True),
     "mixtral": Family(name="Mixtral"),
     "qwen3_moe": Family(name="Qwen3Moe", qk_norm=True),
+    "ministral3": Family(name="Ministral3"),
+    "smollm3": Family(name="SmolLM3"),
+    "granite": Family(name="Granite"),
+    "olmo2": Family(name="Olmo2", qk_norm=True, post_norm=True),
+    "olmo3": Family(name="Olmo3", qk_norm=True, post_norm=True),
 }
 """Family by the `model_type` of the stock config."""
 
@@ -57,9 +64,23 @@ def family_of(config: PreTrainedConfig) -> Family:
                 "heads already, so there are no keys and values per head to reduce"
             )
         raise UserError(f"{config.model_type!r} models are not supported; supported are {', '.join(FAMILIES)}")
-    parameters = getattr(config, "rope_parameters", None) or {}
-    rope = parameters.get("rope_type", "default")
-    one_list = rope == "longrope" and parameters.get("short_factor") == parameters.get("long_factor")  # our own exports
-    if rope not in ROPE_TYPES and not one_list:
-        raise UserError(f"rope_type {rope!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
+    for parameters in _ropes(config):
+        rope = parameters.get("rope_type", "default")
+        one_list = rope == "longrope" and parameters.get("short_factor") == parameters.get("long_factor")  # our exports
+        if rope not in ROPE_TYPES and not one_list:
+            raise UserError(f"rope_type {rope!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
     return family
+
+
+def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """RoPE's parameters, of all layers or of each type of layers."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_type = [value for value in parameters.values() if isinstance(value, dict)]
+    return by_type or [parameters]
+
+
+def turns_alike(config: PreTrainedConfig) -> bool:
+    """Whether all dims of the queries and keys of all layers rotate by one list of frequencies."""
+    ropes = _ropes(config)
+    whole = all(parameters.get("partial_rotary_factor", 1.0) == 1 for parameters in ropes)
+    return len(ropes) == 1 and whole and all(getattr(config, "no_rope_layers", None) or ())

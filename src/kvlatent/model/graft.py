@@ -10,14 +10,19 @@ from transformers import (
     Cache,
     DynamicCache,
     GenerationConfig,
+    GraniteForCausalLM,
     LlamaForCausalLM,
+    Ministral3ForCausalLM,
     MistralForCausalLM,
     MixtralForCausalLM,
+    Olmo2ForCausalLM,
+    Olmo3ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
     Qwen3MoeForCausalLM,
+    SmolLM3ForCausalLM,
     StaticCache,
 )
 from transformers import initialization as init
@@ -30,18 +35,23 @@ from kvlatent.model.compatibility import CACHE, CACHE_NAMES, check_itself, is_te
 from kvlatent.model.config import (
     CONFIGS,
     OF_THE_CLASS,
+    KVLatentGraniteConfig,
     KVLatentLlamaConfig,
+    KVLatentMinistral3Config,
     KVLatentMistralConfig,
     KVLatentMixtralConfig,
+    KVLatentOlmo2Config,
+    KVLatentOlmo3Config,
     KVLatentQwen2Config,
     KVLatentQwen3Config,
     KVLatentQwen3MoeConfig,
+    KVLatentSmolLM3Config,
 )
 from kvlatent.model.families import PREFIX, family_of
 from kvlatent.model.fixed_window import FixedWindowLayer
 from kvlatent.model.folder import head_is_tied
-from kvlatent.model.rope import LatentRotaryEmbedding
-from kvlatent.model.spec import LatentSpec
+from kvlatent.model.rope import LatentRotaryEmbedding, frequencies_of
+from kvlatent.model.spec import SLIDING, LatentSpec
 from kvlatent.model.window_cache import WindowLayer
 
 LATENT_DIMS = 256
@@ -175,6 +185,36 @@ class KVLatentQwen3MoeForCausalLM(KVLatentForCausalLM, Qwen3MoeForCausalLM):
     config_class = KVLatentQwen3MoeConfig
 
 
+class KVLatentMinistral3ForCausalLM(KVLatentForCausalLM, Ministral3ForCausalLM):
+    """A converted Ministral 3."""
+
+    config_class = KVLatentMinistral3Config
+
+
+class KVLatentSmolLM3ForCausalLM(KVLatentForCausalLM, SmolLM3ForCausalLM):
+    """A converted SmolLM3."""
+
+    config_class = KVLatentSmolLM3Config
+
+
+class KVLatentGraniteForCausalLM(KVLatentForCausalLM, GraniteForCausalLM):
+    """A converted Granite."""
+
+    config_class = KVLatentGraniteConfig
+
+
+class KVLatentOlmo2ForCausalLM(KVLatentForCausalLM, Olmo2ForCausalLM):
+    """A converted OLMo 2."""
+
+    config_class = KVLatentOlmo2Config
+
+
+class KVLatentOlmo3ForCausalLM(KVLatentForCausalLM, Olmo3ForCausalLM):
+    """A converted OLMo 3."""
+
+    config_class = KVLatentOlmo3Config
+
+
 MODELS: dict[str, type[PreTrainedModel]] = {
     "llama": KVLatentLlamaForCausalLM,
     "mistral": KVLatentMistralForCausalLM,
@@ -182,6 +222,11 @@ MODELS: dict[str, type[PreTrainedModel]] = {
     "qwen3": KVLatentQwen3ForCausalLM,
     "mixtral": KVLatentMixtralForCausalLM,
     "qwen3_moe": KVLatentQwen3MoeForCausalLM,
+    "ministral3": KVLatentMinistral3ForCausalLM,
+    "smollm3": KVLatentSmolLM3ForCausalLM,
+    "granite": KVLatentGraniteForCausalLM,
+    "olmo2": KVLatentOlmo2ForCausalLM,
+    "olmo3": KVLatentOlmo3ForCausalLM,
 }
 """Model class of converted models by the stock model_type."""
 
@@ -191,7 +236,7 @@ def set_spec(model: PreTrainedModel, spec: LatentSpec) -> None:
     model.config.latent = spec.to_dict()
     for index, layer in enumerate(model.model.layers):
         layer.self_attn = LatentAttention(model.config, index, layer.self_attn, spec)
-    model.model.rotary_emb = LatentRotaryEmbedding(spec.inv_freq, spec.rope_scaling).to(model.device)
+    model.model.rotary_emb = LatentRotaryEmbedding.of(spec).to(model.device)
 
 
 def spec_of(model: PreTrainedModel) -> LatentSpec | None:
@@ -256,16 +301,23 @@ def identity_spec(teacher: PreTrainedModel) -> LatentSpec:
     """The spec that keeps every dim and the teacher's own frequencies: the graft it describes equals the teacher."""
     config, rotary = teacher.config, teacher.model.rotary_emb
     head_dim = head_dim_of(config)
+    by_type = not hasattr(rotary, "inv_freq")  # layers with a sliding window have their own
+    inv_freq, scaling = frequencies_of(rotary, head_dim, "full_attention" if by_type else None)
+    sliding_inv_freq, sliding_scaling = frequencies_of(rotary, head_dim, SLIDING) if by_type else ((), 1.0)
+    turns = getattr(config, "no_rope_layers", None) or [1] * config.num_hidden_layers  # 0 is a layer without RoPE
     return LatentSpec(
         preset="none",
         head_dim=head_dim,
         d_qk=(head_dim,) * config.num_hidden_layers,
         d_vo=(head_dim,) * config.num_hidden_layers,
         qk_map="folded",
-        inv_freq=tuple(rotary.inv_freq.float().tolist()),
+        inv_freq=inv_freq,
         per_head_frequencies=False,
-        scale=head_dim**-0.5,
-        rope_scaling=rotary.attention_scaling,
+        scale=teacher.model.layers[0].self_attn.scaling,
+        rope_scaling=scaling,
+        sliding_inv_freq=sliding_inv_freq,
+        sliding_rope_scaling=sliding_scaling,
+        unrotated=tuple(index for index, turned in enumerate(turns) if not turned),
     )
 
 
@@ -292,7 +344,7 @@ def graft(teacher: PreTrainedModel, *, share: bool = False) -> PreTrainedModel:
         student = MODELS[model_type](config)
     weights = {name: value if share else value.clone() for name, value in teacher.state_dict().items()}
     student.load_state_dict(weights, assign=True)
-    student.model.rotary_emb = LatentRotaryEmbedding(spec.inv_freq, spec.rope_scaling).to(teacher.device)
+    student.model.rotary_emb = LatentRotaryEmbedding.of(spec).to(teacher.device)
     student.tie_weights()
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.requires_grad_(True).eval()

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 
 def layer_arguments(model: PreTrainedModel, starts: Int[Tensor, "batch"], block_size: int) -> list[dict[str, Any]]:
-    """Position embeddings and mask that each decoder layer gets for blocks that begin at `starts`; no layer is run."""
+    """Positions, their embeddings and mask that each layer gets for blocks that begin at `starts`; no layer is run."""
     starts = starts.to(model.device)
     positions = starts[:, None] + torch.arange(block_size, device=starts.device)
     _, arguments = enter_layers(model, torch.zeros_like(positions), positions)
-    return [{name: kwargs[name] for name in ("position_embeddings", "attention_mask")} for kwargs in arguments]
+    names = ("position_embeddings", "attention_mask", "position_ids")
+    return [{name: kwargs[name] for name in names} for kwargs in arguments]
 
 
 def enter_layers(
@@ -114,3 +115,8 @@ def attention_input(layer: Any, hidden: Tensor, arguments: dict[str, Any]) -> Te
 def embedded(model: PreTrainedModel, ids: Int[Tensor, "batch seq"]) -> Tensor:
     """What the body gives its first layer, (batch, seq, hidden): some scale their embeddings."""
     return enter_layers(model, ids.to(model.device))[0]
+
+
+def before_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Final hidden states (…, hidden) whose product with the output head is the logits: some models divide those."""
+    return hidden / getattr(model.config, "logits_scaling", 1.0)
