@@ -41,6 +41,18 @@ def test_full_dims_give_the_teachers_logits(plain_teacher: PreTrainedModel, ids:
     torch.testing.assert_close(logits(student, ids), logits(plain_teacher, ids), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("preset", "qk"), [("portable", "fold"), ("paper", "stride")])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "granite", "olmo2", "ministral3", "phi3-whole"])
+def test_families_that_rotate_all_layers_alike_take_every_preset(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str, preset: str, qk: str
+) -> None:
+    teacher = tiny_teacher(name)
+    whole = convert(teacher, preset=preset, qk=qk, d_qk=16, d_vo=16, ids=ids[:4])
+    torch.testing.assert_close(logits(whole, ids), logits(teacher, ids), rtol=0, atol=1e-4)
+    student = convert(teacher, preset=preset, qk=qk, d_qk=8, d_vo=4, ids=ids[:4])
+    assert logits(student, ids).isfinite().all()
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_full_dims_give_the_teachers_logits_on_text_not_calibrated_on(
     plain_teacher: PreTrainedModel, ids: Tensor, preset: str

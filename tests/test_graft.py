@@ -108,6 +108,19 @@ def test_latent_attention_of_the_teachers_own_is_refused_with_the_reason() -> No
         check_teacher(DeepseekV3Config())
 
 
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0), ("use_bidirectional_attention", True)],
+)
+def test_what_our_attention_and_losses_cannot_compute_is_refused(
+    tiny_teacher: Callable[[str], PreTrainedModel], entry: str, value: object
+) -> None:
+    teacher = tiny_teacher("gemma3_text")
+    setattr(teacher.config, entry, value)
+    with pytest.raises(UserError, match=f"{entry} of the config"):
+        graft(teacher)
+
+
 def test_rope_that_depends_on_the_length_is_refused(tiny_teacher: Callable[[str], PreTrainedModel]) -> None:
     teacher = tiny_teacher("llama")
     teacher.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}

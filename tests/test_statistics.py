@@ -16,6 +16,7 @@ from kvlatent.compress.budget import probe
 from kvlatent.compress.maps import own_part
 from kvlatent.compress.statistics import NAMES, Statistics, calibrate
 from kvlatent.errors import UserError
+from kvlatent.model.families import FAMILIES
 from kvlatent.model.offload import open_offloaded
 
 
@@ -118,7 +119,7 @@ def test_calibration_leaves_the_teacher_alone(plain_teacher: PreTrainedModel, id
 
 
 @pytest.mark.parametrize("shard", ["100GB", "40KB"])
-@pytest.mark.parametrize("name", ["llama", "llama-mha-tied", "qwen3", "llama-yarn"])
+@pytest.mark.parametrize("name", ["llama", "llama-mha-tied", "qwen3", "llama-yarn", "gemma3_text"])
 def test_offloaded_layers_give_the_same_statistics_and_probes(
     tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path, name: str, shard: str
 ) -> None:
@@ -134,6 +135,15 @@ def test_offloaded_layers_give_the_same_statistics_and_probes(
         probe(opened, found, ids[:2], offloaded=layers), probe(teacher, wanted, ids[:2]), rtol=1e-4, atol=1e-6
     )
     assert all(p.is_meta for n, p in opened.named_parameters() if ".layers." in n)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.stored_apart])
+def test_weights_that_are_stored_fused_are_not_read_layer_by_layer(
+    tiny_teacher: Callable[[str], PreTrainedModel], tmp_path: Path, name: str
+) -> None:
+    tiny_teacher(name).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"{name} models hold fused or split weights, .* leave --offload out"):
+        open_offloaded(str(tmp_path), device="cpu")
 
 
 def test_offloading_needs_whole_safetensors(tiny_teacher: Callable[[str], PreTrainedModel], tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def perplexity(
     *,
     text_bytes: int,
     batch_size: int,
-    visible: Bool[Tensor, "1 1 block_size block_size"] | None = None,
+    visible: Bool[Tensor, "1 1 block_size block_size"] | dict[str, Tensor] | None = None,
 ) -> Perplexity:
     """Measure how well a model predicts packed text.
 
@@ -114,13 +114,13 @@ def perplexity(
         ids: Packed text, on any device.
         text_bytes: UTF-8 bytes of the text that all of `ids` stands for.
         batch_size: Blocks per forward pass; changes speed and memory, not the result.
-        visible: Which tokens of its block each token sees; None is all up to itself.
+        visible: Which tokens of its block each token sees, in all layers or by type of layer; None is all up to itself.
 
     Raises:
         UserError: No text, blocks too short or longer than the model's positions, or ids outside its vocabulary.
     """
     _check_blocks(model, ids, text_bytes=text_bytes, batch_size=batch_size)
-    kwargs = {} if visible is None else {"attention_mask": visible.to(model.device)}
+    kwargs = {} if visible is None else {"attention_mask": _on(model.device, visible)}
     parts: list[Tensor] = []
     progress = tqdm(total=ids.numel(), desc="perplexity", unit="tokens", unit_scale=True)
     with evaluation_mode(model), progress:
@@ -187,6 +187,10 @@ def _check_blocks(model: PreTrainedModel, ids: Tensor, *, text_bytes: int, batch
             f"{model.config.vocab_size}: tokenize with the model's own tokenizer"
         )
     check_positions(model, ids.shape[1])
+
+
+def _on(device: torch.device, masks: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+    return masks.to(device) if isinstance(masks, Tensor) else {kind: mask.to(device) for kind, mask in masks.items()}
 
 
 def _token_nll(

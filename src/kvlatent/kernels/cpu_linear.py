@@ -8,6 +8,7 @@ are read in place and once, so nothing is packed, stored twice or changed about 
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -46,7 +47,7 @@ GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 """What a gated FFN is made of: down(act(gate(x)) · up(x))."""
 
 
-def is_gated(mlp: nn.Module) -> bool:
+def is_gated(mlp: Any) -> bool:
     """Whether this is one gated FFN; a router with experts isn't."""
     return all(isinstance(getattr(mlp, name, None), nn.Module) for name in GATED)
 
@@ -59,11 +60,11 @@ class GatedFFN(nn.Module):
     down_proj: nn.Module
     act_fn: nn.Module
 
-    def __init__(self, stock: nn.Module) -> None:
+    def __init__(self, stock: Any) -> None:
         """Hold the layers of `stock`."""
         super().__init__()
         for name in GATED:
-            self.add_module(name, stock.get_submodule(name))
+            self.add_module(name, getattr(stock, name))
 
     def forward(self, x: Tensor) -> Tensor:
         """The stock module's forward."""

@@ -60,7 +60,7 @@ class LatentAttention(nn.Module):
         rotated = spec.head_dim if spec.qk_map == "after_rope" else cached_keys
 
         def linear(name: str, inputs: int, outputs: int) -> nn.Linear:
-            old = getattr(stock, name)
+            old: Any = getattr(stock, name, None) or stock.qkv_proj
             where = {"device": old.weight.device, "dtype": old.weight.dtype}
             return nn.Linear(inputs, outputs, bias=old.bias is not None, **where)
 

@@ -3,6 +3,8 @@
 from typing import Any
 
 from transformers import (
+    Gemma3TextConfig,
+    Glm4Config,
     GraniteConfig,
     LlamaConfig,
     Ministral3Config,
@@ -10,6 +12,7 @@ from transformers import (
     MixtralConfig,
     Olmo2Config,
     Olmo3Config,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -98,6 +101,27 @@ class KVLatentOlmo3Config(Olmo3Config):
     latent: dict[str, Any] | None = None
 
 
+class KVLatentPhi3Config(Phi3Config):
+    """A converted Phi-3 or Phi-4's config."""
+
+    model_type = "kvlatent_phi3"
+    latent: dict[str, Any] | None = None
+
+
+class KVLatentGlm4Config(Glm4Config):
+    """A converted GLM-4's config."""
+
+    model_type = "kvlatent_glm4"
+    latent: dict[str, Any] | None = None
+
+
+class KVLatentGemma3TextConfig(Gemma3TextConfig):
+    """A converted Gemma 3 for text's config."""
+
+    model_type = "kvlatent_gemma3_text"
+    latent: dict[str, Any] | None = None
+
+
 CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "llama": KVLatentLlamaConfig,
     "mistral": KVLatentMistralConfig,
@@ -110,5 +134,8 @@ CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "granite": KVLatentGraniteConfig,
     "olmo2": KVLatentOlmo2Config,
     "olmo3": KVLatentOlmo3Config,
+    "gemma3_text": KVLatentGemma3TextConfig,
+    "glm4": KVLatentGlm4Config,
+    "phi3": KVLatentPhi3Config,
 }
 """Config class of converted models by the stock model_type."""

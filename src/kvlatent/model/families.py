@@ -27,6 +27,10 @@ class Family:
     """Queries and keys pass an RMSNorm, of each head or of all, so their reduction can't be folded into W_Q and W_K."""
     post_norm: bool = False
     """Norms follow attention and FFN, before what they give joins the residual stream; neither is refitted to that."""
+    interleaved: bool = False
+    """RoPE rotates pairs of neighbouring dims, rather than dims half a head apart."""
+    stored_apart: bool = True
+    """Checkpoints hold the weights that students have; fused or split further, they can't be read layer by layer."""
     on_engines: bool = False
     """Whether exports and the plugin for vLLM know the family; students of others run on transformers alone."""
 
@@ -36,15 +40,25 @@ FAMILIES = {
     "mistral": Family(name="Mistral", on_engines=True),
     "qwen2": Family(name="Qwen2", on_engines=True),
     "qwen3": Family(name="Qwen3", qk_norm=True, on_engines=True),
-    "mixtral": Family(name="Mixtral"),
-    "qwen3_moe": Family(name="Qwen3Moe", qk_norm=True),
+    "mixtral": Family(name="Mixtral", stored_apart=False),
+    "qwen3_moe": Family(name="Qwen3Moe", qk_norm=True, stored_apart=False),
     "ministral3": Family(name="Ministral3"),
     "smollm3": Family(name="SmolLM3"),
     "granite": Family(name="Granite"),
     "olmo2": Family(name="Olmo2", qk_norm=True, post_norm=True),
     "olmo3": Family(name="Olmo3", qk_norm=True, post_norm=True),
+    "phi3": Family(name="Phi3", stored_apart=False),
+    "glm4": Family(name="Glm4", interleaved=True, post_norm=True, stored_apart=False),
+    "gemma3_text": Family(name="Gemma3", qk_norm=True, post_norm=True),
 }
 """Family by the `model_type` of the stock config."""
+
+REFUSED = {
+    "attn_logit_softcapping": "soft-capping of attention logits",
+    "final_logit_softcapping": "soft-capping of the output's logits",
+    "use_bidirectional_attention": "attention in both directions",
+}
+"""What our attention and losses can't compute, by the entry of a config that asks for it."""
 
 PREFIX = "kvlatent_"
 """Converted checkpoints have model_type `kvlatent_<family>`."""
@@ -64,6 +78,9 @@ def family_of(config: PreTrainedConfig) -> Family:
                 "heads already, so there are no keys and values per head to reduce"
             )
         raise UserError(f"{config.model_type!r} models are not supported; supported are {', '.join(FAMILIES)}")
+    for name, what in REFUSED.items():
+        if getattr(config, name, None):
+            raise UserError(f"{what} ({name} of the config) is not supported")
     for parameters in _ropes(config):
         rope = parameters.get("rope_type", "default")
         one_list = rope == "longrope" and parameters.get("short_factor") == parameters.get("long_factor")  # our exports

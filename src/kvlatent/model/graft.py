@@ -9,7 +9,9 @@ import torch
 from transformers import (
     Cache,
     DynamicCache,
+    Gemma3ForCausalLM,
     GenerationConfig,
+    Glm4ForCausalLM,
     GraniteForCausalLM,
     LlamaForCausalLM,
     Ministral3ForCausalLM,
@@ -17,6 +19,7 @@ from transformers import (
     MixtralForCausalLM,
     Olmo2ForCausalLM,
     Olmo3ForCausalLM,
+    Phi3ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2ForCausalLM,
@@ -35,6 +38,8 @@ from kvlatent.model.compatibility import CACHE, CACHE_NAMES, check_itself, is_te
 from kvlatent.model.config import (
     CONFIGS,
     OF_THE_CLASS,
+    KVLatentGemma3TextConfig,
+    KVLatentGlm4Config,
     KVLatentGraniteConfig,
     KVLatentLlamaConfig,
     KVLatentMinistral3Config,
@@ -42,6 +47,7 @@ from kvlatent.model.config import (
     KVLatentMixtralConfig,
     KVLatentOlmo2Config,
     KVLatentOlmo3Config,
+    KVLatentPhi3Config,
     KVLatentQwen2Config,
     KVLatentQwen3Config,
     KVLatentQwen3MoeConfig,
@@ -52,6 +58,7 @@ from kvlatent.model.fixed_window import FixedWindowLayer
 from kvlatent.model.folder import head_is_tied
 from kvlatent.model.rope import LatentRotaryEmbedding, frequencies_of
 from kvlatent.model.spec import SLIDING, LatentSpec
+from kvlatent.model.stock_weights import split_ffn, unfused
 from kvlatent.model.window_cache import WindowLayer
 
 LATENT_DIMS = 256
@@ -79,8 +86,8 @@ class KVLatentForCausalLM:
         check_implementation(config)
         set_spec(self, spec)
         for layer in self.model.layers:  # type: ignore[attr-defined]
-            if is_gated(layer.mlp):  # experts stay as they are
-                layer.mlp = GatedFFN(layer.mlp)
+            if is_gated(mlp := split_ffn(layer.mlp)):  # experts stay as they are
+                layer.mlp = GatedFFN(mlp)
         self.model.register_forward_pre_hook(  # type: ignore[attr-defined]
             _give_cache, with_kwargs=True
         )
@@ -215,6 +222,24 @@ class KVLatentOlmo3ForCausalLM(KVLatentForCausalLM, Olmo3ForCausalLM):
     config_class = KVLatentOlmo3Config
 
 
+class KVLatentPhi3ForCausalLM(KVLatentForCausalLM, Phi3ForCausalLM):
+    """A converted Phi-3 or Phi-4."""
+
+    config_class = KVLatentPhi3Config
+
+
+class KVLatentGlm4ForCausalLM(KVLatentForCausalLM, Glm4ForCausalLM):
+    """A converted GLM-4."""
+
+    config_class = KVLatentGlm4Config
+
+
+class KVLatentGemma3ForCausalLM(KVLatentForCausalLM, Gemma3ForCausalLM):
+    """A converted Gemma 3 for text."""
+
+    config_class = KVLatentGemma3TextConfig
+
+
 MODELS: dict[str, type[PreTrainedModel]] = {
     "llama": KVLatentLlamaForCausalLM,
     "mistral": KVLatentMistralForCausalLM,
@@ -227,6 +252,9 @@ MODELS: dict[str, type[PreTrainedModel]] = {
     "granite": KVLatentGraniteForCausalLM,
     "olmo2": KVLatentOlmo2ForCausalLM,
     "olmo3": KVLatentOlmo3ForCausalLM,
+    "gemma3_text": KVLatentGemma3ForCausalLM,
+    "glm4": KVLatentGlm4ForCausalLM,
+    "phi3": KVLatentPhi3ForCausalLM,
 }
 """Model class of converted models by the stock model_type."""
 
@@ -342,8 +370,11 @@ def graft(teacher: PreTrainedModel, *, share: bool = False) -> PreTrainedModel:
     config._attn_implementation = "sdpa"
     with torch.device("meta"), init.no_init_weights():
         student = MODELS[model_type](config)
-    weights = {name: value if share else value.clone() for name, value in teacher.state_dict().items()}
-    student.load_state_dict(weights, assign=True)
+    rotated = 2 * sum(frequency != 0 for frequency in spec.inv_freq)
+    stock = unfused(teacher.state_dict(), teacher.config, head_dim=spec.head_dim, rotated=rotated)
+    student.load_state_dict({name: value if share else value.clone() for name, value in stock.items()}, assign=True)
+    if hasattr(teacher.model.embed_tokens, "embed_scale"):  # which is no part of the state
+        student.model.embed_tokens.embed_scale = teacher.model.embed_tokens.embed_scale.clone()
     student.model.rotary_emb = LatentRotaryEmbedding.of(spec).to(teacher.device)
     student.tie_weights()
     student.generation_config = copy.deepcopy(teacher.generation_config)
