@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TEACHERS
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -79,6 +82,24 @@ def test_graft_equals_its_teacher_on_left_padded_batches(any_teacher: PreTrained
         inputs = {"attention_mask": mask, "position_ids": positions}
         got, wanted = graft(any_teacher)(ids[:3], **inputs).logits, any_teacher(ids[:3], **inputs).logits
     torch.testing.assert_close(got[mask == 1], wanted[mask == 1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(deadline=None, max_examples=6)
+@given(kv_heads=st.integers(1, 3), group=st.integers(1, 3), quarter=st.integers(1, 5), seed=st.integers(0, 99))
+def test_grafts_of_any_shape_equal_their_teachers(
+    family: str, kv_heads: int, group: int, quarter: int, seed: int
+) -> None:
+    config = dict(TEACHERS[family][1]) | {"num_key_value_heads": kv_heads, "num_attention_heads": kv_heads * group}
+    config |= {"head_dim": 8 * quarter, "hidden_size": 4 * quarter * kv_heads * group, "intermediate_size": 20}
+    if family == "phi3":  # whose check of RoPE knows no head_dim of its own
+        config["hidden_size"] = 8 * quarter * kv_heads * group
+    ids = torch.randint(30, (2, 9), generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    stock = CONFIGS[family].__bases__[0](vocab_size=30, num_hidden_layers=2, pad_token_id=None, **config)
+    teacher = MODELS[family].__bases__[1](stock).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(graft(teacher)(ids).logits, teacher(ids).logits, rtol=0, atol=1e-4)
 
 
 def test_graft_keeps_generation_defaults(tiny_teacher: Callable[[str], PreTrainedModel]) -> None:
