@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    DeepseekV3Config,
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
@@ -124,9 +123,18 @@ def test_other_architectures_are_refused_with_the_list_of_supported_ones() -> No
         graft(gpt2)
 
 
-def test_latent_attention_of_the_teachers_own_is_refused_with_the_reason() -> None:
-    with pytest.raises(UserError, match=r"'deepseek_v3' models have multi-head latent attention .* one latent"):
-        check_teacher(DeepseekV3Config())
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("deepseek_v3", r"'deepseek_v3' models have multi-head latent attention .* one latent"),
+        ("glm_moe_dsa", r"'glm_moe_dsa' models have multi-head latent attention .* one latent"),
+        ("mistral4", r"'mistral4' models have multi-head latent attention .* one latent"),
+        ("gemma2", "soft-capping of attention logits"),
+    ],
+)
+def test_attention_of_another_kind_is_refused_with_the_reason(model_type: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        check_teacher(AutoConfig.for_model(model_type))
 
 
 @pytest.mark.parametrize(

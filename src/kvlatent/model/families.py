@@ -68,8 +68,11 @@ def family_of(config: PreTrainedConfig) -> Family:
     """Return the row for a stock or converted config.
 
     Raises:
-        UserError: The architecture, or its kind of RoPE, is not supported.
+        UserError: The architecture, or something about its attention, is not supported.
     """
+    for name, what in REFUSED.items():
+        if getattr(config, name, None):
+            raise UserError(f"{what} ({name} of the config) is not supported")
     family = FAMILIES.get(config.model_type.removeprefix(PREFIX))
     if family is None:
         if getattr(config, "kv_lora_rank", None):
@@ -78,9 +81,6 @@ def family_of(config: PreTrainedConfig) -> Family:
                 "heads already, so there are no keys and values per head to reduce"
             )
         raise UserError(f"{config.model_type!r} models are not supported; supported are {', '.join(FAMILIES)}")
-    for name, what in REFUSED.items():
-        if getattr(config, name, None):
-            raise UserError(f"{what} ({name} of the config) is not supported")
     for parameters in _ropes(config):
         rope = parameters.get("rope_type", "default")
         one_list = rope == "longrope" and parameters.get("short_factor") == parameters.get("long_factor")  # our exports
