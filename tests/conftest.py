@@ -5,7 +5,6 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -28,7 +27,9 @@ jaxtyping.install_import_hook([f"kvlatent.{name}" for name in TENSOR_MODULES], "
 
 from kvlatent.compress.convert import convert  # noqa: E402
 from kvlatent.kernels.allocator import freed_memory_kept  # noqa: E402
+from kvlatent.model.config import CONFIGS  # noqa: E402
 from kvlatent.model.families import FAMILIES  # noqa: E402
+from kvlatent.model.graft import MODELS  # noqa: E402
 from kvlatent.model.window import FarMaps  # noqa: E402
 
 gc.freeze()  # accelerate collects garbage after every stage: spare it the walk through all that was imported
@@ -44,6 +45,14 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+MULTIPLIERS = {
+    "attention_multiplier": 0.1, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 3.0
+}  # fmt: skip
+ROPES = {"rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 1e3}}}
+GROWING = YARN | {"original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.5}
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+ALTERNATING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", GQA),
     "llama-mha-tied": ("llama", MHA | {"tie_word_embeddings": True}),
@@ -56,16 +65,28 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-mha-tied": ("qwen2", MHA | {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", GQA),
     "qwen3-mha-tied": ("qwen3", MHA | {"tie_word_embeddings": True}),
+    "mixtral": ("mixtral", GQA | EXPERTS),
+    "ministral3": ("ministral3", GQA | {"rope_parameters": GROWING}),
+    "smollm3": ("smollm3", GQA | {"no_rope_layers": [1, 0]}),
+    "granite": ("granite", GQA | MULTIPLIERS),
+    "olmo2": ("olmo2", GQA),
+    "olmo3": ("olmo3", GQA | ALTERNATING | ROPES),
+    "phi3": ("phi3", GQA | {"rope_parameters": PARTIAL}),
+    "phi3-whole": ("phi3", GQA),
+    "glm4": ("glm4", GQA | {"attention_bias": True}),
+    "gemma3_text": ("gemma3_text", GQA | {"query_pre_attn_scalar": 9, **ALTERNATING, **ROPES}),
+    "qwen3_moe": ("qwen3_moe", GQA | EXPERTS | {"moe_intermediate_size": 24, "mlp_only_layers": [0]}),
 }
 """Family and what is special, by name; the plain family names have grouped heads."""
+ON_ENGINES = [name for name, (family, _) in TEACHERS.items() if FAMILIES[family].on_engines]
 
 
 @cache
 def _teacher(name: str) -> PreTrainedModel:
     model_type, changes = TEACHERS[name]
-    family = FAMILIES[model_type].name
+    stock_config, stock_model = CONFIGS[model_type].__bases__[0], MODELS[model_type].__bases__[1]
     # Qwen3's head_dim is not hidden_size / heads, as in its small checkpoints.
-    config = getattr(import_module("transformers"), f"{family}Config")(
+    config = stock_config(
         vocab_size=VOCABULARY,
         hidden_size=32 if model_type == "qwen3" else 64,
         intermediate_size=80,
@@ -81,7 +102,7 @@ def _teacher(name: str) -> PreTrainedModel:
     )
     with torch.random.fork_rng():
         torch.manual_seed(sum(map(ord, name)))
-        model = getattr(import_module("transformers"), f"{family}ForCausalLM")(config).eval()
+        model = stock_model(config).eval()
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.5)
@@ -110,6 +131,12 @@ def float32_by_default() -> Iterator[None]:
 def tiny_teacher() -> Callable[[str], PreTrainedModel]:
     """A fresh copy of the teacher called so in `TEACHERS`: 2 layers, 4 query heads of 16 dims."""
     return lambda name: copy.deepcopy(_teacher(name))
+
+
+@pytest.fixture(params=ON_ENGINES)
+def plain_teacher(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Every entry of `TEACHERS` in turn whose family all presets and engines take."""
+    return copy.deepcopy(_teacher(request.param))
 
 
 @pytest.fixture(params=TEACHERS)

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,16 @@ def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 # --- save → load
 
 
-@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize(
-    "name", [*FAMILIES, "llama-mha-tied", "qwen2-mha-tied", "llama-biases", "llama-llama3-rope", "llama-yarn"]
+    ("name", "preset"),
+    [
+        *(
+            (name, preset)
+            for name, family in FAMILIES.items()
+            for preset in (PRESETS if family.on_engines else ["best"])
+        ),
+        *product(["llama-mha-tied", "qwen2-mha-tied", "llama-biases", "llama-llama3-rope", "llama-yarn"], PRESETS),
+    ],
 )
 def test_loaded_students_say_exactly_what_saved_ones_said(
     tiny_student: Callable[..., PreTrainedModel],

@@ -35,18 +35,30 @@ def hidden_error(student: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor
 
 @pytest.mark.parametrize("how", ["text", "statistics"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_full_dims_give_the_teachers_logits(any_teacher: PreTrainedModel, ids: Tensor, preset: str, how: str) -> None:
-    source = {"ids": ids} if how == "text" else {"statistics": calibrate(any_teacher, ids, about={})}
-    student = convert(any_teacher, preset=preset, d_qk=16, d_vo=16, **source)
-    torch.testing.assert_close(logits(student, ids), logits(any_teacher, ids), rtol=0, atol=1e-4)
+def test_full_dims_give_the_teachers_logits(plain_teacher: PreTrainedModel, ids: Tensor, preset: str, how: str) -> None:
+    source = {"ids": ids} if how == "text" else {"statistics": calibrate(plain_teacher, ids, about={})}
+    student = convert(plain_teacher, preset=preset, d_qk=16, d_vo=16, **source)
+    torch.testing.assert_close(logits(student, ids), logits(plain_teacher, ids), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("preset", "qk"), [("portable", "fold"), ("paper", "stride")])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "granite", "olmo2", "ministral3", "phi3-whole"])
+def test_families_that_rotate_all_layers_alike_take_every_preset(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str, preset: str, qk: str
+) -> None:
+    teacher = tiny_teacher(name)
+    whole = convert(teacher, preset=preset, qk=qk, d_qk=16, d_vo=16, ids=ids[:4])
+    torch.testing.assert_close(logits(whole, ids), logits(teacher, ids), rtol=0, atol=1e-4)
+    student = convert(teacher, preset=preset, qk=qk, d_qk=8, d_vo=4, ids=ids[:4])
+    assert logits(student, ids).isfinite().all()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_full_dims_give_the_teachers_logits_on_text_not_calibrated_on(
-    any_teacher: PreTrainedModel, ids: Tensor, preset: str
+    plain_teacher: PreTrainedModel, ids: Tensor, preset: str
 ) -> None:
-    student = convert(any_teacher, preset=preset, d_qk=16, d_vo=16, ids=ids[:4])
-    torch.testing.assert_close(logits(student, ids[4:]), logits(any_teacher, ids[4:]), rtol=0, atol=1e-4)
+    student = convert(plain_teacher, preset=preset, d_qk=16, d_vo=16, ids=ids[:4])
+    torch.testing.assert_close(logits(student, ids[4:]), logits(plain_teacher, ids[4:]), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -177,11 +189,11 @@ def test_nothing_is_lost_when_only_a_few_rotary_pairs_are_alive(
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_specs_of_our_presets(any_teacher: PreTrainedModel, ids: Tensor, preset: str) -> None:
-    spec = spec_of(convert(any_teacher, preset=preset, d_qk=8, d_vo=4, ids=ids[:4]))
+def test_specs_of_our_presets(plain_teacher: PreTrainedModel, ids: Tensor, preset: str) -> None:
+    spec = spec_of(convert(plain_teacher, preset=preset, d_qk=8, d_vo=4, ids=ids[:4]))
     assert (spec.preset, spec.head_dim, spec.d_qk, spec.d_vo) == (preset, 16, (8, 8), (4, 4))
-    assert (together := spec.heads_per_latent) == any_teacher.config.num_key_value_heads
-    qwen3 = any_teacher.config.model_type == "qwen3"
+    assert (together := spec.heads_per_latent) == plain_teacher.config.num_key_value_heads
+    qwen3 = plain_teacher.config.model_type == "qwen3"
     if preset == "best":
         assert spec.qk_map == "after_rope" and spec.scale == 0.25 and len(spec.inv_freq) == 8
     else:
@@ -204,11 +216,11 @@ def test_best_starts_nearer_the_teacher_than_portable_and_paper(
     assert best < portable < paper
 
 
-def test_refitting_in_order_comes_nearer_than_one_shot(any_teacher: PreTrainedModel, ids: Tensor) -> None:
-    statistics = calibrate(any_teacher, ids, about={})
-    one_shot = convert(any_teacher, d_qk=8, d_vo=4, statistics=statistics)
-    in_order = convert(any_teacher, d_qk=8, d_vo=4, ids=ids)
-    assert hidden_error(in_order, any_teacher, ids) < hidden_error(one_shot, any_teacher, ids)
+def test_refitting_in_order_comes_nearer_than_one_shot(plain_teacher: PreTrainedModel, ids: Tensor) -> None:
+    statistics = calibrate(plain_teacher, ids, about={})
+    one_shot = convert(plain_teacher, d_qk=8, d_vo=4, statistics=statistics)
+    in_order = convert(plain_teacher, d_qk=8, d_vo=4, ids=ids)
+    assert hidden_error(in_order, plain_teacher, ids) < hidden_error(one_shot, plain_teacher, ids)
 
 
 @pytest.mark.parametrize(
@@ -242,13 +254,13 @@ def test_conversion_does_not_depend_on_the_batch_size(
     torch.testing.assert_close(logits(one, ids), logits(other, ids), rtol=0, atol=2e-3)
 
 
-def test_only_attention_and_down_projections_change(any_teacher: PreTrainedModel, ids: Tensor) -> None:
-    before = {name: value.clone() for name, value in any_teacher.state_dict().items()}
-    student = convert(any_teacher, d_qk=8, d_vo=4, ids=ids).state_dict()
+def test_only_attention_and_down_projections_change(plain_teacher: PreTrainedModel, ids: Tensor) -> None:
+    before = {name: value.clone() for name, value in plain_teacher.state_dict().items()}
+    student = convert(plain_teacher, d_qk=8, d_vo=4, ids=ids).state_dict()
     for name, value in before.items():
         if "self_attn" not in name and "down_proj.weight" not in name:
             assert torch.equal(student[name], value), name
-        assert torch.equal(any_teacher.state_dict()[name], value), f"the teacher's {name}"
+        assert torch.equal(plain_teacher.state_dict()[name], value), f"the teacher's {name}"
     assert not torch.equal(
         student["model.layers.0.mlp.down_proj.weight"], before["model.layers.0.mlp.down_proj.weight"]
     )

@@ -36,6 +36,15 @@ def test_full_dims_give_the_teachers_logits_beyond_the_window(any_teacher: PreTr
     torch.testing.assert_close(logits(student, ids), logits(any_teacher, ids), rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("name", ["smollm3", "olmo3"])
+@pytest.mark.parametrize("asked", [{"preset": "portable"}, {"preset": "paper"}, {"qk": "pairs"}, {"qk": "partial"}])
+def test_only_maps_after_rope_follow_layers_that_rotate_in_several_ways(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str, asked: dict[str, str]
+) -> None:
+    with pytest.raises(UserError, match=r"don't rotate all dims of all layers .* take preset best with project"):
+        convert(tiny_teacher(name), d_qk=8, d_vo=8, ids=ids, window=0, **asked)
+
+
 def test_statistics_are_of_far_attention_only(tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor) -> None:
     teacher = tiny_teacher("llama")
     model, seq = graft(teacher), ids.shape[1]
@@ -44,7 +53,7 @@ def test_statistics_are_of_far_attention_only(tiny_teacher: Callable[[str], PreT
     with torch.no_grad():
         x = layer.input_layernorm(teacher.model.embed_tokens(ids[:1]))
         arguments = layer_arguments(model, torch.zeros(1, dtype=torch.long), seq)[0]
-        found.update(layer.self_attn, x, arguments, rope_scaling=1.0, near=NEAR)
+        found.update(layer.self_attn, x, arguments, near=NEAR)
         q, k, v = (t.double() for t in layer.self_attn.queries_keys_values(x, *arguments["position_embeddings"]))
     read = torch.zeros(4, seq, 16, dtype=torch.float64)
     given = torch.zeros(4, seq, dtype=torch.float64)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from kvlatent.model.families import FAMILIES
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CURRENT = [page for page in PAGES if page.name not in ("log.md", "cli.md")]  # the log quotes commands of its day
@@ -63,6 +65,11 @@ def test_relative_links_and_anchors_exist(page: Path) -> None:
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), target
         assert not anchor or anchor in anchors(file), target
+
+
+def test_the_table_of_families_is_complete() -> None:
+    page = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)`", page.split("## Families\n")[1].split("\n## ")[0], re.M)[1:] == list(FAMILIES)
 
 
 def test_results_are_at_most_150_lines() -> None:

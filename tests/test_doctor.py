@@ -9,8 +9,17 @@ import pytest
 from transformers import PreTrainedModel
 
 from kvlatent.errors import UserError
+from kvlatent.model.families import FAMILIES
 from kvlatent.serving import engines
-from kvlatent.serving.engines import check_vllm, diagnose, engine_names, installed, routes
+from kvlatent.serving.engines import (
+    check_gguf,
+    check_stock,
+    check_vllm,
+    diagnose,
+    engine_names,
+    installed,
+    routes,
+)
 
 
 def by_engine(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -72,6 +81,17 @@ def test_stock_models_run_as_they_are(tiny_teacher: Callable[[str], PreTrainedMo
     everywhere = ["transformers", "vLLM", "SGLang", "llama.cpp (export --to gguf)"]
     assert engine_names(tiny_teacher("llama").config) == everywhere
     assert engine_names(tiny_teacher("qwen3").config) == everywhere[:3]
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if not family.on_engines])
+def test_families_that_no_engine_knows_run_on_transformers_alone(
+    tiny_student: Callable[..., PreTrainedModel], tiny_teacher: Callable[[str], PreTrainedModel], family: str
+) -> None:
+    config = tiny_student(family).config
+    assert engine_names(config) == ["transformers + kvlatent"]
+    for refuses, what in ((check_stock, config), (check_gguf, config), (check_gguf, tiny_teacher(family).config)):
+        with pytest.raises(UserError, match=f"know Llama, Mistral, Qwen2, Qwen3, not {FAMILIES[family].name}, which"):
+            refuses(what)
 
 
 def test_each_engine_caches_what_it_is_said_to(tiny_student: Callable[..., PreTrainedModel]) -> None:

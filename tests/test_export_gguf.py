@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEACHERS
+from conftest import ON_ENGINES
 from llama_cpp import cache_mib, log_probs, run, top_log_probs
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -19,7 +19,7 @@ from kvlatent.model.checkpoints import load_model
 from kvlatent.serving.engines import routes
 from kvlatent.serving.export.gguf import FileType, export_gguf, pre_tokenizer_name
 
-PLAIN = [name for name in TEACHERS if not name.startswith("qwen3")]
+PLAIN = [name for name in ON_ENGINES if not name.startswith("qwen3")]
 NO_BIASES = [name for name in PLAIN if name != "llama-biases"]
 VOCABULARY = 260
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEACHERS
+from conftest import ON_ENGINES, TEACHERS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
@@ -22,7 +22,7 @@ from kvlatent.model.checkpoints import RECORD, load_model
 from kvlatent.serving.engines import check_stock, stock_dims
 from kvlatent.serving.export.stock import export_stock
 
-PLAIN = [name for name in TEACHERS if not name.startswith("qwen3")]
+PLAIN = [name for name in ON_ENGINES if not name.startswith("qwen3")]
 
 WITHOUT_KVLATENT = """
 import sys

@@ -8,8 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TEACHERS
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
 
 import kvlatent
 from kvlatent.errors import UserError
@@ -20,6 +30,7 @@ from kvlatent.model.families import FAMILIES
 from kvlatent.model.graft import (
     MODELS,
     KVLatentLlamaForCausalLM,
+    check_teacher,
     graft,
     head_dim_of,
     identity_spec,
@@ -29,12 +40,15 @@ from kvlatent.model.graft import (
 from kvlatent.model.spec import LatentSpec
 
 PRESETS = ["best", "apart", "portable", "paper"]
+STUDENTS = [
+    f"{name}-{preset}" for name, family in FAMILIES.items() for preset in (PRESETS if family.on_engines else ["best"])
+]
 NEW_TOKENS = 8
 
 
-@pytest.fixture(params=[f"{family}-{preset}" for family in FAMILIES for preset in PRESETS])
+@pytest.fixture(params=STUDENTS)
 def any_student(request: pytest.FixtureRequest, tiny_student: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    """Every family under every preset, d_qk 8 and d_vo 4 of 16, grouped heads."""
+    """Every family under every preset that it takes, d_qk 8 and d_vo 4 of 16, grouped heads."""
     return tiny_student(*request.param.split("-"))
 
 
@@ -69,6 +83,24 @@ def test_graft_equals_its_teacher_on_left_padded_batches(any_teacher: PreTrained
     torch.testing.assert_close(got[mask == 1], wanted[mask == 1], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(deadline=None, max_examples=6)
+@given(kv_heads=st.integers(1, 3), group=st.integers(1, 3), quarter=st.integers(1, 5), seed=st.integers(0, 99))
+def test_grafts_of_any_shape_equal_their_teachers(
+    family: str, kv_heads: int, group: int, quarter: int, seed: int
+) -> None:
+    config = dict(TEACHERS[family][1]) | {"num_key_value_heads": kv_heads, "num_attention_heads": kv_heads * group}
+    config |= {"head_dim": 8 * quarter, "hidden_size": 4 * quarter * kv_heads * group, "intermediate_size": 20}
+    if family == "phi3":  # whose check of RoPE knows no head_dim of its own
+        config["hidden_size"] = 8 * quarter * kv_heads * group
+    ids = torch.randint(30, (2, 9), generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    stock = CONFIGS[family].__bases__[0](vocab_size=30, num_hidden_layers=2, pad_token_id=None, **config)
+    teacher = MODELS[family].__bases__[1](stock).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(graft(teacher)(ids).logits, teacher(ids).logits, rtol=0, atol=1e-4)
+
+
 def test_graft_keeps_generation_defaults(tiny_teacher: Callable[[str], PreTrainedModel]) -> None:
     teacher = tiny_teacher("qwen2")
     teacher.generation_config.top_k = 7
@@ -80,8 +112,8 @@ def test_graft_keeps_generation_defaults(tiny_teacher: Callable[[str], PreTraine
 def test_identity_spec_keeps_every_dim(any_teacher: PreTrainedModel) -> None:
     spec = identity_spec(any_teacher)
     assert spec.d_qk == spec.d_vo == (16, 16) and head_dim_of(any_teacher.config) == 16
-    assert spec.scale == 0.25
-    assert spec.inv_freq == tuple(any_teacher.model.rotary_emb.inv_freq.tolist())
+    assert spec.scale == any_teacher.model.layers[0].self_attn.scaling
+    assert len(spec.inv_freq) == 8 and len(spec.sliding_inv_freq) in (0, 8)
     assert spec_of(any_teacher) is None
 
 
@@ -89,6 +121,33 @@ def test_other_architectures_are_refused_with_the_list_of_supported_ones() -> No
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2))
     with pytest.raises(UserError, match="'gpt2' models are not supported; supported are llama, mistral, qwen2, qwen3"):
         graft(gpt2)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("deepseek_v3", r"'deepseek_v3' models have multi-head latent attention .* one latent"),
+        ("glm_moe_dsa", r"'glm_moe_dsa' models have multi-head latent attention .* one latent"),
+        ("mistral4", r"'mistral4' models have multi-head latent attention .* one latent"),
+        ("gemma2", "soft-capping of attention logits"),
+    ],
+)
+def test_attention_of_another_kind_is_refused_with_the_reason(model_type: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        check_teacher(AutoConfig.for_model(model_type))
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0), ("use_bidirectional_attention", True)],
+)
+def test_what_our_attention_and_losses_cannot_compute_is_refused(
+    tiny_teacher: Callable[[str], PreTrainedModel], entry: str, value: object
+) -> None:
+    teacher = tiny_teacher("gemma3_text")
+    setattr(teacher.config, entry, value)
+    with pytest.raises(UserError, match=f"{entry} of the config"):
+        graft(teacher)
 
 
 def test_rope_that_depends_on_the_length_is_refused(tiny_teacher: Callable[[str], PreTrainedModel]) -> None:
@@ -173,30 +232,33 @@ def test_both_kinds_of_masks_transformers_makes_give_the_same(
 # --- the cache
 
 
+def held(layer: object, tokens: int) -> int:
+    """Tokens that a layer of a cache holds; of a sliding window all but the last place, for the token to come."""
+    return layer.sliding_window - 1 if layer.is_sliding else tokens
+
+
 def test_cache_tensors_are_d_qk_and_d_vo_wide_and_their_bytes_as_predicted(
     any_student: PreTrainedModel, ids: Tensor
 ) -> None:
     config, spec = any_student.config, spec_of(any_student)
     with torch.no_grad():
         cache = any_student(ids[:3], use_cache=True).past_key_values
-    window = getattr(config, "sliding_window", None)
-    held = 24 if window is None else window - 1  # the window's last place is for the token to come
-    for layer in cache.layers:
+    held_by_layer = [held(layer, 24) for layer in cache.layers]
+    for layer, held_here in zip(cache.layers, held_by_layer, strict=True):
         together = spec.heads_per_latent
-        assert layer.keys.shape == (3, 2 // together, held, 8 * together)
-        assert layer.values.shape == (3, 2 // together, held, 4 * together)
+        assert layer.keys.shape == (3, 2 // together, held_here, 8 * together)
+        assert layer.values.shape == (3, 2 // together, held_here, 4 * together)
         assert together in (1, 2)
     per_token = spec.cache_bytes_per_token(config.num_key_value_heads, 4)
     assert per_token == 2 * 2 * (8 + 4) * 4
-    assert cache_bytes(cache) == 3 * held * per_token
+    assert cache_bytes(cache) == 3 * sum(held_by_layer) * per_token / 2
 
 
 def test_cache_bytes_of_generate_are_as_predicted(any_student: PreTrainedModel, ids: Tensor) -> None:
     out = generate(any_student, ids[:2, :9], return_dict_in_generate=True, num_beams=2)
-    window = getattr(any_student.config, "sliding_window", None)
-    held = 9 + NEW_TOKENS - 1 if window is None else window - 1
+    tokens = sum(held(layer, 9 + NEW_TOKENS - 1) for layer in out.past_key_values.layers)
     per_token = spec_of(any_student).cache_bytes_per_token(2, 4)
-    assert cache_bytes(out.past_key_values) == 2 * 2 * held * per_token
+    assert cache_bytes(out.past_key_values) == 2 * 2 * tokens * per_token / 2
 
 
 def test_cache_bytes_follow_the_dtype(tiny_student: Callable[..., PreTrainedModel], ids: Tensor) -> None:

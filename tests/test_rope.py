@@ -114,8 +114,8 @@ def test_rotate_turns_each_pair_as_a_complex_number(half: int, seq: int, seed: i
     torch.testing.assert_close(rotate(got, angles.cos(), -angles.sin()), x)
 
 
-def test_plain_list_and_rotation_are_bitwise_those_of_transformers(any_teacher: PreTrainedModel) -> None:
-    rotary = any_teacher.model.rotary_emb
+def test_plain_list_and_rotation_are_bitwise_those_of_transformers(plain_teacher: PreTrainedModel) -> None:
+    rotary = plain_teacher.model.rotary_emb
     if rotary.rope_type == "default":
         assert inverse_frequencies(plain_exponents(16), d=16, theta=10000.0) == tuple(rotary.inv_freq.tolist())
     positions = torch.tensor([[0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 100, 200]])  # also a left-padded row

@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvlatent.evaluation.perplexity import perplexity
 from kvlatent.healing.config import HealConfig
 from kvlatent.healing.losses import kl_loss, ntp_loss
 from kvlatent.healing.stages import Stage, Text, in_layer_losses
@@ -39,6 +41,26 @@ def test_separate_documents_are_read_as_if_alone(
         got = in_layer_losses(student, teacher, batch.ids, relative=True, position_ids=batch.position_ids)
         first, second = (in_layer_losses(student, teacher, part, relative=True) for part in alone)
     torch.testing.assert_close(got, (6 * first + 10 * second) / 16, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "granite"])
+@torch.no_grad()
+def test_losses_are_of_the_logits_that_a_model_gives(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    blocks: Tensor,
+    name: str,
+) -> None:
+    student, teacher = tiny_student(name), tiny_teacher(name)
+    ours, theirs = (model(blocks).logits[:, :-1].flatten(0, 1).log_softmax(-1) for model in (student, teacher))
+    labels = blocks[:, 1:].flatten()
+    stage = Stage(student, student, teacher, HealConfig(loss="ntp"))
+    for number in (0, 2):
+        stage.stage = number
+        loss, _ = stage(blocks, float(blocks.numel()))
+        torch.testing.assert_close(loss, F.nll_loss(ours, labels), rtol=1e-4, atol=1e-5)
+    measured = perplexity(teacher, blocks, text_bytes=1, batch_size=2).token_nll.mean().float()
+    torch.testing.assert_close(measured, F.nll_loss(theirs, labels), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["kl", "ntp", "mix"])

@@ -16,6 +16,7 @@ from kvlatent.compress.budget import probe
 from kvlatent.compress.maps import own_part
 from kvlatent.compress.statistics import NAMES, Statistics, calibrate
 from kvlatent.errors import UserError
+from kvlatent.model.families import FAMILIES
 from kvlatent.model.offload import open_offloaded
 
 
@@ -71,10 +72,12 @@ def test_first_layers_statistics_match_float64_loops(
         torch.testing.assert_close(statistics.mean(part), wanted[part] / 30, rtol=1e-4, atol=1e-4)
 
 
-def test_statistics_do_not_depend_on_the_batch_size(any_teacher: PreTrainedModel, ids: Tensor) -> None:
-    whole = calibrate(any_teacher, ids, batch_size=12, about={})
+def test_statistics_do_not_depend_on_the_batch_size(plain_teacher: PreTrainedModel, ids: Tensor) -> None:
+    whole = calibrate(plain_teacher, ids, batch_size=12, about={})
     for batch_size in (1, 5):
-        close(calibrate(any_teacher, ids, batch_size=batch_size, about={}), whole, 1e-5)  # sums are of float32 products
+        close(
+            calibrate(plain_teacher, ids, batch_size=batch_size, about={}), whole, 1e-5
+        )  # sums are of float32 products
 
 
 def test_merged_halves_equal_the_whole(tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor) -> None:
@@ -105,18 +108,18 @@ def test_later_layers_see_the_teachers_own_hidden_states(
     torch.testing.assert_close(calibrate(teacher, ids, about={}).layers[1].sums["o"], wanted, rtol=1e-4, atol=1e-3)
 
 
-def test_calibration_leaves_the_teacher_alone(any_teacher: PreTrainedModel, ids: Tensor) -> None:
-    before = {name: value.clone() for name, value in any_teacher.state_dict().items()}
+def test_calibration_leaves_the_teacher_alone(plain_teacher: PreTrainedModel, ids: Tensor) -> None:
+    before = {name: value.clone() for name, value in plain_teacher.state_dict().items()}
     with torch.no_grad():
-        logits = any_teacher(ids[:1]).logits
-        calibrate(any_teacher, ids[:2], about={})
-        assert torch.equal(any_teacher(ids[:1]).logits, logits)
-    assert all(torch.equal(value, before[name]) for name, value in any_teacher.state_dict().items())
-    assert not any(layer._forward_pre_hooks for layer in any_teacher.model.layers)
+        logits = plain_teacher(ids[:1]).logits
+        calibrate(plain_teacher, ids[:2], about={})
+        assert torch.equal(plain_teacher(ids[:1]).logits, logits)
+    assert all(torch.equal(value, before[name]) for name, value in plain_teacher.state_dict().items())
+    assert not any(layer._forward_pre_hooks for layer in plain_teacher.model.layers)
 
 
 @pytest.mark.parametrize("shard", ["100GB", "40KB"])
-@pytest.mark.parametrize("name", ["llama", "llama-mha-tied", "qwen3", "llama-yarn"])
+@pytest.mark.parametrize("name", ["llama", "llama-mha-tied", "qwen3", "llama-yarn", "gemma3_text"])
 def test_offloaded_layers_give_the_same_statistics_and_probes(
     tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path, name: str, shard: str
 ) -> None:
@@ -132,6 +135,15 @@ def test_offloaded_layers_give_the_same_statistics_and_probes(
         probe(opened, found, ids[:2], offloaded=layers), probe(teacher, wanted, ids[:2]), rtol=1e-4, atol=1e-6
     )
     assert all(p.is_meta for n, p in opened.named_parameters() if ".layers." in n)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.stored_apart])
+def test_weights_that_are_stored_fused_are_not_read_layer_by_layer(
+    tiny_teacher: Callable[[str], PreTrainedModel], tmp_path: Path, name: str
+) -> None:
+    tiny_teacher(name).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"{name} models hold fused or split weights, .* leave --offload out"):
+        open_offloaded(str(tmp_path), device="cpu")
 
 
 def test_offloading_needs_whole_safetensors(tiny_teacher: Callable[[str], PreTrainedModel], tmp_path: Path) -> None:

@@ -161,5 +161,5 @@ def test_left_padding_changes_nothing(any_teacher: PreTrainedModel, ids: Tensor,
                 )
             )  # fmt: skip
         got = torch.cat(parts, dim=1)
-    torch.testing.assert_close(got[0], alone[0], rtol=0, atol=1e-4)
-    torch.testing.assert_close(got[1, 6:], alone[1, :18], rtol=0, atol=1e-4)
+    torch.testing.assert_close(got[0], alone[0], rtol=2e-5, atol=1e-4)
+    torch.testing.assert_close(got[1, 6:], alone[1, :18], rtol=2e-5, atol=1e-4)

@@ -24,7 +24,7 @@ from kvlatent.errors import UserError
 from kvlatent.kernels.codes import BITS
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.graft import graft, head_dim_of
-from kvlatent.model.layers import layer_arguments
+from kvlatent.model.layers import before_head, embedded, layer_arguments
 from kvlatent.model.offload import OffloadedLayers
 from kvlatent.model.sizes import counted_context
 from kvlatent.model.window import ALL_FAR, Near
@@ -269,7 +269,7 @@ def probe(
         )
         for d_qk, d_vo in ((narrow, head_dim), (head_dim, narrow))
     ]
-    state, probes = student.model.embed_tokens(ids.to(student.device)), list[Tensor]()
+    state, probes = embedded(student, ids), list[Tensor]()
     arguments = layer_arguments(student, torch.zeros(len(ids), dtype=torch.long), ids.shape[1])
     for index, kwargs in enumerate(tqdm(arguments, unit="layer", desc="probe")):
         layer, stats = layers[index], statistics.layers[index]
@@ -284,7 +284,7 @@ def probe(
             layer.self_attn, state = attention, unchanged
 
     def log_probs(hidden: Tensor) -> Tensor:
-        return student.lm_head(student.model.norm(hidden)).float().log_softmax(-1)
+        return student.lm_head(before_head(student, student.model.norm(hidden))).float().log_softmax(-1)
 
     compared = [x[:, (ids.shape[1] - 1) % PROBE_STRIDE :: PROBE_STRIDE].flatten(0, 1) for x in (state, *probes)]
     losses = torch.zeros(len(probes), dtype=torch.float64)

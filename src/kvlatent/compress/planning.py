@@ -16,7 +16,7 @@ from kvlatent.compress.values import value_output_svd, value_stride
 from kvlatent.errors import UserError
 from kvlatent.kernels.codes import Groups
 from kvlatent.model.attention import LatentAttention
-from kvlatent.model.families import family_of
+from kvlatent.model.families import family_of, turns_alike
 from kvlatent.model.graft import check_teacher, head_dim_of, heads_per_latent_of, identity_spec
 from kvlatent.model.spec import LatentSpec, Preset, check_dims
 from kvlatent.model.window import ALL_FAR, Near
@@ -91,6 +91,11 @@ def requested(
         raise UserError(f"preset {preset} has the same dims in every layer; different ones need preset best")
     if method.one_frequency_list and len(set(keys)) > 1:
         raise UserError(f"{method.name} has one frequency list, so every layer the same d_qk; got {sorted(set(keys))}")
+    if not (method.takes_window or turns_alike(config)):
+        raise UserError(
+            f"{config.model_type} models don't rotate all dims of all layers by one list of frequencies, so only maps "
+            f"after RoPE reduce their keys: take preset best with project, not preset {preset} with {method.name}"
+        )
     for d in set(keys):
         method.check(head_dim, d)
     if not recipe.calibrated:
@@ -222,6 +227,7 @@ def plan_reduction(teacher: PreTrainedModel, request: Request, statistics: Stati
     qk_map = decision.qk_map
     if untouched or (qk_map == "before_rope" and not family_of(teacher.config).qk_norm):  # a norm needs all of head_dim
         qk_map = "folded"
+    plain = (request.heads_per_latent * request.d_qk[0]) ** -0.5  # to which scales are as the teacher's to its dims'
     spec = replace(
         whole,
         preset=request.preset,
@@ -235,7 +241,7 @@ def plan_reduction(teacher: PreTrainedModel, request: Request, statistics: Stati
         inv_freq=decision.inv_freq,
         per_head_frequencies=decision.per_head_frequencies,
         qk_map=qk_map,
-        scale=(request.heads_per_latent * request.d_qk[0]) ** -0.5 if recipe.uniform else whole.scale,
+        scale=plain * whole.scale * whole.head_dim**0.5 if recipe.uniform else whole.scale,
     )
     return Plan(spec=spec, method=method, decision=decision, recipe=recipe)
 
@@ -257,7 +263,7 @@ def reductions(
     qk = plan.method.reduce(layer, plan.decision)
     if not plan.recipe.calibrated:
         return qk, value_stride(head_dim, spec.d_vo[index], kv_heads=whole.kv_heads)
-    qk = replace(qk, q_map=qk.q_map * (head_dim**-0.5 / spec.scale))  # the teacher's logit scale, folded into queries
+    qk = replace(qk, q_map=qk.q_map * (whole.scale / spec.scale))  # the teacher's logit scale, folded into queries
     assert statistics is not None
     outputs, d_vo = statistics.mean("o", heads_per_latent=spec.heads_per_latent), spec.latent_dims[1][index]
     return qk, value_output_svd(outputs, whole.o_proj.weight, d_vo, kv_heads=whole.kv_heads)

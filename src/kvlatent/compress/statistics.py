@@ -23,9 +23,8 @@ from kvlatent.errors import UserError, first_error
 from kvlatent.files import check_regular, new_file
 from kvlatent.model.attention import LatentAttention, side_by_side
 from kvlatent.model.graft import graft, heads_per_latent_of
-from kvlatent.model.layers import layer_arguments
+from kvlatent.model.layers import attention_input, embedded, layer_arguments
 from kvlatent.model.offload import OffloadedLayers
-from kvlatent.model.rope import rotate
 from kvlatent.model.window import ALL_FAR, Near
 
 NAMES = ("q", "k", "q_unrotated", "k_unrotated", "o")
@@ -55,7 +54,6 @@ class LayerStatistics:
         x: Tensor,
         kwargs: dict[str, Any],
         *,
-        rope_scaling: float,
         heads_per_latent: int = 1,
         near: Near = ALL_FAR,
     ) -> None:
@@ -69,19 +67,17 @@ class LayerStatistics:
             attention: The layer's attention, all dims kept.
             x: Normalised inputs, (batch, seq, hidden).
             kwargs: The layer's other arguments: position embeddings and mask.
-            rope_scaling: Multiplier inside cos and sin.
             heads_per_latent: KV heads that are reduced together.
             near: Tokens that the student will meet whole.
         """
         cos, sin = kwargs["position_embeddings"]
-        q, k, v = (t.float() for t in attention.queries_keys_values(x, cos, sin))
+        q, k, v = (t.float() for t in attention.queries_keys_values(x, cos, sin, kwargs.get("position_ids")))
         keys, values = (side_by_side(t, heads_per_latent) for t in (k, v))
         mask = kwargs.get("attention_mask")
         both = torch.cat((keys, values), dim=-1)
         mean_key, out, received, squared, given = _attend(q, k, both, mask=mask, scale=attention.scale, near=near)
         k_centered = _centered(k, _own(mean_key, heads_per_latent, attention.group_size), received)
-        unscale = 1 / rope_scaling**2
-        q_unrotated, k_unrotated = (rotate(t, cos[:, None], -sin[:, None]) * unscale for t in (q, k))
+        q_unrotated, k_unrotated = (attention.turned_back(t, cos, sin) for t in (q, k))
         own_out = _own(out, heads_per_latent, attention.group_size)
         met = q * given[..., None] if near.window else q
         of_heads = moment(q, met), k_centered, moment(q_unrotated), moment(k_unrotated), moment(own_out)
@@ -172,7 +168,6 @@ def sample_logits(
     *,
     rows: Tensor,
     rotated: bool,
-    rope_scaling: float,
     heads_per_latent: int = 1,
     near: Near = ALL_FAR,
 ) -> LogitSamples:
@@ -184,12 +179,11 @@ def sample_logits(
         kwargs: The layer's other arguments: position embeddings and mask.
         rows: Positions of the queries.
         rotated: Return queries and keys after RoPE, for maps that come after it; otherwise before.
-        rope_scaling: Multiplier inside cos and sin.
         heads_per_latent: KV heads whose keys are returned side by side.
         near: Tokens whose logits don't count.
     """
     cos, sin = kwargs["position_embeddings"]
-    q, k, _ = (t.float() for t in attention.queries_keys_values(x, cos, sin))
+    q, k, _ = (t.float() for t in attention.queries_keys_values(x, cos, sin, kwargs.get("position_ids")))
     q, mask = q[:, :, rows], kwargs.get("attention_mask")
     if mask is None:
         visible = (torch.arange(k.shape[2], device=k.device) <= rows[:, None])[None, None]
@@ -201,9 +195,7 @@ def sample_logits(
     if near.window:
         probs = probs * near.far(rows, torch.arange(k.shape[2], device=k.device))
     if not rotated:
-        unscale = 1 / rope_scaling**2
-        q = rotate(q, cos[:, None, rows], -sin[:, None, rows]) * unscale
-        k = rotate(k, cos[:, None], -sin[:, None]) * unscale
+        q, k = attention.turned_back(q, cos[:, rows], sin[:, rows]), attention.turned_back(k, cos, sin)
     return LogitSamples(q=q, k=side_by_side(k, heads_per_latent), rows=rows, logits=logits, probs=probs)
 
 
@@ -368,18 +360,18 @@ def calibrate(
     """
     check_far_tokens(near, ids.shape[1])
     model, grouped = graft(teacher), heads_per_latent_of(teacher.config, heads_per_latent)
-    layers, scaling = model.model.layers, model.model.rotary_emb.scaling
+    layers = model.model.layers
     statistics = [LayerStatistics() for _ in layers]
     starts = block_starts(len(ids), ids.shape[1], context).split(batch_size)
 
     def through(index: int, arguments: list[dict[str, Any]], hidden: Tensor) -> Tensor:
         layer, kwargs = layers[index], arguments[index]
-        x, moments = layer.input_layernorm(hidden), statistics[index]
-        moments.update(layer.self_attn, x, kwargs, rope_scaling=scaling, heads_per_latent=grouped, near=near)
+        x, moments = attention_input(layer, hidden, kwargs), statistics[index]
+        moments.update(layer.self_attn, x, kwargs, heads_per_latent=grouped, near=near)
         return layer(hidden, **kwargs)
 
     with torch.no_grad(), tqdm(total=ids.numel() * len(layers), unit="tok", unit_scale=True, desc="calibrate") as bar:
-        states = (model.model.embed_tokens(batch.to(model.device)) for batch in ids.split(batch_size))
+        states = (embedded(model, batch) for batch in ids.split(batch_size))
         if offloaded is None:
             for part, hidden in zip(starts, states, strict=True):
                 arguments = layer_arguments(model, part, ids.shape[1])

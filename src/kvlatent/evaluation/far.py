@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from kvlatent.evaluation.config import NEAR, SINKS, THRESHOLD
 from kvlatent.evaluation.perplexity import Perplexity, perplexity
+from kvlatent.model.spec import SLIDING
 
 
 def near_only_mask(seq: int, *, sliding: int | None = None) -> Bool[Tensor, "1 1 seq seq"]:
@@ -43,7 +44,11 @@ def near_only_perplexity(
         text_bytes: Likewise.
         batch_size: Likewise.
     """
-    visible = near_only_mask(ids.shape[1], sliding=getattr(teacher.config, "sliding_window", None))
+    sliding, types = getattr(teacher.config, "sliding_window", None), getattr(teacher.config, "layer_types", None)
+    visible: Tensor | dict[str, Tensor] = near_only_mask(ids.shape[1], sliding=sliding)
+    if types:
+        of_types = {kind: sliding if kind == SLIDING else None for kind in types}
+        visible = {kind: near_only_mask(ids.shape[1], sliding=window) for kind, window in of_types.items()}
     return perplexity(teacher, ids, text_bytes=text_bytes, batch_size=batch_size, visible=visible)
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kvlatent.errors import UserError
+from kvlatent.model.layers import before_head
 
 POSITIONS_PER_CHUNK = 512  # a 150k vocabulary in float32 then needs 0.3 GB of logits, whatever the block size
 SHORT = 512  # tokens of a short context
@@ -101,7 +102,7 @@ def perplexity(
     *,
     text_bytes: int,
     batch_size: int,
-    visible: Bool[Tensor, "1 1 block_size block_size"] | None = None,
+    visible: Bool[Tensor, "1 1 block_size block_size"] | dict[str, Tensor] | None = None,
 ) -> Perplexity:
     """Measure how well a model predicts packed text.
 
@@ -113,13 +114,13 @@ def perplexity(
         ids: Packed text, on any device.
         text_bytes: UTF-8 bytes of the text that all of `ids` stands for.
         batch_size: Blocks per forward pass; changes speed and memory, not the result.
-        visible: Which tokens of its block each token sees; None is all up to itself.
+        visible: Which tokens of its block each token sees, in all layers or by type of layer; None is all up to itself.
 
     Raises:
         UserError: No text, blocks too short or longer than the model's positions, or ids outside its vocabulary.
     """
     _check_blocks(model, ids, text_bytes=text_bytes, batch_size=batch_size)
-    kwargs = {} if visible is None else {"attention_mask": visible.to(model.device)}
+    kwargs = {} if visible is None else {"attention_mask": _on(model.device, visible)}
     parts: list[Tensor] = []
     progress = tqdm(total=ids.numel(), desc="perplexity", unit="tokens", unit_scale=True)
     with evaluation_mode(model), progress:
@@ -188,12 +189,16 @@ def _check_blocks(model: PreTrainedModel, ids: Tensor, *, text_bytes: int, batch
     check_positions(model, ids.shape[1])
 
 
+def _on(device: torch.device, masks: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+    return masks.to(device) if isinstance(masks, Tensor) else {kind: mask.to(device) for kind, mask in masks.items()}
+
+
 def _token_nll(
     model: PreTrainedModel, ids: Int[Tensor, "batch block_size"], **kwargs: Any
 ) -> Float[Tensor, "batch block_size-1"]:
     """Return nats per predicted token in float32, holding full-vocabulary logits of one chunk at a time."""
     hidden = model.get_decoder()(input_ids=ids, use_cache=False, **kwargs).last_hidden_state[:, :-1].flatten(0, 1)
-    lm_head = model.get_output_embeddings()
+    lm_head, hidden = model.get_output_embeddings(), before_head(model, hidden)
     chunks = zip(hidden.split(POSITIONS_PER_CHUNK), ids[:, 1:].flatten().split(POSITIONS_PER_CHUNK), strict=True)
     nll = [F.cross_entropy(lm_head(states).float(), targets, reduction="none") for states, targets in chunks]
     return torch.cat(nll).view(len(ids), -1)

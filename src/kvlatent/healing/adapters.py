@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from kvlatent.healing.config import HealConfig
 from kvlatent.healing.ffn import FFN, keep_all, keep_little
+from kvlatent.kernels.cpu_linear import is_gated
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Trained in full as `attention`."""
@@ -21,7 +22,7 @@ MAPS = ("q_map", "k_map", "v_map", "o_map")
 
 
 def with_adapters(student: PreTrainedModel, config: HealConfig) -> nn.Module:
-    """Freeze all of `student` but what `config` trains, and put LoRA on its FFN.
+    """Freeze all of `student` but what `config` trains, and put LoRA on its FFNs; experts have none and stay frozen.
 
     Frozen parameters get no gradient, so they take no memory for one.
 
@@ -30,12 +31,13 @@ def with_adapters(student: PreTrainedModel, config: HealConfig) -> nn.Module:
     """
     student.requires_grad_(False)
     trained: nn.Module = student
-    if config.lora_rank:
+    with_ffn = [(index, layer) for index, layer in enumerate(student.model.layers) if is_gated(layer.mlp)]
+    if config.lora_rank and with_ffn:
         lora = LoraConfig(
             r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(FFN), lora_dropout=0.0, bias="none"
         )
         trained = get_peft_model(student, lora)
-        for index, layer in enumerate(student.model.layers):
+        for index, layer in with_ffn:
             with torch.random.fork_rng(devices=[]):
                 # Of its own seed for each layer, so that layers start alike in whatever order they are made.
                 torch.manual_seed(config.seed * 100_003 + index)

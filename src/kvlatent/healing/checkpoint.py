@@ -27,6 +27,7 @@ from kvlatent.healing.state import has_state
 from kvlatent.healing.streaming import hidden_bytes
 from kvlatent.healing.teacher_cache import BYTES as TOP_K_BYTES
 from kvlatent.healing.teacher_cache import TeacherCache
+from kvlatent.kernels.cpu_linear import is_gated
 from kvlatent.model.card import unmeasured_card
 from kvlatent.model.checkpoints import (
     environment,
@@ -266,7 +267,8 @@ def _work_bytes(student: PreTrainedModel, teacher: PreTrainedModel, settings: He
     trained = 0
     for layer in student.model.layers:
         trained += sum(p.numel() for p in layer.self_attn.parameters())
-        trained += sum(sum(p.shape) for p in layer.mlp.parameters() if p.ndim == 2) * settings.lora_rank
+        if is_gated(layer.mlp):
+            trained += sum(sum(p.shape) for p in layer.mlp.parameters() if p.ndim == 2) * settings.lora_rank
     states = 2 * 3 * 4 * trained
     if not settings.stream_layers:
         return states

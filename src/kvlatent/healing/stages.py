@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from kvlatent.data.positions import positions_in_blocks, positions_in_documents
 from kvlatent.healing.config import HealConfig
 from kvlatent.healing.losses import Term, head_loss, hidden_mse, kl_term, ntp_loss, ntp_term, relative_error, top_k_term
-from kvlatent.model.layers import enter_layers
+from kvlatent.model.layers import before_head, enter_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class Stage(nn.Module):
         student, teacher = self._unowned
         if self.stage == 0:
             hidden = student.model(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-            return ntp_loss(hidden, student.lm_head.weight, ids[:, 1:].flatten()), None
+            return ntp_loss(before_head(student, hidden), student.lm_head.weight, ids[:, 1:].flatten()), None
         if self.stage == 1:
             relative = self.config.stage1_loss == "relative"
             losses = in_layer_losses(
@@ -123,7 +123,8 @@ class Stage(nn.Module):
         def chosen(x: Tensor) -> Tensor:
             return x.flatten(0, 1) if counted is None else x[counted]
 
-        hidden = chosen(student.model(ids, position_ids=position_ids, use_cache=False).last_hidden_state)
+        hidden = before_head(student, student.model(ids, position_ids=position_ids, use_cache=False).last_hidden_state)
+        hidden = chosen(hidden)
         share = {"kl": 1.0, "ntp": 0.0, "mix": config.kl_weight}[config.loss]
         terms: list[tuple[float, Term]] = []
         if share:
@@ -133,7 +134,7 @@ class Stage(nn.Module):
             else:
                 with torch.no_grad():
                     wanted = teacher.model(ids, position_ids=position_ids, use_cache=False).last_hidden_state
-                kl = kl_term(chosen(wanted), teacher.lm_head.weight, **options)
+                kl = kl_term(chosen(before_head(teacher, wanted)), teacher.lm_head.weight, **options)
             terms.append((share / positions, kl))
         if share < 1:
             labels = torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), -1)), 1)

@@ -24,6 +24,7 @@ from kvlatent.errors import UserError
 from kvlatent.files import replaced, sole_writer, sweep
 from kvlatent.healing import losses
 from kvlatent.healing.stages import Text
+from kvlatent.model.layers import before_head
 from kvlatent.signals import Stopped
 
 SHARD = 64
@@ -132,7 +133,7 @@ class TeacherCache:
         hidden = teacher.model(batch["ids"], position_ids=batch["position_ids"], use_cache=False).last_hidden_state[0]
         found = [
             (F.linear(part, teacher.lm_head.weight).float() / temperature).log_softmax(-1).topk(self.k)
-            for part in hidden.split(losses.CHUNK)
+            for part in before_head(teacher, hidden).split(losses.CHUNK)
         ]
         tokens = torch.cat([top.indices for top in found]).int().cpu()
         log_probs = torch.cat([top.values for top in found]).clamp(min=torch.finfo(torch.float16).min).half().cpu()

@@ -8,6 +8,7 @@ are read in place and once, so nothing is packed, stored twice or changed about 
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -42,6 +43,15 @@ def _hooked(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
 
+GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
+"""What a gated FFN is made of: down(act(gate(x)) · up(x))."""
+
+
+def is_gated(mlp: Any) -> bool:
+    """Whether this is one gated FFN; a router with experts isn't."""
+    return all(isinstance(getattr(mlp, name, None), nn.Module) for name in GATED)
+
+
 class GatedFFN(nn.Module):
     """Takes the place of a stock gated FFN, with its layers and parameter names; a decode step reads weights once."""
 
@@ -50,11 +60,11 @@ class GatedFFN(nn.Module):
     down_proj: nn.Module
     act_fn: nn.Module
 
-    def __init__(self, stock: nn.Module) -> None:
+    def __init__(self, stock: Any) -> None:
         """Hold the layers of `stock`."""
         super().__init__()
-        for name in ("gate_proj", "up_proj", "down_proj", "act_fn"):
-            self.add_module(name, stock.get_submodule(name))
+        for name in GATED:
+            self.add_module(name, getattr(stock, name))
 
     def forward(self, x: Tensor) -> Tensor:
         """The stock module's forward."""

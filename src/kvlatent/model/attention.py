@@ -12,8 +12,8 @@ from transformers import Cache, PreTrainedConfig
 from kvlatent.kernels.attention import latent_attention
 from kvlatent.kernels.cpu_linear import linear_outputs
 from kvlatent.model.compatibility import WITHOUT_EFFECT, refuse_unknown
-from kvlatent.model.rope import rotate
-from kvlatent.model.spec import LatentSpec
+from kvlatent.model.rope import query_growth, rotate
+from kvlatent.model.spec import SLIDING, LatentSpec
 from kvlatent.model.window import Far, FarMaps, Segment, Whole, decode, joined, sinks_of, windowed_attention
 
 
@@ -54,12 +54,15 @@ class LatentAttention(nn.Module):
         self.heads_per_latent = spec.heads_per_latent
         self.latents = self.kv_heads // self.heads_per_latent
         self.scale, self.qk_map = spec.scale, spec.qk_map
+        self.turns = layer_idx not in spec.unrotated
+        slides = bool(spec.sliding_inv_freq) and config.layer_types[layer_idx] == SLIDING
+        self.rope_scaling = spec.sliding_rope_scaling if slides else spec.rope_scaling
         cached_keys, cached_values = (dims[layer_idx] for dims in spec.latent_dims)
         self.cached_keys = cached_keys
         rotated = spec.head_dim if spec.qk_map == "after_rope" else cached_keys
 
         def linear(name: str, inputs: int, outputs: int) -> nn.Linear:
-            old = getattr(stock, name)
+            old: Any = getattr(stock, name, None) or stock.qkv_proj
             where = {"device": old.weight.device, "dtype": old.weight.dtype}
             return nn.Linear(inputs, outputs, bias=old.bias is not None, **where)
 
@@ -93,7 +96,13 @@ class LatentAttention(nn.Module):
         self.register_buffer("freq_index", index if spec.per_head_frequencies else None)
 
     def queries_keys_values(
-        self, hidden_states: Float[Tensor, "batch seq hidden"], cos: Tensor, sin: Tensor, *, whole_queries: bool = False
+        self,
+        hidden_states: Float[Tensor, "batch seq hidden"],
+        cos: Tensor,
+        sin: Tensor,
+        position_ids: Tensor | None = None,
+        *,
+        whole_queries: bool = False,
     ) -> tuple[
         Float[Tensor, "batch q_heads seq d_query"],
         Float[Tensor, "batch latents seq d_key"],
@@ -105,6 +114,7 @@ class LatentAttention(nn.Module):
             hidden_states: The layer's normalised input.
             cos: Cosines of `LatentRotaryEmbedding`, (batch, seq, pairs).
             sin: Sines, likewise.
+            position_ids: Positions, (batch, seq), for models whose queries grow with them; others need none.
             whole_queries: Leave out the queries' map after RoPE, so that they stay head_dim wide.
         """
         q, k, v = linear_outputs(hidden_states, self.q_proj, self.k_proj, self.v_proj)
@@ -117,6 +127,13 @@ class LatentAttention(nn.Module):
         maps_follow = self.qk_map == "after_rope" and not self.window
         q_map, k_map = (self.q_map, self.k_map) if maps_follow else (None, None)
         q_map = None if whole_queries else q_map
+        q, k = self._turned(q, k, cos, sin) if self.turns else (q, k)
+        if position_ids is not None and (growth := query_growth(self.config, position_ids)) is not None:
+            q = q * growth.to(q.dtype)
+        return q if q_map is None else _reduced(q, q_map), k if k_map is None else _reduced(k, k_map), v
+
+    def _turned(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys after RoPE."""
         if self.freq_index is None:
             cos, sin = cos[:, None], sin[:, None]  # (batch, 1, seq, pairs)
         else:
@@ -124,8 +141,11 @@ class LatentAttention(nn.Module):
         k = rotate(k, cos, sin)
         if self.freq_index is not None and self.group_size > 1:
             cos, sin = (x.repeat_interleave(self.group_size, dim=1) for x in (cos, sin))
-        q = rotate(q, cos, sin)
-        return q if q_map is None else _reduced(q, q_map), k if k_map is None else _reduced(k, k_map), v
+        return rotate(q, cos, sin), k
+
+    def turned_back(self, x: Float[Tensor, "batch heads seq head_dim"], cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotated queries or keys of an unreduced attention as they were before it, by the cos and sin they got."""
+        return rotate(x, cos[:, None], -sin[:, None]) * (1 / self.rope_scaling**2) if self.turns else x
 
     def far_maps(self) -> FarMaps:
         """How tokens are reduced that have left the window."""
@@ -141,10 +161,10 @@ class LatentAttention(nn.Module):
         return whole, Far(k=far_k, v=far_v, start=0)
 
     def _windowed(
-        self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
+        self, hidden: Tensor, positions: tuple[Tensor, Tensor, Tensor | None], mask: Tensor | None, cache: Cache | None
     ) -> Tensor:
         """Attend to the newest tokens and the sinks whole, to all others through latents."""
-        q, k, v = self.queries_keys_values(hidden, *position_embeddings)
+        q, k, v = self.queries_keys_values(hidden, *positions)
         maps = self.far_maps().of(k.dtype)
         if mask is not None and mask.dtype != torch.bool:  # as eager attention has it: 0 where a query may look
             mask = mask == 0
@@ -160,9 +180,14 @@ class LatentAttention(nn.Module):
 
     @staticmethod
     def _of_heads(x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
-        """Projected queries or keys, normalised: (batch, seq, heads·dim) → (batch, heads, seq, dim)."""
+        """Projected queries or keys, normalised: (batch, seq, heads·dim) → (batch, heads, seq, dim).
+
+        Norms are of every head, or, where they have that many weights, of all heads together.
+        """
+        of_all = norm is not None and norm.weight.numel() == x.shape[-1]  # type: ignore[operator]
+        x = norm(x) if norm is not None and of_all else x
         x = x.unflatten(-1, (heads, -1))
-        return (x if norm is None else norm(x)).transpose(1, 2)
+        return (x if norm is None or of_all else norm(x)).transpose(1, 2)
 
     def forward(
         self,
@@ -171,6 +196,7 @@ class LatentAttention(nn.Module):
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None,
         is_causal: bool | None = None,
         output_attentions: bool | None = None,
         **others: Any,
@@ -183,6 +209,7 @@ class LatentAttention(nn.Module):
             attention_mask: True (or 0.0) where a query may look; without one, the causal triangle.
             cache: Where keys and values go, as transformers passes it since 5.24.
             past_key_values: The same, as transformers passed it before.
+            position_ids: Positions, (batch, seq).
             is_causal: As stock attention takes it; this one is always causal.
             output_attentions: Whether attention weights are wanted.
             others: Arguments without effect here.
@@ -198,12 +225,12 @@ class LatentAttention(nn.Module):
             raise ValueError("latent attention never forms attention weights, so output_attentions can't return them")
         check_implementation(self.config)
         cache = past_key_values if cache is None else cache
-        queries = hidden_states.shape[1]
+        queries, positions = hidden_states.shape[1], (*position_embeddings, position_ids)
         if self.window:
-            return self._windowed(hidden_states, position_embeddings, attention_mask, cache), None
+            return self._windowed(hidden_states, positions, attention_mask, cache), None
         k_back = self.q_map.mT if self.q_map is not None and self.qk_map == "after_rope" else None
         k_back, v_back = (x if taking_back_pays(x, queries) else None for x in (k_back, self.o_map))
-        q, k, v = self.queries_keys_values(hidden_states, *position_embeddings, whole_queries=k_back is not None)
+        q, k, v = self.queries_keys_values(hidden_states, *positions, whole_queries=k_back is not None)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         seen = queries if attention_mask is None else None  # of a longer buffer

@@ -35,7 +35,7 @@ if not CACHE:
 
 WITHOUT_EFFECT = frozenset(
     {
-        "position_ids", "use_cache", "token_type_ids", "num_items_in_batch",
+        "use_cache", "token_type_ids", "num_items_in_batch",
         "output_hidden_states", "output_router_logits",
         "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
     }

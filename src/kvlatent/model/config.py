@@ -2,7 +2,23 @@
 
 from typing import Any
 
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma3TextConfig,
+    Glm4Config,
+    GraniteConfig,
+    LlamaConfig,
+    Ministral3Config,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
 
 OF_THE_CLASS = ("model_type", "architectures", "transformers_version", "auto_map")
 """Entries of a config that say which code it is for; a model of another class doesn't take them over."""
@@ -36,10 +52,90 @@ class KVLatentQwen3Config(Qwen3Config):
     latent: dict[str, Any] | None = None
 
 
+class KVLatentMixtralConfig(MixtralConfig):
+    """A converted Mixtral's config."""
+
+    model_type = "kvlatent_mixtral"
+    latent: dict[str, Any] | None = None
+
+
+class KVLatentQwen3MoeConfig(Qwen3MoeConfig):
+    """A converted Qwen3-MoE's config."""
+
+    model_type = "kvlatent_qwen3_moe"
+    latent: dict[str, Any] | None = None
+
+
+class KVLatentMinistral3Config(Ministral3Config):
+    """A converted Ministral 3's config."""
+
+    model_type = "kvlatent_ministral3"
+    latent: dict[str, Any] | None = None
+
+
+class KVLatentSmolLM3Config(SmolLM3Config):
+    """A converted SmolLM3's config."""
+
+    model_type = "kvlatent_smollm3"
+    latent: dict[str, Any] | None = None
+
+
+class KVLatentGraniteConfig(GraniteConfig):
+    """A converted Granite's config."""
+
+    model_type = "kvlatent_granite"
+    latent: dict[str, Any] | None = None
+
+
+class KVLatentOlmo2Config(Olmo2Config):
+    """A converted OLMo 2's config."""
+
+    model_type = "kvlatent_olmo2"
+    latent: dict[str, Any] | None = None
+
+
+class KVLatentOlmo3Config(Olmo3Config):
+    """A converted OLMo 3's config."""
+
+    model_type = "kvlatent_olmo3"
+    latent: dict[str, Any] | None = None
+
+
+class KVLatentPhi3Config(Phi3Config):
+    """A converted Phi-3 or Phi-4's config."""
+
+    model_type = "kvlatent_phi3"
+    latent: dict[str, Any] | None = None
+
+
+class KVLatentGlm4Config(Glm4Config):
+    """A converted GLM-4's config."""
+
+    model_type = "kvlatent_glm4"
+    latent: dict[str, Any] | None = None
+
+
+class KVLatentGemma3TextConfig(Gemma3TextConfig):
+    """A converted Gemma 3 for text's config."""
+
+    model_type = "kvlatent_gemma3_text"
+    latent: dict[str, Any] | None = None
+
+
 CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "llama": KVLatentLlamaConfig,
     "mistral": KVLatentMistralConfig,
     "qwen2": KVLatentQwen2Config,
     "qwen3": KVLatentQwen3Config,
+    "mixtral": KVLatentMixtralConfig,
+    "qwen3_moe": KVLatentQwen3MoeConfig,
+    "ministral3": KVLatentMinistral3Config,
+    "smollm3": KVLatentSmolLM3Config,
+    "granite": KVLatentGraniteConfig,
+    "olmo2": KVLatentOlmo2Config,
+    "olmo3": KVLatentOlmo3Config,
+    "gemma3_text": KVLatentGemma3TextConfig,
+    "glm4": KVLatentGlm4Config,
+    "phi3": KVLatentPhi3Config,
 }
 """Config class of converted models by the stock model_type."""

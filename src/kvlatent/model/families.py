@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvlatent.errors import UserError
 
@@ -24,16 +24,41 @@ class Family:
     name: str
     """Stem of the transformers class names, as in `LlamaForCausalLM`."""
     qk_norm: bool = False
-    """Queries and keys pass an RMSNorm over head_dim, so their reduction can't be folded into W_Q and W_K."""
+    """Queries and keys pass an RMSNorm, of each head or of all, so their reduction can't be folded into W_Q and W_K."""
+    post_norm: bool = False
+    """Norms follow attention and FFN, before what they give joins the residual stream; neither is refitted to that."""
+    interleaved: bool = False
+    """RoPE rotates pairs of neighbouring dims, rather than dims half a head apart."""
+    stored_apart: bool = True
+    """Checkpoints hold the weights that students have; fused or split further, they can't be read layer by layer."""
+    on_engines: bool = False
+    """Whether exports and the plugin for vLLM know the family; students of others run on transformers alone."""
 
 
 FAMILIES = {
-    "llama": Family(name="Llama"),
-    "mistral": Family(name="Mistral"),
-    "qwen2": Family(name="Qwen2"),
-    "qwen3": Family(name="Qwen3", qk_norm=True),
+    "llama": Family(name="Llama", on_engines=True),
+    "mistral": Family(name="Mistral", on_engines=True),
+    "qwen2": Family(name="Qwen2", on_engines=True),
+    "qwen3": Family(name="Qwen3", qk_norm=True, on_engines=True),
+    "mixtral": Family(name="Mixtral", stored_apart=False),
+    "qwen3_moe": Family(name="Qwen3Moe", qk_norm=True, stored_apart=False),
+    "ministral3": Family(name="Ministral3"),
+    "smollm3": Family(name="SmolLM3"),
+    "granite": Family(name="Granite"),
+    "olmo2": Family(name="Olmo2", qk_norm=True, post_norm=True),
+    "olmo3": Family(name="Olmo3", qk_norm=True, post_norm=True),
+    "phi3": Family(name="Phi3", stored_apart=False),
+    "glm4": Family(name="Glm4", interleaved=True, post_norm=True, stored_apart=False),
+    "gemma3_text": Family(name="Gemma3", qk_norm=True, post_norm=True),
 }
 """Family by the `model_type` of the stock config."""
+
+REFUSED = {
+    "attn_logit_softcapping": "soft-capping of attention logits",
+    "final_logit_softcapping": "soft-capping of the output's logits",
+    "use_bidirectional_attention": "attention in both directions",
+}
+"""What our attention and losses can't compute, by the entry of a config that asks for it."""
 
 PREFIX = "kvlatent_"
 """Converted checkpoints have model_type `kvlatent_<family>`."""
@@ -43,14 +68,36 @@ def family_of(config: PreTrainedConfig) -> Family:
     """Return the row for a stock or converted config.
 
     Raises:
-        UserError: The architecture, or its kind of RoPE, is not supported.
+        UserError: The architecture, or something about its attention, is not supported.
     """
+    for name, what in REFUSED.items():
+        if getattr(config, name, None):
+            raise UserError(f"{what} ({name} of the config) is not supported")
     family = FAMILIES.get(config.model_type.removeprefix(PREFIX))
     if family is None:
+        if getattr(config, "kv_lora_rank", None):
+            raise UserError(
+                f"{config.model_type!r} models have multi-head latent attention (MLA): they cache one latent for all "
+                "heads already, so there are no keys and values per head to reduce"
+            )
         raise UserError(f"{config.model_type!r} models are not supported; supported are {', '.join(FAMILIES)}")
-    parameters = getattr(config, "rope_parameters", None) or {}
-    rope = parameters.get("rope_type", "default")
-    one_list = rope == "longrope" and parameters.get("short_factor") == parameters.get("long_factor")  # our own exports
-    if rope not in ROPE_TYPES and not one_list:
-        raise UserError(f"rope_type {rope!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
+    for parameters in _ropes(config):
+        rope = parameters.get("rope_type", "default")
+        one_list = rope == "longrope" and parameters.get("short_factor") == parameters.get("long_factor")  # our exports
+        if rope not in ROPE_TYPES and not one_list:
+            raise UserError(f"rope_type {rope!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
     return family
+
+
+def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """RoPE's parameters, of all layers or of each type of layers."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_type = [value for value in parameters.values() if isinstance(value, dict)]
+    return by_type or [parameters]
+
+
+def turns_alike(config: PreTrainedConfig) -> bool:
+    """Whether all dims of the queries and keys of all layers rotate by one list of frequencies."""
+    ropes = _ropes(config)
+    whole = all(parameters.get("partial_rotary_factor", 1.0) == 1 for parameters in ropes)
+    return len(ropes) == 1 and whole and all(getattr(config, "no_rope_layers", None) or ())

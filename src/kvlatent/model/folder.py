@@ -65,6 +65,10 @@ class Counts(BaseModel):
     num_labels: Annotated[int, Field(ge=0, le=2**16)] | None = None
 
 
+Rope = bool | int | float | str | list[int | float] | None
+"""An entry of RoPE's parameters, which are those of all layers, or by type of layers."""
+
+
 class Shape(BaseModel):
     """Entries of a config that shapes and memory follow from; without bounds, nonsense would only fail much later."""
 
@@ -81,7 +85,7 @@ class Shape(BaseModel):
     sliding_window: Count | None = None
     rms_norm_eps: Annotated[float, Field(ge=0, le=1)]
     tie_word_embeddings: bool
-    rope_parameters: dict[str, bool | int | float | str | list[int | float] | None]
+    rope_parameters: dict[str, Rope | dict[str, Rope]]
     dtype: Annotated[Any, AfterValidator(_of_weights)] = None
 
 

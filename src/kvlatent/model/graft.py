@@ -9,35 +9,56 @@ import torch
 from transformers import (
     Cache,
     DynamicCache,
+    Gemma3ForCausalLM,
     GenerationConfig,
+    Glm4ForCausalLM,
+    GraniteForCausalLM,
     LlamaForCausalLM,
+    Ministral3ForCausalLM,
     MistralForCausalLM,
+    MixtralForCausalLM,
+    Olmo2ForCausalLM,
+    Olmo3ForCausalLM,
+    Phi3ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
+    Qwen3MoeForCausalLM,
+    SmolLM3ForCausalLM,
     StaticCache,
 )
 from transformers import initialization as init
 
 from kvlatent.errors import UserError
-from kvlatent.kernels.cpu_linear import GatedFFN
+from kvlatent.kernels.cpu_linear import GatedFFN, is_gated
 from kvlatent.model.attention import LatentAttention, check_implementation
 from kvlatent.model.cache import LatentCache, write_in_place
 from kvlatent.model.compatibility import CACHE, CACHE_NAMES, check_itself, is_tested
 from kvlatent.model.config import (
     CONFIGS,
     OF_THE_CLASS,
+    KVLatentGemma3TextConfig,
+    KVLatentGlm4Config,
+    KVLatentGraniteConfig,
     KVLatentLlamaConfig,
+    KVLatentMinistral3Config,
     KVLatentMistralConfig,
+    KVLatentMixtralConfig,
+    KVLatentOlmo2Config,
+    KVLatentOlmo3Config,
+    KVLatentPhi3Config,
     KVLatentQwen2Config,
     KVLatentQwen3Config,
+    KVLatentQwen3MoeConfig,
+    KVLatentSmolLM3Config,
 )
 from kvlatent.model.families import PREFIX, family_of
 from kvlatent.model.fixed_window import FixedWindowLayer
 from kvlatent.model.folder import head_is_tied
-from kvlatent.model.rope import LatentRotaryEmbedding
-from kvlatent.model.spec import LatentSpec
+from kvlatent.model.rope import LatentRotaryEmbedding, frequencies_of
+from kvlatent.model.spec import SLIDING, LatentSpec
+from kvlatent.model.stock_weights import split_ffn, unfused
 from kvlatent.model.window_cache import WindowLayer
 
 LATENT_DIMS = 256
@@ -65,7 +86,8 @@ class KVLatentForCausalLM:
         check_implementation(config)
         set_spec(self, spec)
         for layer in self.model.layers:  # type: ignore[attr-defined]
-            layer.mlp = GatedFFN(layer.mlp)
+            if is_gated(mlp := split_ffn(layer.mlp)):  # experts stay as they are
+                layer.mlp = GatedFFN(mlp)
         self.model.register_forward_pre_hook(  # type: ignore[attr-defined]
             _give_cache, with_kwargs=True
         )
@@ -158,11 +180,81 @@ class KVLatentQwen3ForCausalLM(KVLatentForCausalLM, Qwen3ForCausalLM):
     config_class = KVLatentQwen3Config
 
 
+class KVLatentMixtralForCausalLM(KVLatentForCausalLM, MixtralForCausalLM):
+    """A converted Mixtral."""
+
+    config_class = KVLatentMixtralConfig
+
+
+class KVLatentQwen3MoeForCausalLM(KVLatentForCausalLM, Qwen3MoeForCausalLM):
+    """A converted Qwen3-MoE."""
+
+    config_class = KVLatentQwen3MoeConfig
+
+
+class KVLatentMinistral3ForCausalLM(KVLatentForCausalLM, Ministral3ForCausalLM):
+    """A converted Ministral 3."""
+
+    config_class = KVLatentMinistral3Config
+
+
+class KVLatentSmolLM3ForCausalLM(KVLatentForCausalLM, SmolLM3ForCausalLM):
+    """A converted SmolLM3."""
+
+    config_class = KVLatentSmolLM3Config
+
+
+class KVLatentGraniteForCausalLM(KVLatentForCausalLM, GraniteForCausalLM):
+    """A converted Granite."""
+
+    config_class = KVLatentGraniteConfig
+
+
+class KVLatentOlmo2ForCausalLM(KVLatentForCausalLM, Olmo2ForCausalLM):
+    """A converted OLMo 2."""
+
+    config_class = KVLatentOlmo2Config
+
+
+class KVLatentOlmo3ForCausalLM(KVLatentForCausalLM, Olmo3ForCausalLM):
+    """A converted OLMo 3."""
+
+    config_class = KVLatentOlmo3Config
+
+
+class KVLatentPhi3ForCausalLM(KVLatentForCausalLM, Phi3ForCausalLM):
+    """A converted Phi-3 or Phi-4."""
+
+    config_class = KVLatentPhi3Config
+
+
+class KVLatentGlm4ForCausalLM(KVLatentForCausalLM, Glm4ForCausalLM):
+    """A converted GLM-4."""
+
+    config_class = KVLatentGlm4Config
+
+
+class KVLatentGemma3ForCausalLM(KVLatentForCausalLM, Gemma3ForCausalLM):
+    """A converted Gemma 3 for text."""
+
+    config_class = KVLatentGemma3TextConfig
+
+
 MODELS: dict[str, type[PreTrainedModel]] = {
     "llama": KVLatentLlamaForCausalLM,
     "mistral": KVLatentMistralForCausalLM,
     "qwen2": KVLatentQwen2ForCausalLM,
     "qwen3": KVLatentQwen3ForCausalLM,
+    "mixtral": KVLatentMixtralForCausalLM,
+    "qwen3_moe": KVLatentQwen3MoeForCausalLM,
+    "ministral3": KVLatentMinistral3ForCausalLM,
+    "smollm3": KVLatentSmolLM3ForCausalLM,
+    "granite": KVLatentGraniteForCausalLM,
+    "olmo2": KVLatentOlmo2ForCausalLM,
+    "olmo3": KVLatentOlmo3ForCausalLM,
+    "gemma3_text": KVLatentGemma3ForCausalLM,
+    "glm4": KVLatentGlm4ForCausalLM,
+    "phi3": KVLatentPhi3ForCausalLM,
 }
 """Model class of converted models by the stock model_type."""
 
@@ -172,7 +264,7 @@ def set_spec(model: PreTrainedModel, spec: LatentSpec) -> None:
     model.config.latent = spec.to_dict()
     for index, layer in enumerate(model.model.layers):
         layer.self_attn = LatentAttention(model.config, index, layer.self_attn, spec)
-    model.model.rotary_emb = LatentRotaryEmbedding(spec.inv_freq, spec.rope_scaling).to(model.device)
+    model.model.rotary_emb = LatentRotaryEmbedding.of(spec).to(model.device)
 
 
 def spec_of(model: PreTrainedModel) -> LatentSpec | None:
@@ -237,16 +329,23 @@ def identity_spec(teacher: PreTrainedModel) -> LatentSpec:
     """The spec that keeps every dim and the teacher's own frequencies: the graft it describes equals the teacher."""
     config, rotary = teacher.config, teacher.model.rotary_emb
     head_dim = head_dim_of(config)
+    by_type = not hasattr(rotary, "inv_freq")  # layers with a sliding window have their own
+    inv_freq, scaling = frequencies_of(rotary, head_dim, "full_attention" if by_type else None)
+    sliding_inv_freq, sliding_scaling = frequencies_of(rotary, head_dim, SLIDING) if by_type else ((), 1.0)
+    turns = getattr(config, "no_rope_layers", None) or [1] * config.num_hidden_layers  # 0 is a layer without RoPE
     return LatentSpec(
         preset="none",
         head_dim=head_dim,
         d_qk=(head_dim,) * config.num_hidden_layers,
         d_vo=(head_dim,) * config.num_hidden_layers,
         qk_map="folded",
-        inv_freq=tuple(rotary.inv_freq.float().tolist()),
+        inv_freq=inv_freq,
         per_head_frequencies=False,
-        scale=head_dim**-0.5,
-        rope_scaling=rotary.attention_scaling,
+        scale=teacher.model.layers[0].self_attn.scaling,
+        rope_scaling=scaling,
+        sliding_inv_freq=sliding_inv_freq,
+        sliding_rope_scaling=sliding_scaling,
+        unrotated=tuple(index for index, turned in enumerate(turns) if not turned),
     )
 
 
@@ -271,9 +370,12 @@ def graft(teacher: PreTrainedModel, *, share: bool = False) -> PreTrainedModel:
     config._attn_implementation = "sdpa"
     with torch.device("meta"), init.no_init_weights():
         student = MODELS[model_type](config)
-    weights = {name: value if share else value.clone() for name, value in teacher.state_dict().items()}
-    student.load_state_dict(weights, assign=True)
-    student.model.rotary_emb = LatentRotaryEmbedding(spec.inv_freq, spec.rope_scaling).to(teacher.device)
+    rotated = 2 * sum(frequency != 0 for frequency in spec.inv_freq)
+    stock = unfused(teacher.state_dict(), teacher.config, head_dim=spec.head_dim, rotated=rotated)
+    student.load_state_dict({name: value if share else value.clone() for name, value in stock.items()}, assign=True)
+    if hasattr(teacher.model.embed_tokens, "embed_scale"):  # which is no part of the state
+        student.model.embed_tokens.embed_scale = teacher.model.embed_tokens.embed_scale.clone()
+    student.model.rotary_emb = LatentRotaryEmbedding.of(spec).to(teacher.device)
     student.tie_weights()
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.requires_grad_(True).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from transformers import PreTrainedModel
 
 
 def layer_arguments(model: PreTrainedModel, starts: Int[Tensor, "batch"], block_size: int) -> list[dict[str, Any]]:
-    """Position embeddings and mask that each decoder layer gets for blocks that begin at `starts`; no layer is run."""
+    """Positions, their embeddings and mask that each layer gets for blocks that begin at `starts`; no layer is run."""
     starts = starts.to(model.device)
     positions = starts[:, None] + torch.arange(block_size, device=starts.device)
     _, arguments = enter_layers(model, torch.zeros_like(positions), positions)
-    return [{name: kwargs[name] for name in ("position_embeddings", "attention_mask")} for kwargs in arguments]
+    names = ("position_embeddings", "attention_mask", "position_ids")
+    return [{name: kwargs[name] for name in names} for kwargs in arguments]
 
 
 def enter_layers(
@@ -71,7 +73,11 @@ def hooks(handles: Iterator[Any]) -> Iterator[None]:
 def input_and_output(module: nn.Module, run: Callable[[], Any]) -> tuple[Tensor, Any]:
     """Call `run` and return the tensor that `module` was given meanwhile, and the result of `run`."""
     seen: list[Tensor] = []
-    with hooks(iter([module.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))])):
+
+    def note(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(_hidden(args, kwargs))
+
+    with hooks(iter([module.register_forward_pre_hook(note, with_kwargs=True)])):
         result = run()
     return seen[0], result
 
@@ -83,13 +89,34 @@ class _Reached(Exception):
 def input_of(module: nn.Module, run: Callable[[], Any]) -> Tensor:
     """Call `run` until it reaches `module`, and return the tensor that it would be given there."""
 
-    def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        raise _Reached(args[0])
+    def stop(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(_hidden(args, kwargs))
 
-    with hooks(iter([module.register_forward_pre_hook(stop)])):
+    with hooks(iter([module.register_forward_pre_hook(stop, with_kwargs=True)])):
         try:
             run()
         except _Reached as reached:
             tensor: Tensor = reached.args[0]
             return tensor
     raise AssertionError("the module is not part of what ran")
+
+
+def _hidden(args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The tensor that a module is called with, by place or by name."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def attention_input(layer: Any, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """What a decoder layer gives its attention for these hidden states (batch, seq, hidden): most normalise them."""
+    return input_of(layer.self_attn, partial(layer, hidden, **arguments))
+
+
+def embedded(model: PreTrainedModel, ids: Int[Tensor, "batch seq"]) -> Tensor:
+    """What the body gives its first layer, (batch, seq, hidden): some scale their embeddings."""
+    return enter_layers(model, ids.to(model.device))[0]
+
+
+def before_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Final hidden states (…, hidden) whose product with the output head is the logits: some models divide those."""
+    return hidden / getattr(model.config, "logits_scaling", 1.0)

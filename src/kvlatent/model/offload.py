@@ -15,6 +15,7 @@ from transformers import initialization as init
 
 from kvlatent.errors import UserError
 from kvlatent.model.checkpoints import locate, pick_device, pick_dtype
+from kvlatent.model.families import family_of
 from kvlatent.model.folder import check_all_used, check_finite, one_line, read_config, weight_files
 
 LAYERS = "model.layers."
@@ -81,6 +82,11 @@ def open_offloaded(model: str, *, device: str = "auto", dtype: str = "auto") -> 
     place, source = pick_device(device), locate(model)
     with one_line(f"can't open {model}"):
         config = read_config(source)
+        if not family_of(config).stored_apart:
+            raise UserError(
+                f"checkpoints of {config.model_type} models hold fused or split weights, which can't be read layer by "
+                "layer; leave --offload out"
+            )
         if (quantized := getattr(config, "quantization_config", None)) is not None:
             raise UserError(
                 f"{model} is quantized ({quantized.get('quant_method')}), and layers that come one at a time are read "
@@ -101,4 +107,6 @@ def open_offloaded(model: str, *, device: str = "auto", dtype: str = "auto") -> 
     teacher.tie_weights()  # to the tensor that came
     rotary = teacher.model.rotary_emb
     teacher.model.rotary_emb = type(rotary)(config).to(place)  # its buffers aren't in the files
+    if (scale := getattr(teacher.model.embed_tokens, "scalar_embed_scale", None)) is not None:  # nor is this one
+        teacher.model.embed_tokens.embed_scale = torch.tensor(scale, device=place)
     return teacher.eval().requires_grad_(False), layers

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from kvlatent.errors import UserError
+from kvlatent.model.spec import SLIDING, LatentSpec
 
 
 def plain_exponents(d: int) -> list[int]:
@@ -33,6 +35,26 @@ def inverse_frequencies(exponents: list[int], *, d: int, theta: float) -> tuple[
     return tuple((1.0 / powers).tolist())
 
 
+def frequencies_of(rotary: nn.Module, head_dim: int, layer_type: str | None = None) -> tuple[tuple[float, ...], float]:
+    """Inverse frequencies of a stock rotary embedding, 0 for pairs that stand still, and its multiplier of cos and sin.
+
+    Args:
+        rotary: The stock module.
+        head_dim: Dims per head, of which it may rotate the first ones only.
+        layer_type: Of a module that has frequencies for each type of layers.
+
+    Raises:
+        UserError: It rotates some dims only and scales them, unlike the others.
+    """
+    prefix = f"{layer_type}_" if layer_type else ""
+    own: list[float] = getattr(rotary, f"{prefix}inv_freq").float().tolist()
+    scaling = float(getattr(rotary, f"{prefix}attention_scaling"))
+    still = head_dim // 2 - len(own)
+    if still and scaling != 1:
+        raise UserError("RoPE of a part of each head is not supported with a scaling of that part's logits")
+    return (*own, *[0.0] * still), scaling
+
+
 def stability(inv_freq: tuple[float, ...], distances: Tensor) -> Tensor:
     """Mean cosine over rotary pairs at each distance: (1/d)·1ᵀR(x)1 (Eq. 10).
 
@@ -53,6 +75,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def query_growth(config: PreTrainedConfig, position_ids: Tensor) -> Tensor | None:
+    """What queries at these positions (batch, seq) are multiplied by, (batch, 1, seq, 1); None is 1 everywhere.
+
+    Llama 4 and models after it let the logits grow beyond the positions that they were first trained on.
+    """
+    rope = config.rope_parameters or {}
+    if (beta := rope.get("llama_4_scaling_beta")) is None:
+        return None
+    lengths = torch.floor(position_ids / rope["original_max_position_embeddings"])
+    return (1 + beta * torch.log(1 + lengths))[:, None, :, None]
+
+
 class LatentRotaryEmbedding(nn.Module):
     """cos and sin of `position × frequency` for all inverse frequencies, once per forward; heads pick from them.
 
@@ -64,11 +98,22 @@ class LatentRotaryEmbedding(nn.Module):
     inv_freq: Tensor
     original_inv_freq: Tensor
 
-    def __init__(self, inv_freq: tuple[float, ...], scaling: float) -> None:
+    def __init__(
+        self, inv_freq: tuple[float, ...], scaling: float, *, sliding: LatentRotaryEmbedding | None = None
+    ) -> None:
+        """Hold the frequencies of all layers, or, with one for those with a sliding window, of the others."""
         super().__init__()
+        self.sliding = sliding
         self.exact, self.scaling = inv_freq, scaling
         self.inv_freq = nn.Buffer(torch.tensor(inv_freq, dtype=torch.float32), persistent=False)
         self.original_inv_freq = nn.Buffer(self.inv_freq.clone(), persistent=False)
+
+    @classmethod
+    def of(cls, spec: LatentSpec) -> LatentRotaryEmbedding:
+        """The one that a spec describes."""
+        own = spec.sliding_inv_freq
+        sliding = cls(own, spec.sliding_rope_scaling) if own else None
+        return cls(spec.inv_freq, spec.rope_scaling, sliding=sliding)
 
     def compute_default_rope_parameters(self, config: None) -> tuple[Tensor, float]:
         """Return the inverse frequencies (pairs,) in radians per token and the multiplier of cos and sin."""
@@ -81,8 +126,10 @@ class LatentRotaryEmbedding(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str = "") -> tuple[Tensor, Tensor]:
         """Return cos and sin, each (batch, seq, pairs), in the dtype of `x`; `position_ids` is (batch, seq)."""
+        if self.sliding is not None and layer_type == SLIDING:
+            return self.sliding(x, position_ids)
         with torch.autocast(x.device.type, enabled=False):
             angles = position_ids[..., None].float() * self.inv_freq
             return (angles.cos() * self.scaling).to(x.dtype), (angles.sin() * self.scaling).to(x.dtype)

@@ -18,6 +18,8 @@ Preset = Literal["best", "portable", "paper"]
 """How heads are reduced: our measured best, one shared frequency list for stock engines, or the paper's own recipe."""
 Origin = Preset | Literal["none"]
 """The preset that made a spec, or none where nothing was reduced: a graft that still equals its teacher."""
+SLIDING = "sliding_attention"
+"""What transformers calls layers with a sliding window, in `layer_types`."""
 QKMap = Literal["folded", "before_rope", "after_rope"]
 """Where queries and keys go from head_dim to d_qk: inside W_Q and W_K, or by a per-head map before or after RoPE."""
 
@@ -44,6 +46,12 @@ class LatentSpec:
     """Multiplier of the attention logits."""
     rope_scaling: float = 1.0
     """Multiplier of cos and sin (the attention factor of YaRN; 1 elsewhere)."""
+    sliding_inv_freq: tuple[float, ...] = ()
+    """Inverse frequencies of layers with a sliding window, where these have their own."""
+    sliding_rope_scaling: float = 1.0
+    """Multiplier of their cos and sin."""
+    unrotated: tuple[int, ...] = ()
+    """Layers whose queries and keys know no positions (NoPE)."""
     heads_per_latent: int = 1
     """KV heads per group: their keys and values are reduced and cached as one, that many times d_qk and d_vo wide."""
     window: int = 0
@@ -56,7 +64,7 @@ class LatentSpec:
     """Likewise for values."""
 
     def __post_init__(self) -> None:
-        for name in ("d_qk", "d_vo", "inv_freq"):  # JSON gives lists
+        for name in ("d_qk", "d_vo", "inv_freq", "sliding_inv_freq", "unrotated"):  # JSON gives lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("k_codes", "v_codes"):
             groups = tuple(tuple((dims, bits) for dims, bits in layer) for layer in getattr(self, name))
@@ -82,6 +90,11 @@ class LatentSpec:
             raise UserError(
                 f"a shared list of {len(self.inv_freq)} frequencies rotates {2 * len(self.inv_freq)} dims; "
                 f"the layers rotate {sorted(rotated)}"
+            )
+        if self.sliding_inv_freq and len(self.sliding_inv_freq) != len(self.inv_freq):
+            raise UserError(
+                f"{len(self.inv_freq)} frequencies and {len(self.sliding_inv_freq)} for layers with a sliding window "
+                "can't rotate the same dims"
             )
 
     def _check_codes(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 
 from kvlatent.errors import UserError
-from kvlatent.model.families import family_of
+from kvlatent.model.families import FAMILIES, family_of
 from kvlatent.model.graft import cached_dims, spec_in
 from kvlatent.model.spec import bytes_per_token
 from kvlatent.serving.export.vllm import CPU_HEAD_SIZES, Backend, cache_widths, check_windowless, gpu_backend
@@ -192,6 +192,7 @@ def check_plugin(config: PreTrainedConfig) -> None:
     """Raise `UserError` unless kvlatent's plugin for vLLM can hold the student."""
     spec = spec_in(config)
     assert spec is not None
+    _check_family(config)
     check_windowless(spec)
 
 
@@ -225,7 +226,17 @@ def check_gguf(config: PreTrainedConfig) -> None:
         raise UserError(f"llama.cpp's llama architecture has SiLU activations; the model has {config.hidden_act}")
 
 
+def _check_family(config: PreTrainedConfig) -> None:
+    family = family_of(config)
+    if not family.on_engines:
+        known = ", ".join(other.name for other in FAMILIES.values() if other.on_engines)
+        raise UserError(
+            f"exports and the plugin for vLLM know {known}, not {family.name}, which runs on transformers with kvlatent"
+        )
+
+
 def _check_plain(config: PreTrainedConfig) -> None:
+    _check_family(config)
     spec = spec_in(config)
     if spec is None or (spec.qk_map == "folded" and not spec.per_head_frequencies):
         return

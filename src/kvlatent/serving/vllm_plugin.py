@@ -15,6 +15,6 @@ def register() -> None:
     from kvlatent.model import registration
 
     registration.register()
-    for family in FAMILIES.values():
+    for family in (family for family in FAMILIES.values() if family.on_engines):
         name = f"KVLatent{family.name}ForCausalLM"
         ModelRegistry.register_model(name, f"kvlatent.serving.vllm_model:{name}")
