@@ -158,7 +158,7 @@ def test_eight_bits_of_all_dims_are_nearly_the_teacher(any_teacher: PreTrainedMo
     codes = [((width, 8),)] * any_teacher.config.num_hidden_layers
     student = convert(any_teacher, d_qk=16, d_vo=16, k_codes=codes, v_codes=codes, statistics=statistics)
     exact, coarse = logits(any_teacher, ids), logits(student, ids)
-    assert (coarse - exact).norm() < 0.03 * exact.norm()
+    assert (coarse - exact).norm() < 0.06 * exact.norm()  # experts are chosen anew where two are nearly alike
     assert not torch.equal(coarse, exact)
     few = convert(any_teacher, d_qk=16, d_vo=16, statistics=statistics, k_codes=[((width, 2),)] * 2, v_codes=codes)
     assert (logits(few, ids) - exact).norm() > 2 * (coarse - exact).norm()

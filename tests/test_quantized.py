@@ -30,12 +30,12 @@ def rows(batch: int, tokens: int, dim: int, seed: int) -> Tensor:
     return torch.randn(batch, 2, tokens, dim, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("d", [4, 7])
 def test_codes_are_within_half_a_step(bits: int, d: int) -> None:
     keys = rows(2, 2 * GROUP, d, 0) * torch.logspace(-2, 2, d) + 3  # channels of very different size
     codes, least, step = quantize_keys(keys, bits)
-    assert codes.shape == (2, 2, 2 * GROUP, d if bits == 8 else math.ceil(d / 2)) and codes.dtype == torch.uint8
+    assert codes.shape == (2, 2, 2 * GROUP, math.ceil(d * bits / 8)) and codes.dtype == torch.uint8
     assert least.shape == step.shape == (2, 2, 2, d)
     error = (dequantize_keys(codes, least, step, bits) - keys).abs().unflatten(2, (2, GROUP))
     assert (error <= 0.51 * step.float()[:, :, :, None] + 0.002 * keys.abs().unflatten(2, (2, GROUP))).all()
@@ -110,7 +110,7 @@ def test_bytes_with_scales_against_the_original_bfloat16_cache(bits: int, share:
 
 
 def test_other_widths_are_refused(tiny_student: Callable[..., PreTrainedModel]) -> None:
-    with pytest.raises(UserError, match="4 or 8 bits; got 3"):
+    with pytest.raises(UserError, match="8, 4 or 2 bits; got 3"):
         QuantizedCache(tiny_student("llama").config, bits=3)
 
 

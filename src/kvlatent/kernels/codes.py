@@ -13,9 +13,10 @@ vectors of them come out with a mask and a shift.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 BITS = (2, 4, 8)
@@ -55,37 +56,62 @@ class Codes:
 
     def encode(self, x: Tensor) -> Tensor:
         """Rows of latents: (batch, latents, seq, width) → (batch, latents, seq, row_bytes) uint8."""
-        x = x.float()
-        size = x.square().mean(-1, keepdim=True).sqrt().clamp(LEAST_SIZE, torch.finfo(torch.float16).max).half()
-        parts, start = [size.view(torch.uint8)], 0
-        unit = x / size.float()
-        for dims, bits in self.groups:
-            half = 2 ** (bits - 1)
-            codes = (unit[..., start : start + dims] / STEP[bits]).floor().clamp(-half, half - 1).add(half)
-            planes, each = 8 // bits, plane_bytes(dims, bits)
-            codes = F.pad(codes, (0, planes * each - dims)).to(torch.uint8).unflatten(-1, (planes, each))
-            packed = codes[..., 0, :]
-            for plane in range(1, planes):
-                packed = packed | (codes[..., plane, :] << (bits * plane))
-            parts.append(packed)
-            start += dims
-        return torch.cat(parts, dim=-1)
+        x, at = x.float(), places(self, x.device)
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * self.width**-0.5
+        size = size.clamp(LEAST_SIZE, torch.finfo(torch.float16).max).half()
+        intervals = (x / (size.float() * at.step) - at.middle).add_(0.5).floor_()
+        codes = torch.minimum(intervals.clamp_(min=0), at.most).to(torch.int32) << at.up
+        rows = codes.new_zeros(*x.shape[:-1], self.row_bytes).index_add_(-1, at.byte, codes).to(torch.uint8)
+        rows[..., :SIZE_BYTES] = size.view(torch.uint8)
+        return rows
 
     def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """What rows say, in a dtype: (batch, latents, seq, row_bytes) → (batch, latents, seq, width)."""
+        at = places(self, rows.device)
         size = rows[..., :SIZE_BYTES].contiguous().view(torch.float16).float()
-        parts, start = [], SIZE_BYTES
-        for dims, bits in self.groups:
-            planes, each = 8 // bits, plane_bytes(dims, bits)
-            packed = rows[..., start : start + each]
-            codes = [(packed >> (bits * plane)) & (2**bits - 1) for plane in range(planes)]
-            parts.append((torch.cat(codes, dim=-1)[..., :dims].float() + middle(bits)) * STEP[bits])
-            start += each
-        return (torch.cat(parts, dim=-1) * size).to(dtype)
+        codes = (rows.index_select(-1, at.byte) >> at.up.to(torch.uint8)) & at.mask
+        return ((codes.float() + at.middle) * (at.step * size)).to(dtype)
 
     def straight_through(self, x: Tensor) -> Tensor:
         """What would be read back of latents, with the gradient of the latents themselves."""
         return x + (self.decode(self.encode(x.detach()), x.dtype) - x.detach())
+
+
+class Places(NamedTuple):
+    """Where each dim of a row is, and what its code stands for; one number per dim."""
+
+    byte: Tensor
+    up: Tensor
+    """Bits below its own in that byte; int32."""
+    mask: Tensor
+    """Its bits; uint8."""
+    most: Tensor
+    """The highest code, as float32."""
+    step: Tensor
+    """Width of an interval, in root mean squares."""
+    middle: Tensor
+    """What code 0 stands for, in steps."""
+
+
+@cache
+def places(codes: Codes, device: torch.device) -> Places:
+    """The places of all dims, on a device."""
+    byte, up, bits_of, start = [], [], [], SIZE_BYTES
+    for dims, bits in codes.groups:
+        each = plane_bytes(dims, bits)
+        byte += [start + dim % each for dim in range(dims)]
+        up += [dim // each * bits for dim in range(dims)]
+        bits_of += [bits] * dims
+        start += each
+    masks = [2**bits - 1 for bits in bits_of]
+    return Places(
+        byte=torch.tensor(byte, device=device),
+        up=torch.tensor(up, dtype=torch.int32, device=device),
+        mask=torch.tensor(masks, dtype=torch.uint8, device=device),
+        most=torch.tensor(masks, dtype=torch.float32, device=device),
+        step=torch.tensor([STEP[bits] for bits in bits_of], device=device),
+        middle=torch.tensor([middle(bits) for bits in bits_of], device=device),
+    )
 
 
 def plane_bytes(dims: int, bits: int) -> int:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from kvlatent.kernels.codes import SIZE_BYTES, STEP, Codes, middle, plane_bytes
+from kvlatent.kernels.codes import Codes, places
 
 STORED = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes a cache may have here."""
@@ -77,18 +77,11 @@ def decode_attention(
 
 
 @cache
-def places(codes: Codes, device: torch.device) -> tuple[Tensor, Tensor]:
+def tables(codes: Codes, device: torch.device) -> tuple[Tensor, Tensor]:
     """Of every dim of a row of codes: byte, shift and mask, (3, width) int32; step and code 0, (2, width) float32."""
-    table, steps, byte = [], [], SIZE_BYTES
-    for dims, bits in codes.groups:
-        each = plane_bytes(dims, bits)
-        for dim in range(dims):
-            table.append((byte + dim % each, dim // each * bits, 2**bits - 1))
-            steps.append((STEP[bits], STEP[bits] * middle(bits)))
-        byte += each
-    return (
-        torch.tensor(table, dtype=torch.int32, device=device).T.contiguous(),
-        torch.tensor(steps, dtype=torch.float32, device=device).T.contiguous(),
+    at = places(codes, device)
+    return torch.stack([x.to(torch.int32) for x in (at.byte, at.up, at.mask)]), torch.stack(
+        (at.step, at.step * at.middle)
     )
 
 
@@ -129,7 +122,7 @@ def decode_segment(
     batch, q_heads, _, d_qk = q.shape
     _, kv_heads, length, row = v.shape
     d_vo = row if codes is None else codes[1].width
-    tables = (q,) * 4 if codes is None else (x for code in codes for x in places(code, q.device))
+    met = (q,) * 4 if codes is None else (x for code in codes for x in tables(code, q.device))
     kinds = (k.dtype, v.dtype) if codes is None else (q.dtype,)
     group_size, pairs = q_heads // kv_heads, batch * kv_heads
     wide_qk, wide_vo = (max(16, next_power_of_2(d)) for d in (d_qk, d_vo))  # the least a matrix unit takes
@@ -146,7 +139,7 @@ def decode_segment(
         best, total = torch.empty(2, pairs, parts, group_size, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         attend[pairs, parts](
-            q, k, v, *tables, seen, partial, best, total, length, part, scale * math.log2(math.e),
+            q, k, v, *met, seen, partial, best, total, length, part, scale * math.log2(math.e),
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], 0 if len(seen) == 1 else length, kv_heads, parts,
             K_TOKEN=k.stride(2), V_TOKEN=v.stride(2), K_ALIGN=alignment(k), V_ALIGN=alignment(v),
             GROUP=group_size, D_QK=d_qk, D_VO=d_vo, ROWS=max(16, next_power_of_2(group_size)), WIDE_QK=wide_qk,

@@ -1,4 +1,4 @@
-"""A cache of 8- or 4-bit numbers over the reduced dims: keys per channel, values per token, the newest as they are.
+"""A cache of 8-, 4- or 2-bit numbers over the reduced dims: keys per channel, values per token, the newest as they are.
 
 Keys have channels of very different size, so every channel has its own range, over `GROUP` tokens at a time; values are
 scaled token by token (KIVI, arXiv:2402.02750). Codes are written once: what is quantized is never read back and
@@ -38,13 +38,13 @@ class QuantizedCache(LatentCache):
 
         Args:
             config: Of the model.
-            bits: Per number, 8 or 4.
+            bits: Per number, 8, 4 or 2.
 
         Raises:
             UserError: Other `bits`, or a student whose far tokens are codes.
         """
-        if bits not in (4, 8):
-            raise UserError(f"caches are quantized to 4 or 8 bits; got {bits}")
+        if bits not in (2, 4, 8):
+            raise UserError(f"caches are quantized to 8, 4 or 2 bits; got {bits}")
         if (getattr(config, "latent", None) or {}).get("k_codes"):
             raise UserError("this student's far tokens are codes already; let the model make its cache")
         super().__init__(config)
@@ -225,7 +225,7 @@ def quantize_keys(keys: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dequantize_keys(codes: Tensor, least: Tensor, step: Tensor, bits: int) -> Tensor:
-    """Undo `quantize_keys`, in float32; with 4 bits and an odd width there is one channel too many."""
+    """Undo `quantize_keys`, in float32; widths that don't fill bytes have some channels too many."""
     groups = _unpack(codes, bits).unflatten(2, (-1, GROUP))[..., : least.shape[-1]].float()
     return (groups * step.float()[:, :, :, None] + least.float()[:, :, :, None]).flatten(2, 3)
 
@@ -243,19 +243,20 @@ def quantize_values(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_values(codes: Tensor, step: Tensor, bits: int) -> Tensor:
-    """Undo `quantize_values`, in float32; with 4 bits and an odd width there is one number too many."""
+    """Undo `quantize_values`, in float32; widths that don't fill bytes have some numbers too many."""
     return (_unpack(codes, bits).float() - (2 ** (bits - 1) - 1)) * step.float()
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    """Two 4-bit codes to a byte."""
-    if bits == 8:
-        return codes
-    if codes.shape[-1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
-    return low | (high << 4)
+    """Codes of neighbouring numbers in one byte."""
+    each = 8 // bits
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
+    packed = codes[..., 0]
+    for place in range(1, each):
+        packed = packed | (codes[..., place] << (bits * place))
+    return packed
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
-    return packed if bits == 8 else torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    places = [(packed >> up) & (2**bits - 1) for up in range(0, 8, bits)]
+    return torch.stack(places, dim=-1).flatten(-2)

@@ -1,0 +1,120 @@
+"""Dims, bits, or both, at equal bytes: students and quantized caches, judged on average and by far gain.
+
+    python benchmarks/bits.py smollm2 --stats stats.safetensors --held-out package:wikipedia --out bits.jsonl
+
+One shot from statistics of `kvlatent calibrate`, so that a row takes a minute or two. A budget is a share of the bytes
+of the 16-bit cache of 8,192 tokens, the window of whole tokens included. `mix` is what `convert --budget` does, `16
+bits` spends the budget on dims alone, `4 bits` on dims of so many bits; `kivi 4` is KIVI's quantization
+(arXiv:2402.02750) of the teacher's whole heads beside the same window, groups of 128 tokens, scales counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvlatent.compress.budget import plan
+from kvlatent.compress.checkpoints import load_statistics
+from kvlatent.compress.convert import convert
+from kvlatent.data.sources import read_text
+from kvlatent.errors import UserError
+from kvlatent.evaluation.evaluate import scores_of
+from kvlatent.evaluation.far import near_only_perplexity
+from kvlatent.evaluation.perplexity import Perplexity, perplexity
+from kvlatent.model.cache import cache_bytes
+from kvlatent.model.checkpoints import load_model
+from kvlatent.model.graft import head_dim_of, spec_of
+from kvlatent.model.quantized import QuantizedCache
+from kvlatent.model.sizes import counted_context, whole_token_bytes
+
+CHUNK = 32
+"""Tokens at a time into a quantized cache, so that all but the newest are read back from codes."""
+
+
+@torch.no_grad()
+def quantized_perplexity(model: PreTrainedModel, ids: Tensor, bits: int, text_bytes: int) -> Perplexity:
+    """Perplexity through a cache of so many bits."""
+    losses = []
+    for blocks in ids.split(4):
+        cache = QuantizedCache(model.config, bits=bits)
+        logits = torch.cat([model(piece, past_key_values=cache).logits for piece in blocks.split(CHUNK, dim=1)], dim=1)
+        losses.append(F.cross_entropy(logits[:, :-1].float().mT, blocks[:, 1:], reduction="none"))
+    return Perplexity(token_nll=torch.cat(losses).double(), bytes=text_bytes)
+
+
+@torch.no_grad()
+def quantized_share(model: PreTrainedModel, bits: int) -> float:
+    """Bytes of a quantized cache over those of the teacher's in 16 bits, at the context that budgets count at."""
+    config, tokens = model.config, counted_context(model.config)
+    cache = QuantizedCache(config, bits=bits)
+    for index, layer in enumerate(model.model.layers):
+        whole = torch.zeros(1, config.num_key_value_heads, tokens, head_dim_of(config), dtype=torch.bfloat16)
+        cache.update(whole, whole, index, layer.self_attn.far_maps().of(torch.bfloat16), None)
+    return cache_bytes(cache) / (tokens * whole_token_bytes(config, 2))
+
+
+def main() -> None:
+    """Measure, and append a line of JSON for every row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--stats", type=Path, required=True, help="from kvlatent calibrate")
+    parser.add_argument("--held-out", nargs="+", required=True)
+    parser.add_argument("--held-out-tokens", type=int, default=4096)
+    parser.add_argument("--block-size", type=int, default=1024)
+    parser.add_argument("--budgets", type=float, nargs="*", default=[0.5, 0.25, 0.125, 0.0625, 0.03125])
+    parser.add_argument("--bits", nargs="*", default=["mix", "16", "8", "4", "2"])
+    parser.add_argument("--kivi", type=int, nargs="*", default=[4, 2])
+    parser.add_argument("--out", type=Path, required=True)
+    asked = parser.parse_args()
+
+    teacher, tokenizer = load_model(asked.model, dtype="float32")
+    statistics = load_statistics(asked.stats, teacher.config)
+    held_out = read_text(
+        asked.held_out, tokenizer, tokens=asked.held_out_tokens, block_size=asked.block_size, seed=0,
+        vocab_size=teacher.config.vocab_size,
+    )  # fmt: skip
+    settings: dict[str, Any] = {"text_bytes": held_out.bytes, "batch_size": 2}
+    whole = perplexity(teacher, held_out.ids, **settings)
+    near_only = near_only_perplexity(teacher, held_out.ids, **settings)
+    heads, context = teacher.config.num_key_value_heads, counted_context(teacher.config)
+    original = context * whole_token_bytes(teacher.config, 2)
+
+    def write(label: str, share: float, found: Perplexity, **more: object) -> None:
+        row = {"label": label, "share": share, **scores_of(found, whole, near_only), **more}
+        with asked.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{label:16} {share:.4f} {row['perplexity_ratio']:.4f} {row.get('far_gain_kept')}", flush=True)
+
+    write("near only", sum(statistics.near) / context, near_only)
+    for budget in asked.budgets:
+        for bits in asked.bits:
+            try:
+                spent = plan(teacher, statistics, budget, bits=None if bits == "mix" else int(bits))
+            except UserError as error:
+                print(f"{budget:g} {bits}: {error}", flush=True)
+                continue
+            student = convert(
+                teacher, d_qk=spent.d_qk, d_vo=spent.d_vo, k_codes=spent.k_codes, v_codes=spent.v_codes,
+                statistics=statistics,
+            )  # fmt: skip
+            spec = spec_of(student)
+            assert spec is not None
+            share = spec.cache_bytes(heads, 2, context) / original
+            found = perplexity(student, held_out.ids, **settings)
+            write(f"{budget:g} {bits}", share, found, expected=spent.expected_loss)
+    for bits in asked.kivi:
+        dim = head_dim_of(teacher.config)
+        student = convert(teacher, d_qk=dim, d_vo=dim, statistics=statistics)
+        found = quantized_perplexity(student, held_out.ids, bits, held_out.bytes)
+        write(f"kivi {bits}", quantized_share(student, bits), found)
+
+
+if __name__ == "__main__":
+    main()
