@@ -17,7 +17,7 @@ OLDEST := torch==2.7.0 transformers==5.19.0 accelerate==1.10.0 peft==0.18.0 data
 
 .PHONY: demo test test-all test-engines test-latest test-oldest lint docs bench clean
 
-demo: $(READY)  ## SmolLM2-135M to half its KV cache, measured; again: resumes or reuses
+demo: $(READY)  ## SmolLM2-135M to an eighth of its KV cache, measured; again: resumes or reuses
 	$(BIN)/kvlatent run recipes/demo.yaml --out runs/demo
 
 test: $(READY)  ## the default suite
