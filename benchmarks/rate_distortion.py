@@ -2,9 +2,9 @@
 
     python benchmarks/rate_distortion.py smollm2 --stats stats.safetensors --budget 0.125 --out docs/rate_distortion.svg
 
-The error of a layer's keys, or values, is what `compress/bits.py` counts with: the energy of dims without bits, the noise
-of all others. The limit is the least number of bits per token at the same error if a dim of spread s² could have any rate R,
-at an error of s²·2^(-2R), the rate-distortion function of a Gaussian.
+The error of a layer's keys, or values, is what `compress/bits.py` counts with: the energy of dims without bits, the
+noise of all others. The limit is the least number of bits per token at the same error if a dim of spread s² could have
+any rate R, at an error of s²·2^(-2R), the rate-distortion function of a Gaussian.
 """
 
 from __future__ import annotations

@@ -20,13 +20,13 @@ from kvlatent.compress.statistics import Statistics, calibrate
 from kvlatent.errors import UserError
 from kvlatent.kernels import attention, cpu_decode
 from kvlatent.kernels.attention import merged, segment_attention
-from kvlatent.kernels.codes import DISTORTION, STEP, Codes, Groups
+from kvlatent.kernels.codes import BITS, DISTORTION, STEP, Codes, Groups
 from kvlatent.model.cache import LatentCache, cache_bytes
 from kvlatent.model.graft import spec_of
 from kvlatent.model.spec import LatentSpec
 from kvlatent.model.window import Near
 
-GROUPS = st.lists(st.tuples(st.integers(1, 40), st.sampled_from([2, 4, 8])), min_size=1, max_size=4).map(tuple)
+GROUPS = st.lists(st.tuples(st.integers(1, 40), st.sampled_from(BITS)), min_size=1, max_size=4).map(tuple)
 
 
 def probed(teacher: PreTrainedModel, ids: Tensor) -> Statistics:
@@ -59,7 +59,7 @@ def test_rows_say_what_a_loop_over_intervals_says(groups: Groups, seed: int) -> 
             assert near_edge or abs(float(got[at][dim]) - (interval + 0.5) * step) < 1e-5 * size
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_errors_of_gaussians_are_those_that_budgets_count_with(bits: int) -> None:
     x = torch.randn(1, 1, 400, 512, generator=torch.Generator().manual_seed(0))
     codes = Codes(((512, bits),))
@@ -87,14 +87,13 @@ def test_bits_are_shared_for_the_least_loss() -> None:
     generator = torch.Generator().manual_seed(1)
 
     def side() -> Axes:
-        size = torch.rand(8, generator=generator, dtype=torch.float64).sort(descending=True).values
-        eye = torch.eye(8, dtype=torch.float64)[None]
+        size = torch.rand(16, generator=generator, dtype=torch.float64).sort(descending=True).values
+        eye = torch.eye(16, dtype=torch.float64)[None]
         return Axes(to=eye, back=eye, mean=eye[:, :1], dropped=size, spread=size[None])
 
     found, weights = [LayerAxes(side(), side()) for _ in range(2)], torch.tensor([[1.0, 3.0], [0.5, 2.0]])
-    chunk = chunk_of(8)
-    assert chunk == 4
-    for total in (32, 64, 96, 160):
+    assert chunk_of(16) == 8
+    for total in (64, 128, 192, 320):
         groups, losses = share_bits(found, weights, total)
         spent = sum(n * bits for layer in groups for side in layer for n, bits in side)
         assert spent <= total
@@ -103,11 +102,11 @@ def test_bits_are_shared_for_the_least_loss() -> None:
             loss = 0.0
             for at, b in enumerate(bits):
                 layer, part, piece = at // 4, at // 2 % 2, at % 2
-                energy = float(found[layer][part].dropped[4 * piece : 4 * piece + 4].sum())
+                energy = float(found[layer][part].dropped[8 * piece : 8 * piece + 8].sum())
                 loss += float(weights[part, layer]) * energy * (DISTORTION[b] if b else 1.0)
             return loss
 
-        ways = (w for w in itertools.product((0, 2, 4, 8), repeat=8) if 4 * sum(w) <= spent and all(w[::2]))
+        ways = (w for w in itertools.product((0, *BITS), repeat=8) if 8 * sum(w) <= spent and all(w[::2]))
         assert float(losses.sum()) <= 1.0001 * min(map(cost, ways))
 
 
@@ -202,7 +201,7 @@ def test_what_can_not_be_is_refused(tiny_teacher: Callable[[str], PreTrainedMode
     statistics = probed(teacher, ids)
     with pytest.raises(UserError, match="is too little for all layers"):
         budget.plan(teacher, statistics, 0.06)
-    with pytest.raises(UserError, match="bits are 16, 8, 4, 2; got 3"):
+    with pytest.raises(UserError, match="bits are 16, 8, 4, 2, 1; got 3"):
         budget.plan(teacher, statistics, 0.5, bits=3)
     with pytest.raises(UserError, match="beside a window"):
         budget.plan(teacher, calibrate(teacher, ids, about={}), 0.5, bits=4)
@@ -210,7 +209,7 @@ def test_what_can_not_be_is_refused(tiny_teacher: Callable[[str], PreTrainedMode
     assert spec is not None
     fields = spec.to_dict()
     for wrong, what in (
-        ([[[8, 3]]] * 2, "with 2, 4, 8 bits"),
+        ([[[8, 3]]] * 2, "with 1, 2, 4, 8 bits"),
         ([[[64, 4]]] * 2, "at most the 32 dims"),
         ([], "every layer"),
     ):

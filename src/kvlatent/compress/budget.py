@@ -129,7 +129,7 @@ def plan(teacher: PreTrainedModel, statistics: Statistics, budget: float, *, bit
         teacher: A stock model of a supported family.
         statistics: From `calibrate`, with losses from `probe`.
         budget: Share of the bytes of a 16-bit cache, tokens met whole included.
-        bits: Of every number of a far token: 8, 4 or 2, or 16, which spends the budget on dims alone; None mixes bits
+        bits: Of every number of a far token: 8, 4, 2 or 1, or 16, which spends it on dims alone; None mixes bits
             where the statistics are for a window, and is 16 elsewhere.
 
     Raises:

@@ -72,8 +72,8 @@ class PlanConfig(Calibration):
     budget: Annotated[float, arg(metavar="SHARE")]
     """The share of the bytes of a 16-bit cache to keep, tokens met whole included."""
     bits: Bits = None
-    """Bits of every number of a far token: 16 leaves them as they are and spends the budget on dims alone, 8, 4 and 2
-    make them codes; without, every dim has as many as pay."""
+    """Bits of every number of a far token: 16 leaves them as they are and spends the budget on dims alone, 8, 4, 2 and
+    1 make them codes; without, every dim has as many as pay."""
     stats: Stats = None
     """Statistics from calibrate; without them, they are taken on text."""
     text: Sources = ("teacher",)
@@ -92,8 +92,8 @@ class ConvertConfig(Calibration):
     """Instead of dims: the share of the bytes of a 16-bit cache to keep; best spends it layer by layer, as plan
     shows."""
     bits: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: a mix with a budget, else 16)")] = None
-    """Bits of every number of a far token: 16 leaves them as they are, 8, 4 and 2 make them codes, which need a window;
-    without, a budget is spent on dims and bits together where there is a window."""
+    """Bits of every number of a far token: 16 leaves them as they are, 8, 4, 2 and 1 make them codes, which need a
+    window; without, a budget is spent on dims and bits together where there is a window."""
     preset: Preset = "best"
     """best: what measures best; portable: the same dims and frequencies everywhere; paper: KV-Latent's own recipe."""
     qk: Annotated[str | None, arg(metavar="METHOD", help_behavior_hint="(default: the preset's)")] = None
