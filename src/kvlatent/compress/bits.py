@@ -19,8 +19,8 @@ from kvlatent.kernels.codes import BITS, DISTORTION, SIZE_BYTES, Groups
 from kvlatent.model.graft import graft, head_dim_of
 
 CHUNKS = 16, 8
-"""Dims of a latent get their bits so many at a time, the most that leaves eight chunks if any does; codes of 8 dims fill
-bytes whatever their bits, and kernels like them wide."""
+"""Dims of a latent get their bits so many at a time, the most that leaves eight chunks if any does; codes of 8 dims
+fill bytes whatever their bits, and kernels like them wide."""
 
 
 def spend_bits(
