@@ -85,7 +85,7 @@ class Shape(BaseModel):
     sliding_window: Count | None = None
     rms_norm_eps: Annotated[float, Field(ge=0, le=1)]
     tie_word_embeddings: bool
-    rope_parameters: dict[str, Rope | dict[str, Rope]]
+    rope_parameters: dict[str, Rope] | dict[str, dict[str, Rope]]
     dtype: Annotated[Any, AfterValidator(_of_weights)] = None
 
 
