@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kvlatent.compress import budget
@@ -21,6 +23,7 @@ from kvlatent.errors import UserError
 from kvlatent.kernels import attention, cpu_decode
 from kvlatent.kernels.attention import merged, segment_attention
 from kvlatent.kernels.codes import BITS, DISTORTION, STEP, Codes, Groups
+from kvlatent.model import window
 from kvlatent.model.cache import LatentCache, cache_bytes
 from kvlatent.model.graft import spec_of
 from kvlatent.model.spec import LatentSpec
@@ -183,6 +186,40 @@ def test_a_planned_student_keeps_within_its_budget(
         student(ids[:3], past_key_values=cache)
     assert cache_bytes(cache) == 3 * spec.cache_bytes(2, 4, ids.shape[1])
     assert plan.token_bytes(2, spec.heads_per_latent, 2) == spec.cache_bytes_per_token(2, 2)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most numbers that any tensor of floats has that is made meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **kwargs or {})
+        made = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_floating_point()]
+        self.numbers = max([self.numbers, *(x.numel() for x in made)])
+        return out
+
+
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("padded", [False, True])
+def test_no_buffer_of_the_contexts_length_holds_numbers(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, new: int, padded: bool
+) -> None:
+    teacher = tiny_teacher("llama")
+    codes = [((32, 2),)] * 2
+    student = convert(teacher, d_qk=16, d_vo=16, k_codes=codes, v_codes=codes, statistics=probed(teacher, ids))
+    tokens, cache = 2000, LatentCache(student.config)
+    mask = torch.ones(1, tokens + new, dtype=torch.long)
+    mask[:, : 7 * padded] = 0
+    text = ids.flatten().repeat(8)[None, : tokens + new]
+    with torch.no_grad(), patch.multiple(attention, READ_AT_ONCE=128), patch.multiple(window, READ_AT_ONCE=128):
+        student(text[:, :tokens], attention_mask=mask[:, :tokens], past_key_values=cache)
+        with Largest() as largest:
+            student(text[:, tokens:], attention_mask=mask, past_key_values=cache)
+    weights = student.config.vocab_size * student.config.hidden_size  # the largest, of which views are made
+    assert largest.numbers <= weights < 32 * tokens / 3
 
 
 def test_in_order_and_back_from_disk(tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path) -> None:  # type: ignore[no-untyped-def]
