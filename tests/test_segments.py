@@ -94,7 +94,7 @@ def test_two_segments_of_other_widths_and_heads_merge_to_one_softmax(
     far = far[0] * apart, *far[1:]
     masks = CASES[case]()
     parts = [segment(*x, scale=0.4, mask=mask) for x, mask in zip((near, far), masks, strict=True)]
-    got = merged(parts)
+    got = merged(*parts)
     assert got.shape == (2, 6, 1, 10)
     visible = [seen(mask, len(x[1][0, 0])) for mask, x in zip(masks, (near, far), strict=True)]
     for b in range(2):
@@ -119,7 +119,7 @@ def test_a_segment_without_tokens_weighs_nothing(segment: Callable[..., Any]) ->
     for mask in (None, empty):
         out, largest, weight = segment(*none, scale=0.4, mask=mask)
         assert out.shape == (2, 6, 1, 10) and not out.any() and not weight.any() and not largest.isnan().any()
-        torch.testing.assert_close(merged([alone, (out, largest, weight)]), alone[0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(merged(alone, (out, largest, weight)), alone[0], rtol=1e-6, atol=1e-6)
     bias = torch.zeros(2, 1, 40, dtype=torch.float64)
     wanted = reference.attention(*(x.double().cpu() for x in near), scale=0.4, bias=bias)
     torch.testing.assert_close(alone[0].double().cpu(), wanted, rtol=1e-5, atol=1e-5)
@@ -127,8 +127,8 @@ def test_a_segment_without_tokens_weighs_nothing(segment: Callable[..., Any]) ->
 
 def test_cached_dtypes_are_merged_in_float32(segment: Callable[..., Any]) -> None:
     near, far = tensors((16, 10), 40, 2, 0), tensors((6, 10), 300, 1, 1)
-    exact = merged([segment(*x, scale=0.4, mask=None) for x in (near, far)])
+    exact = merged(*(segment(*x, scale=0.4, mask=None) for x in (near, far)))
     half = [tuple(x.half() for x in part) for part in (near, far)]
-    got = merged([segment(*x, scale=0.4, mask=None) for x in half])
+    got = merged(*(segment(*x, scale=0.4, mask=None) for x in half))
     assert got.dtype == torch.float16
     torch.testing.assert_close(got.float(), exact, rtol=1e-2, atol=5e-3)

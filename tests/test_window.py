@@ -25,6 +25,8 @@ def windowed(
 ) -> PreTrainedModel:
     """A student with a window and random maps, otherwise its teacher."""
     config = teacher.config
+    if codes and getattr(config, "num_experts_per_tok", None):
+        pytest.skip("experts don't multiply in float64")
     dims = {"d_qk": (8,) * config.num_hidden_layers, "d_vo": (4,) * config.num_hidden_layers}
     fields = dims | {"qk_map": "after_rope", "window": window, "sinks": sinks}
     if codes:

@@ -105,9 +105,11 @@ def segment_attention(
     return _segment(q, k, v, scale, mask, codes)
 
 
-def merged(parts: Sequence[Part]) -> Float[Tensor, "batch q_heads 1 d_vo"]:
-    """The attention over several segments under one softmax, from what each gave alone."""
-    return as_one(parts)[0]
+def merged(near: Part, far: Part) -> Float[Tensor, "batch q_heads 1 d_vo"]:
+    """The attention over two segments under one softmax, from what each gave alone."""
+    (out, top, weight), (far_out, far_top, far_weight) = near, far
+    share = torch.sigmoid((far_top - top) * math.log(2) + (far_weight / weight).log()).nan_to_num(0.0)  # of nothing, 0
+    return torch.lerp(out.to(share.dtype), far_out.to(share.dtype), share).to(out.dtype)
 
 
 def as_one(parts: Sequence[Part]) -> Part:

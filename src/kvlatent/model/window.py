@@ -65,6 +65,8 @@ class FarMaps(NamedTuple):
 
     def of(self, dtype: torch.dtype) -> FarMaps:
         """The same in another dtype."""
+        if self.q.dtype == dtype:
+            return self
         tensors = {name: x.to(dtype) for name, x in self._asdict().items() if isinstance(x, Tensor)}
         return self._replace(**tensors)  # type: ignore[arg-type]
 
@@ -345,8 +347,8 @@ def decode(
     absorbed = q @ maps.q
     out, largest, weight = segment_attention(absorbed, far.k, far.v, scale=scale, mask=far.mask, codes=maps.codes)
     if maps.k_mean is not None and maps.v_mean is not None:  # what codes leave out
-        by_head = q.shape[1] // len(maps.k_mean)
-        k_mean, v_mean = (x.repeat_interleave(by_head, dim=0) for x in (maps.k_mean, maps.v_mean))
-        largest = largest + (absorbed * k_mean).sum(-1, keepdim=True).to(largest.dtype) * (scale * math.log2(math.e))
-        out = out + v_mean
-    return merged([whole, (out @ maps.o, largest, weight)])
+        by_latent = absorbed.unflatten(1, (len(maps.k_mean), -1)).flatten(2, 3)  # (batch, latents, group, latent)
+        beside = (by_latent @ maps.k_mean.mT).view_as(largest)
+        largest = largest + beside.to(largest.dtype) * (scale * math.log2(math.e))
+        out = (out.view(*by_latent.shape[:3], -1) + maps.v_mean).view_as(out)
+    return merged(whole, (out @ maps.o, largest, weight))
