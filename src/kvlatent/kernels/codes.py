@@ -93,9 +93,14 @@ class Places(NamedTuple):
     """What code 0 stands for, in steps."""
 
 
-@cache
+@torch.compiler.assume_constant_result
 def places(codes: Codes, device: torch.device) -> Places:
-    """The places of all dims, on a device."""
+    """The places of all dims, on a device; made once, as constants of compiled code."""
+    return _places(codes, device)
+
+
+@cache
+def _places(codes: Codes, device: torch.device) -> Places:
     byte, up, bits_of, start = [], [], [], SIZE_BYTES
     for dims, bits in codes.groups:
         each = plane_bytes(dims, bits)
