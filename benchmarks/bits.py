@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -60,6 +61,32 @@ def quantized_share(model: PreTrainedModel, bits: int) -> float:
     return cache_bytes(cache) / (tokens * whole_token_bytes(config, 2))
 
 
+def draw(rows: list[dict[str, Any]], out: Path) -> None:
+    """Both measures against bytes, one line per way to spend them."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    average, far = figure.subplots(1, 2, sharex=True)
+    names = {"mix": "dims and bits (default)", "16": "dims only", "kivi": "KIVI: whole heads, 4 and 2 bits"}
+    for kind in sorted({row["kind"] for row in rows}, key=[*names, *"8421"].index):
+        points = sorted(
+            (row["share"], row["perplexity_ratio"], row["far_gain_kept"]) for row in rows if row["kind"] == kind
+        )
+        share, ratio, kept = zip(*points, strict=True)
+        label = names.get(kind, f"dims of {kind} bits")
+        style = "o-" if kind == "mix" else "s:" if kind == "kivi" else ".--"
+        average.plot(share, ratio, style, label=label)
+        far.plot(share, [100 * x for x in kept], style, label=label)
+    average.set(
+        xscale="log", ylim=(0.995, 1.065), ylabel="perplexity over the teacher's", xlabel="share of the 16-bit cache"
+    )
+    far.set(xscale="log", ylim=(0, 105), ylabel="far gain kept, %", xlabel="share of the 16-bit cache")
+    shares = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    for panel in (average, far):
+        panel.set_xticks(shares, [f"1/{round(1 / x)}" for x in shares])
+        panel.minorticks_off()
+    far.legend(frameon=False, loc="lower right")
+    figure.savefig(out)
+
+
 def main() -> None:
     """Measure, and append a line of JSON for every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -72,6 +99,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="*", default=["mix", "16", "8", "4", "2"])
     parser.add_argument("--kivi", type=int, nargs="*", default=[4, 2])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--figure", type=Path, help="draw all rows of --out")
     asked = parser.parse_args()
 
     teacher, tokenizer = load_model(asked.model, dtype="float32")
@@ -87,7 +115,13 @@ def main() -> None:
     original = context * whole_token_bytes(teacher.config, 2)
 
     def write(label: str, share: float, found: Perplexity, **more: object) -> None:
-        row = {"label": label, "share": share, **scores_of(found, whole, near_only), **more}
+        row = {
+            "label": label,
+            "kind": label.split()[-1 if label[0] == "0" else 0],
+            "share": share,
+            **scores_of(found, whole, near_only),
+            **more,
+        }
         with asked.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{label:16} {share:.4f} {row['perplexity_ratio']:.4f} {row.get('far_gain_kept')}", flush=True)
@@ -114,6 +148,9 @@ def main() -> None:
         student = convert(teacher, d_qk=dim, d_vo=dim, statistics=statistics)
         found = quantized_perplexity(student, held_out.ids, bits, held_out.bytes)
         write(f"kivi {bits}", quantized_share(student, bits), found)
+    if asked.figure is not None:
+        rows = [json.loads(line) for line in asked.out.read_text().splitlines()]
+        draw([row for row in rows if row["kind"] != "near"], asked.figure)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from kvlatent.model.cache import LatentCache, cache_bytes
 from kvlatent.model.graft import spec_of
 from kvlatent.model.spec import LatentSpec
 from kvlatent.model.window import Near
+from kvlatent.serving.engines import routes
 
 GROUPS = st.lists(st.tuples(st.integers(1, 40), st.sampled_from(BITS)), min_size=1, max_size=4).map(tuple)
 
@@ -186,6 +187,7 @@ def test_a_planned_student_keeps_within_its_budget(
         student(ids[:3], past_key_values=cache)
     assert cache_bytes(cache) == 3 * spec.cache_bytes(2, 4, ids.shape[1])
     assert plan.token_bytes(2, spec.heads_per_latent, 2) == spec.cache_bytes_per_token(2, 2)
+    assert routes(student.config)[0].cache_bytes_per_token(2, 4) == spec.cache_bytes_per_token(2, 2)
 
 
 class Largest(TorchDispatchMode):

@@ -44,6 +44,8 @@ class Route:
     """Dims of the values, likewise."""
     heads_per_latent: int = 1
     """KV heads of the teacher that are one head there."""
+    code_bytes: int | None = None
+    """Bytes of one token where what it caches are codes."""
     obstacle: str | None = None
     """Why there is no such way; None if there is."""
     note: str | None = None
@@ -51,6 +53,8 @@ class Route:
 
     def cache_bytes_per_token(self, kv_heads: int, element_size: int) -> int:
         """Bytes one token adds to the engine's cache, all layers together."""
+        if self.code_bytes is not None:
+            return self.code_bytes
         return bytes_per_token(self.d_qk, self.d_vo, kv_heads // self.heads_per_latent, element_size)
 
 
@@ -66,7 +70,8 @@ def routes(config: PreTrainedConfig, *, vllm_on_cpu: bool = False) -> list[Route
     near = None
     if spec is not None and spec.window:
         near = f"besides, the newest {spec.window} and the first {spec.sinks} tokens of a sequence are cached whole"
-    found = [Route(engine="transformers", form="folder", d_qk=d_qk, d_vo=d_vo, note=near)]
+    coded = spec.cache_bytes_per_token(config.num_key_value_heads, 2) if spec is not None and spec.k_codes else None
+    found = [Route(engine="transformers", form="folder", d_qk=d_qk, d_vo=d_vo, code_bytes=coded, note=near)]
     if spec is not None and (obstacle := _obstacle(check_plugin, config)):
         found.append(Route(engine="vLLM", form="folder", obstacle=obstacle))
     elif spec is not None:
