@@ -19,7 +19,7 @@ from kvlatent.compress.bits import full_axes
 from kvlatent.compress.budget import plan
 from kvlatent.compress.checkpoints import load_statistics
 from kvlatent.compress.codes import Axes
-from kvlatent.kernels.codes import DISTORTION, SIZE_BYTES, Groups
+from kvlatent.kernels.layout import DISTORTION, SIZE_BYTES, Groups
 from kvlatent.model.checkpoints import load_model
 
 

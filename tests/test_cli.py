@@ -164,7 +164,7 @@ def test_a_window_shows_in_plan_convert_info_and_card(
     folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     text = ["--text", f"{folder}/train.txt", "--tokens", "512", "--block-size", "32", "--window", "6", "--sinks", "2"]
-    argv = [f"{folder}/teacher", "--budget", "0.5", *text]
+    argv = [f"{folder}/teacher", "--budget", "0.5", "--bits", "16", *text]
     planned = answer(capsys, ["plan", *argv, "--out", f"{tmp_path}/plan.svg"])
     assert (planned["window"], planned["sinks"], planned["context"]) == (6, 2, 256)
     whole, latent = planned["teacher_cache_bytes_per_token"], planned["cache_bytes_per_token"]
@@ -236,9 +236,9 @@ def test_a_plan_is_shown_drawn_and_followed(folder: Path, capsys: pytest.Capture
     plot.unlink()
     assert cli.main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("layer  d_qk  d_vo")
-    assert [line.split()[:3] for line in lines[1:3]] == [
-        [str(layer), str(told["d_qk"][layer]), str(told["d_vo"][layer])] for layer in (0, 1)
+    assert lines[0].startswith("layer  d_qk  bits  d_vo  bits")
+    assert [line.split()[:5] for line in lines[1:3]] == [
+        [str(layer), str(told["d_qk"][layer]), "16.0", str(told["d_vo"][layer]), "16.0"] for layer in (0, 1)
     ]
     convert = ["convert", f"{folder}/teacher", "--budget", "0.4", "--stats", str(stats)]
     for name, source in (("one-shot", []), ("in order", text)):

@@ -22,7 +22,8 @@ from kvlatent.compress.statistics import Statistics, calibrate
 from kvlatent.errors import UserError
 from kvlatent.kernels import attention, cpu_decode
 from kvlatent.kernels.attention import segment_attention
-from kvlatent.kernels.codes import BITS, DISTORTION, STEP, Codes, Groups
+from kvlatent.kernels.codes import Codes
+from kvlatent.kernels.layout import BITS, DISTORTION, STEP, Groups
 from kvlatent.model import window
 from kvlatent.model.cache import LatentCache, cache_bytes
 from kvlatent.model.graft import spec_of

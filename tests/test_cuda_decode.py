@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvlatent.kernels import attention, cuda_decode
-from kvlatent.kernels.codes import Codes, Groups
+from kvlatent.kernels.codes import Codes
 from kvlatent.kernels.cuda_decode import decode_attention, split
+from kvlatent.kernels.layout import Groups
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvlatent.compress.statistics import Statistics
 from kvlatent.errors import UserError
-from kvlatent.kernels.codes import Codes, Groups
+from kvlatent.kernels.layout import Groups, Layout
 from kvlatent.model.spec import bytes_per_token
 
 PROBE_SHARE = 0.5
@@ -38,13 +38,13 @@ class Allocation:
         """Of a dim on average, by layer, of keys and of values; 16 where they aren't codes."""
         if not self.k_codes:
             return [16.0] * len(self.d_qk), [16.0] * len(self.d_vo)
-        return [Codes(x).bits for x in self.k_codes], [Codes(x).bits for x in self.v_codes]
+        return [Layout(x).bits for x in self.k_codes], [Layout(x).bits for x in self.v_codes]
 
     def token_bytes(self, kv_heads: int, heads_per_latent: int, element_size: int) -> int:
         """Bytes of one far token in the cache of all layers."""
         if not self.k_codes:
             return bytes_per_token(self.d_qk, self.d_vo, kv_heads, element_size)
-        return kv_heads // heads_per_latent * sum(Codes(x).row_bytes for x in (*self.k_codes, *self.v_codes))
+        return kv_heads // heads_per_latent * sum(Layout(x).row_bytes for x in (*self.k_codes, *self.v_codes))
 
     @property
     def expected_loss(self) -> float:

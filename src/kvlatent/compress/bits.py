@@ -15,7 +15,7 @@ from kvlatent.compress.codes import LayerAxes, layer_axes
 from kvlatent.compress.planning import plan_reduction, reductions, requested
 from kvlatent.compress.statistics import Statistics
 from kvlatent.errors import UserError
-from kvlatent.kernels.codes import BITS, DISTORTION, SIZE_BYTES, Groups
+from kvlatent.kernels.layout import BITS, DISTORTION, SIZE_BYTES, Groups
 from kvlatent.model.graft import graft, head_dim_of
 
 CHUNKS = 16, 8

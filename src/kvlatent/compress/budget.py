@@ -21,7 +21,7 @@ from kvlatent.compress.statistics import Statistics, calibrate
 from kvlatent.compress.values import value_output_tail
 from kvlatent.data.blocks import batch_size_for
 from kvlatent.errors import UserError
-from kvlatent.kernels.codes import BITS
+from kvlatent.kernels.layout import BITS
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.graft import graft, head_dim_of
 from kvlatent.model.layers import before_head, embedded, layer_arguments

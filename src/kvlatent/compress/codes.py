@@ -19,7 +19,7 @@ from kvlatent.compress.linear_algebra import root_and_inverse
 from kvlatent.compress.maps import QKReduction, VOReduction
 from kvlatent.compress.statistics import LayerStatistics
 from kvlatent.compress.values import outputs_by_latent
-from kvlatent.kernels.codes import Groups
+from kvlatent.kernels.layout import Groups
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from kvlatent.compress.in_order import convert_in_order
 from kvlatent.compress.planning import Plan, Request, check_source, plan_reduction, reductions, requested
 from kvlatent.compress.statistics import Statistics, calibrate, check_far_tokens
 from kvlatent.errors import UserError
-from kvlatent.kernels.codes import Groups
+from kvlatent.kernels.layout import Groups
 from kvlatent.model.graft import graft, set_spec
 from kvlatent.model.spec import Preset
 

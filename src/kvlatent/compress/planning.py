@@ -14,7 +14,7 @@ from kvlatent.compress.methods.stride import STRIDE
 from kvlatent.compress.statistics import LayerStatistics, Statistics
 from kvlatent.compress.values import value_output_svd, value_stride
 from kvlatent.errors import UserError
-from kvlatent.kernels.codes import Groups
+from kvlatent.kernels.layout import Groups
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.families import family_of, turns_alike
 from kvlatent.model.graft import check_teacher, head_dim_of, heads_per_latent_of, identity_spec

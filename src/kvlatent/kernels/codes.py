@@ -1,14 +1,4 @@
-"""Latents as codes of 8, 4, 2 and 1 bits: one row of bytes per token, written once and attended as it is.
-
-A latent's dims come in groups of equal bits, most bits first. Conversion has taken their mean away, scaled them to
-equal size and rotated each group, so that its numbers are as good as Gaussian whatever the token; what remains to be
-told is the token's size, their root mean square. A number becomes the code of its interval among 2^bits, all as wide as
-loses least of a Gaussian (Max, IRE Trans. Inf. Theory 6, 1960), and reads back as the middle of it.
-
-A row is that size as float16, then the groups one after another. Two, four or eight codes share a byte, and dims that
-are neighbours lie in neighbouring bytes: of n dims with 4 bits, byte j holds dim j below and dim j + n/2 above, so that
-vectors of them come out with a mask and a shift.
-"""
+"""Rows of codes, written and read as tensors; `kernels/layout.py` says what they are."""
 
 from __future__ import annotations
 
@@ -19,40 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BITS = (1, 2, 4, 8)
-"""Bits that a dim may have."""
-STEP = {1: 1.5958, 2: 0.9957, 4: 0.3352, 8: 0.0308}
-"""Width of an interval, in root mean squares."""
-DISTORTION = {1: 0.3634, 2: 0.1188, 4: 0.01154, 8: 8.8e-5, 16: 0.0}
-"""Mean squared error of a Gaussian of variance 1 by bits."""
-SIZE_BYTES = 2
-"""Of a row, the float16 of its root mean square."""
-LEAST_SIZE = 2.0**-24
+from kvlatent.kernels.layout import SIZE_BYTES, STEP, Layout, middle, plane_bytes
 
-Groups = tuple[tuple[int, int], ...]
-"""Numbers of dims, and the bits of each."""
+LEAST_SIZE = 2.0**-24
 
 
 @dataclass(frozen=True)
-class Codes:
+class Codes(Layout):
     """How the keys, or the values, of one layer's latents are written down."""
-
-    groups: Groups
-
-    @property
-    def width(self) -> int:
-        """Dims."""
-        return sum(dims for dims, _ in self.groups)
-
-    @property
-    def bits(self) -> float:
-        """Of a dim, on average."""
-        return sum(dims * bits for dims, bits in self.groups) / self.width
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one latent of one token."""
-        return SIZE_BYTES + sum(plane_bytes(dims, bits) for dims, bits in self.groups)
 
     def encode(self, x: Tensor) -> Tensor:
         """Rows of latents: (batch, latents, seq, width) → (batch, latents, seq, row_bytes) uint8."""
@@ -93,7 +57,7 @@ class Places(NamedTuple):
     """What code 0 stands for, in steps."""
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def places(codes: Codes, device: torch.device) -> Places:
     """The places of all dims, on a device; made once, as constants of compiled code."""
     return _places(codes, device)
@@ -117,13 +81,3 @@ def _places(codes: Codes, device: torch.device) -> Places:
         step=torch.tensor([STEP[bits] for bits in bits_of], device=device),
         middle=torch.tensor([middle(bits) for bits in bits_of], device=device),
     )
-
-
-def plane_bytes(dims: int, bits: int) -> int:
-    """Bytes of a group, as many as there are dims in each of its 8 / bits planes."""
-    return -(-dims * bits // 8)
-
-
-def middle(bits: int) -> float:
-    """The number that code 0 stands for, in steps."""
-    return 0.5 - 2 ** (bits - 1)

@@ -14,7 +14,7 @@ from typing import Any
 
 from llvmlite import binding, ir
 
-from kvlatent.kernels.codes import SIZE_BYTES, STEP, Codes, Groups, middle, plane_bytes
+from kvlatent.kernels.layout import SIZE_BYTES, STEP, Groups, Layout, middle, plane_bytes
 
 WIDEST = 8
 """Lanes of a vector: one AVX2 register of float32; elsewhere LLVM takes two registers, or half of one."""
@@ -76,7 +76,7 @@ def row_type(stored: Row) -> ir.Type:
 def row_bytes(width: int, stored: Row) -> int:
     """Bytes of a row of so many dims."""
     if isinstance(stored, CodeRow):
-        return Codes(stored.groups).row_bytes
+        return Layout(stored.groups).row_bytes
     return width * (4 if stored == FLOAT else 2)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from llvmlite import ir
 
-from kvlatent.kernels.codes import Groups
 from kvlatent.kernels.cpu_code import (
     BIT,
     BYTE,
@@ -29,6 +28,7 @@ from kvlatent.kernels.cpu_code import (
     row_bytes,
     vectors_of,
 )
+from kvlatent.kernels.layout import Groups
 
 BLOCKS = 64, 32, 16
 """Keys whose logits are held at a time: the largest number that fits."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
 from kvlatent.kernels.attention import latent_attention
+from kvlatent.kernels.codes import Codes
 from kvlatent.kernels.cpu_linear import linear_outputs
 from kvlatent.model.compatibility import WITHOUT_EFFECT, refuse_unknown
 from kvlatent.model.rope import query_growth, rotate
@@ -88,7 +89,8 @@ class LatentAttention(nn.Module):
         joint = self.heads_per_latent * spec.head_dim
         self.v_map = head_map(self.latents, joint, cached_values) if self.window else None
         self.o_map = head_map(self.q_heads, cached_values, spec.head_dim) if output_map else None
-        self.codes = spec.codes_of(layer_idx)
+        rows = spec.rows_of(layer_idx)
+        self.codes = None if rows is None else (Codes(rows[0].groups), Codes(rows[1].groups))
         for name, width in (("k_mean", cached_keys), ("v_mean", cached_values)):
             self.register_buffer(name, weight.new_zeros(self.latents, 1, width) if self.codes else None)
         # Which of the inverse frequencies each KV head rotates by; without it, all of them in order.

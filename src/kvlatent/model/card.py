@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from kvlatent.kernels.codes import Codes
+from kvlatent.kernels.layout import Layout
 
 
 def card(
@@ -118,7 +118,9 @@ def dims_text(spec: Mapping[str, Any]) -> str:
     if parts and spec.get("window"):
         parts.append(window_text(spec["window"], spec.get("sinks", 0)))
     if parts and spec.get("k_codes"):
-        bits = [sum(Codes(tuple(layer)).bits for layer in spec[key]) / len(spec[key]) for key in ("k_codes", "v_codes")]
+        bits = [
+            sum(Layout(tuple(layer)).bits for layer in spec[key]) / len(spec[key]) for key in ("k_codes", "v_codes")
+        ]
         parts.append("all others codes of {:.1f} and {:.1f} bits a dim".format(*bits))
     return ", ".join(parts)
 

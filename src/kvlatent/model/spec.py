@@ -9,7 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from kvlatent.errors import UserError, first_error
-from kvlatent.kernels.codes import BITS, Codes, Groups
+from kvlatent.kernels.layout import BITS, Groups, Layout
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -118,21 +118,21 @@ class LatentSpec:
     def latent_dims(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Dims of the keys and of the values that are cached as one, by layer: of a head, or of a group of heads."""
         if self.k_codes:
-            keys, values = (tuple(Codes(groups).width for groups in x) for x in (self.k_codes, self.v_codes))
+            keys, values = (tuple(Layout(groups).width for groups in x) for x in (self.k_codes, self.v_codes))
             return keys, values
         m = self.heads_per_latent
         return tuple(m * d for d in self.d_qk), tuple(m * d for d in self.d_vo)
 
-    def codes_of(self, layer: int) -> tuple[Codes, Codes] | None:
+    def rows_of(self, layer: int) -> tuple[Layout, Layout] | None:
         """How keys and values of a layer's far tokens are written down; None is as numbers of the model's dtype."""
-        return (Codes(self.k_codes[layer]), Codes(self.v_codes[layer])) if self.k_codes else None
+        return (Layout(self.k_codes[layer]), Layout(self.v_codes[layer])) if self.k_codes else None
 
     def token_bytes(self, layer: int, kv_heads: int, element_size: int) -> int:
         """Bytes of one far token in the cache of one layer."""
-        codes = self.codes_of(layer)
-        if codes is None:
+        rows = self.rows_of(layer)
+        if rows is None:
             return kv_heads * (self.d_qk[layer] + self.d_vo[layer]) * element_size
-        return kv_heads // self.heads_per_latent * sum(x.row_bytes for x in codes)
+        return kv_heads // self.heads_per_latent * sum(x.row_bytes for x in rows)
 
     @property
     def output_map(self) -> tuple[bool, ...]:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers import initialization as init
 
-from kvlatent.kernels.codes import Codes
+from kvlatent.kernels.layout import Layout
 from kvlatent.model.checkpoints import record_of
 from kvlatent.model.families import family_of
 from kvlatent.model.folder import one_line
@@ -55,8 +55,8 @@ def describe(model: str) -> dict[str, Any]:
         about |= {"latents": cached_heads(config), "preset": spec.preset, "teacher": record_of(model).get("teacher")}
     if spec is not None and spec.k_codes:
         about |= {
-            "k_bits": [round(Codes(x).bits, 2) for x in spec.k_codes],
-            "v_bits": [round(Codes(x).bits, 2) for x in spec.v_codes],
+            "k_bits": [round(Layout(x).bits, 2) for x in spec.k_codes],
+            "v_bits": [round(Layout(x).bits, 2) for x in spec.v_codes],
         }
     if spec is not None and spec.window:
         context = counted_context(config)
