@@ -65,16 +65,20 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
     """Both measures against bytes, one line per way to spend them."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     average, far = figure.subplots(1, 2, sharex=True)
-    names = {"mix": "dims and bits (default)", "16": "dims only", "kivi": "KIVI: whole heads, 4 and 2 bits"}
-    for kind in sorted({row["kind"] for row in rows}, key=[*names, *"8421"].index):
+    names = {
+        "mix": "dims and bits (default)",
+        "16": "dims only",
+        "4": "dims of 4 bits",
+        "kivi": "KIVI: whole heads, 4 and 2 bits",
+    }
+    for kind in ("mix", "16", "4", "kivi"):
         points = sorted(
             (row["share"], row["perplexity_ratio"], row["far_gain_kept"]) for row in rows if row["kind"] == kind
         )
         share, ratio, kept = zip(*points, strict=True)
-        label = names.get(kind, f"dims of {kind} bits")
         style = "o-" if kind == "mix" else "s:" if kind == "kivi" else ".--"
-        average.plot(share, ratio, style, label=label)
-        far.plot(share, [100 * x for x in kept], style, label=label)
+        average.plot(share, ratio, style, label=names[kind])
+        far.plot(share, [100 * x for x in kept], style, label=names[kind])
     average.set(
         xscale="log", ylim=(0.995, 1.065), ylabel="perplexity over the teacher's", xlabel="share of the 16-bit cache"
     )
