@@ -141,6 +141,13 @@ def test_the_kernel_reads_codes_as_they_are(
     torch.testing.assert_close(again[0][seen].double(), wanted[0][seen], rtol=1e-4, atol=1e-4)
 
 
+def test_widths_that_fill_no_chunk_lose_nothing() -> None:
+    eye, size = torch.eye(20, dtype=torch.float64)[None], torch.linspace(2, 1, 20, dtype=torch.float64)
+    side = Axes(to=eye, back=eye, mean=eye[:, :1], dropped=size, spread=size[None])
+    groups, losses = share_bits([LayerAxes(side, side)], torch.ones(2, 1), 2 * 20 * 8)
+    assert groups == [(((20, 8),), ((20, 8),))] and float(losses.sum()) < 0.01
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-mha"])
 def test_axes_undo_each_other_and_their_energy_is_the_tail_of_dims(
     tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str

@@ -123,21 +123,22 @@ def share_bits(
     chunk = chunk_of(len(found[0].keys.dropped))
     latents = len(found[0].keys.to)
     curves: dict[tuple[int, int, int], dict[int, float]] = {}
+    dims: dict[tuple[int, int, int], int] = {}
     for index, layer in enumerate(found):
         for side, x in enumerate(layer):
             weight = float(weights[side, index])
             dropped, noise = (y.split(chunk) for y in (x.dropped, x.noise))
             for at, (lost, noisy) in enumerate(zip(dropped, noise, strict=True)):
-                if len(lost) == chunk:  # what doesn't fill a chunk is dropped
-                    losses = {b: weight * float(noisy.sum()) * DISTORTION[b] for b in choices}
-                    curves[index, side, at] = {0: weight * float(lost.sum())} | losses
+                losses = {b: weight * float(noisy.sum()) * DISTORTION[b] for b in choices}
+                curves[index, side, at] = {0: weight * float(lost.sum())} | losses
+                dims[index, side, at] = len(lost)
     spent = dict.fromkeys(curves, 0)
     heap: list[tuple[float, tuple[int, int, int], int]] = []
 
     def offer(key: tuple[int, int, int]) -> None:
         """The step up that saves the most per bit."""
         now, losses = spent[key], curves[key]
-        steps = [((losses[now] - losses[b]) / (b - now), b) for b in choices if b > now]
+        steps = [((losses[now] - losses[b]) / ((b - now) * dims[key]), b) for b in choices if b > now]
         if steps:
             gain, bits = max(steps)
             heapq.heappush(heap, (-gain, key, bits))
@@ -146,12 +147,12 @@ def share_bits(
     for key in curves:
         if key[2] == 0:  # of every layer, something
             spent[key] = min(choices)
-            left -= spent[key] * chunk * latents
+            left -= spent[key] * dims[key] * latents
     for key in curves:
         offer(key)
     while heap:
         gain, key, bits = heapq.heappop(heap)
-        cost = (bits - spent[key]) * chunk * latents
+        cost = (bits - spent[key]) * dims[key] * latents
         if gain < 0 and cost <= left:
             left -= cost
             spent[key] = bits
@@ -160,13 +161,13 @@ def share_bits(
     for (index, side, at), bits in spent.items():
         loss[side, index] += curves[index, side, at][bits]
     groups = [
-        tuple(_grouped([spent[key] for key in curves if key[:2] == (index, side)], chunk) for side in (0, 1))
+        tuple(_grouped([(spent[key], dims[key]) for key in curves if key[:2] == (index, side)]) for side in (0, 1))
         for index in range(len(found))
     ]
     return groups, loss  # type: ignore[return-value]
 
 
-def _grouped(bits: list[int], chunk: int) -> Groups:
-    """Runs of equal bits, most first; what has none comes last and is left out."""
-    ordered = sorted(bits, reverse=True)
-    return tuple((ordered.count(b) * chunk, b) for b in dict.fromkeys(ordered) if b)
+def _grouped(chunks: list[tuple[int, int]]) -> Groups:
+    """Bits and dims of chunks as runs of equal bits, most first; what has none comes last and is left out."""
+    most_first = sorted({bits for bits, _ in chunks if bits}, reverse=True)
+    return tuple((sum(n for b, n in chunks if b == bits), bits) for bits in most_first)
