@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from kvlatent.compress.budget import probe
 from kvlatent.compress.maps import own_part
-from kvlatent.compress.statistics import NAMES, Statistics, calibrate
+from kvlatent.compress.statistics import NAMES, SINGLE, Statistics, calibrate
 from kvlatent.errors import UserError
 from kvlatent.model.families import FAMILIES
 from kvlatent.model.offload import open_offloaded
@@ -217,6 +217,7 @@ def poisoned(x: Tensor) -> Tensor:
             "probes have a wrong shape or dtype, or hold NaN",
         ),
         ({"probes": torch.zeros(2, 2, dtype=torch.uint8)}, "probes have a wrong shape or dtype"),
+        ({f"layers.{i}.{name}": None for i in (0, 1) for name in SINGLE}, "of an earlier version"),
     ],
 )
 def test_damaged_files_give_one_line(

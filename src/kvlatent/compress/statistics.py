@@ -257,6 +257,8 @@ class Statistics:
                 meta, present = file.metadata() or {}, set(file.keys())
                 about = About.model_validate_json(meta["about"]).model_dump(exclude_unset=True)
                 tokens = TypeAdapter(list[Count]).validate_json(meta["tokens"], strict=True)
+                if f"layers.0.{NAMES[0]}" in present and f"layers.0.{SINGLE[0]}" not in present:
+                    raise UserError("it is of an earlier version and says nothing of single tokens; calibrate again")
                 names = NAMES + SINGLE + (GROUPED if f"layers.0.{GROUPED[0]}" in present else ())
                 wanted = {f"layers.{i}.{name}" for i in range(min(len(tokens), len(present))) for name in names}
                 if present - {"probes"} != wanted or len(wanted) != len(tokens) * len(names):
