@@ -178,7 +178,7 @@ class LatentAttention(nn.Module):
             out = windowed_attention(
                 q, near, far, maps, window=self.window, scale=self.scale, mask=mask, unabsorbed=pays
             )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return linear_outputs(out.transpose(1, 2).flatten(2), self.o_proj)[0]
 
     @staticmethod
     def _of_heads(x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
