@@ -38,7 +38,7 @@ def compiled(code: ir.Module) -> Callable[[Any, int], None]:
     code.triple, code.data_layout = machine.triple, str(machine.target_data)
     module = binding.parse_assembly(str(code))
     module.verify()
-    passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=1))
+    passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=0))
     passes.getModulePassManager().run(module, passes)
     engine = binding.create_mcjit_compiler(module, machine)
     engine.finalize_object()
