@@ -20,6 +20,8 @@ from kvlatent.compress.codes import Axes, LayerAxes
 from kvlatent.compress.convert import convert
 from kvlatent.compress.statistics import Statistics, calibrate
 from kvlatent.errors import UserError
+from kvlatent.healing.checkpoint import settings_for
+from kvlatent.healing.config import HealChanges
 from kvlatent.kernels import attention, cpu_decode
 from kvlatent.kernels.attention import segment_attention
 from kvlatent.kernels.codes import Codes
@@ -241,6 +243,20 @@ def test_in_order_and_back_from_disk(tiny_teacher: Callable[[str], PreTrainedMod
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(again, ids), logits(student, ids))
     assert spec_of(again) == spec_of(student)
+
+
+def test_students_of_codes_heal_at_a_lower_rate(tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor) -> None:
+    teacher, codes = tiny_teacher("llama"), [((32, 4),)] * 2
+    statistics = probed(teacher, ids)
+    coded = convert(teacher, d_qk=16, d_vo=16, k_codes=codes, v_codes=codes, statistics=statistics).config
+    numbers = convert(teacher, d_qk=16, d_vo=16, statistics=statistics).config
+    rates = [
+        settings_for(
+            "best", HealChanges(learning_rate=asked, lora_rank=4, stage2_tokens=64), config, context=None, seed=0
+        ).learning_rate
+        for config, asked in ((coded, None), (numbers, None), (coded, 1e-3))
+    ]
+    assert rates == [2e-5, 1e-4, 1e-3]
 
 
 def test_what_can_not_be_is_refused(tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor) -> None:

@@ -142,6 +142,11 @@ def heal_checkpoint(
             raise
 
 
+CODED_LEARNING_RATE = 2e-5
+"""Peak learning rate of stage 2 for students whose far tokens are codes: they start nearer to the teacher than what
+1e-4 disturbs (docs/log.md, 2026-11-28)."""
+
+
 def settings_for(
     preset: Preset, changes: HealChanges, student: PreTrainedConfig, *, context: int | None, seed: int
 ) -> HealConfig:
@@ -159,6 +164,8 @@ def settings_for(
     """
     asked = given(changes)
     asked |= {"context": context_of(student, asked.get("context", context)), "seed": seed}
+    if (getattr(student, "latent", None) or {}).get("k_codes"):
+        asked.setdefault("learning_rate", CODED_LEARNING_RATE)
     settings = HealConfig.for_preset(asked.pop("like", preset), **asked)
     if settings.lora_rank > (most := min(student.hidden_size, student.intermediate_size)):
         raise UserError(f"lora_rank must be at most the {most} dims of the FFN; got {settings.lora_rank}")
