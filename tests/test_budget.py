@@ -15,6 +15,7 @@ from kvlatent.compress import budget
 from kvlatent.compress.statistics import Statistics, calibrate
 from kvlatent.errors import UserError
 from kvlatent.model.graft import spec_of
+from kvlatent.model.window import ALL_FAR, Near
 
 
 def falling(items: int, options: int, seed: int) -> Tensor:
@@ -23,8 +24,8 @@ def falling(items: int, options: int, seed: int) -> Tensor:
     return drops.flip(1).cumsum(1).flip(1)
 
 
-def probed(teacher: PreTrainedModel, ids: Tensor) -> Statistics:
-    statistics = calibrate(teacher, ids, about={})
+def probed(teacher: PreTrainedModel, ids: Tensor, near: Near = ALL_FAR) -> Statistics:
+    statistics = calibrate(teacher, ids, near=near, about={})
     statistics.probes = budget.probe(teacher, statistics, ids[:2])
     return statistics
 

@@ -3,12 +3,16 @@
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import test_budget
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_window import logits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,7 +22,7 @@ from kvlatent.compress import budget
 from kvlatent.compress.bits import chunk_of, full_axes, share_bits
 from kvlatent.compress.codes import Axes, LayerAxes
 from kvlatent.compress.convert import convert
-from kvlatent.compress.statistics import Statistics, calibrate
+from kvlatent.compress.statistics import calibrate
 from kvlatent.errors import UserError
 from kvlatent.healing.checkpoint import settings_for
 from kvlatent.healing.config import HealChanges
@@ -36,15 +40,7 @@ from kvlatent.serving.engines import routes
 GROUPS = st.lists(st.tuples(st.integers(1, 40), st.sampled_from(BITS)), min_size=1, max_size=4).map(tuple)
 
 
-def probed(teacher: PreTrainedModel, ids: Tensor) -> Statistics:
-    statistics = calibrate(teacher, ids, near=Near(5, 2), about={})
-    statistics.probes = budget.probe(teacher, statistics, ids)
-    return statistics
-
-
-def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits
+probed = partial(test_budget.probed, near=Near(5, 2))
 
 
 @settings(deadline=None, max_examples=40)
@@ -234,7 +230,9 @@ def test_no_buffer_of_the_contexts_length_holds_numbers(
     assert largest.numbers <= weights < 32 * tokens / 3
 
 
-def test_in_order_and_back_from_disk(tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_in_order_and_back_from_disk(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path
+) -> None:
     teacher = tiny_teacher("qwen3")
     plan = budget.plan(teacher, probed(teacher, ids), 0.2)
     dims = {"d_qk": plan.d_qk, "d_vo": plan.d_vo, "k_codes": plan.k_codes, "v_codes": plan.v_codes}

@@ -53,7 +53,7 @@ class Student(Entry):
     budget: float | None = None
     """Share of the bytes of a 16-bit cache that is kept."""
     bits: int | None = None
-    """Of every number of a far token; a mix by default, where a budget is spent beside a window."""
+    """Bits of every number of a far token; a mix by default, where a budget is spent beside a window."""
     heads_per_latent: int | None = None
     """KV heads that are reduced together."""
     window: int | None = None

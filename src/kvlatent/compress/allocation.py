@@ -10,7 +10,7 @@ from torch import Tensor
 from kvlatent.compress.statistics import Statistics
 from kvlatent.errors import UserError
 from kvlatent.kernels.layout import Groups, Layout
-from kvlatent.model.spec import bytes_per_token
+from kvlatent.model.spec import bytes_per_token, code_bytes_per_token
 
 PROBE_SHARE = 0.5
 """A probe keeps this share of one layer's key dims, or of its value dims, and everything else."""
@@ -35,7 +35,7 @@ class Allocation:
 
     @property
     def bits(self) -> tuple[list[float], list[float]]:
-        """Of a dim on average, by layer, of keys and of values; 16 where they aren't codes."""
+        """Average bits of a dim by layer, of keys and of values; 16 where they aren't codes."""
         if not self.k_codes:
             return [16.0] * len(self.d_qk), [16.0] * len(self.d_vo)
         return [Layout(x).bits for x in self.k_codes], [Layout(x).bits for x in self.v_codes]
@@ -44,7 +44,7 @@ class Allocation:
         """Bytes of one far token in the cache of all layers."""
         if not self.k_codes:
             return bytes_per_token(self.d_qk, self.d_vo, kv_heads, element_size)
-        return kv_heads // heads_per_latent * sum(Layout(x).row_bytes for x in (*self.k_codes, *self.v_codes))
+        return code_bytes_per_token((*self.k_codes, *self.v_codes), kv_heads // heads_per_latent)
 
     @property
     def expected_loss(self) -> float:

@@ -44,7 +44,7 @@ def spend_bits(
     narrow = probe_dims(head_dim_of(config)) * m
     dropped = torch.stack([torch.stack([side.dropped for side in layer]) for layer in found], dim=1)
     tails = dropped[..., narrow:].sum(-1)
-    weights = probes_of(statistics) / tails.clamp_min(1e-6 * dropped.sum(-1))
+    weights = probes_of(statistics).to(dropped) / tails.clamp_min(1e-6 * dropped.sum(-1))
     total = total_bits(config, m, share, choices)
     groups, losses = share_bits(found, weights, total, choices=choices)
     others: dict[str, float] = {}
@@ -90,7 +90,7 @@ def full_axes(teacher: PreTrainedModel, statistics: Statistics) -> list[LayerAxe
     )  # fmt: skip
     student = graft(teacher, share=True)
     return [
-        layer_axes(stats, *reductions(plan, index, layer.self_attn, stats), layer.self_attn.o_proj.weight.detach(),
+        layer_axes(stats, *reductions(plan, index, layer.self_attn, stats), layer.self_attn.o_proj.weight,
                    kv_heads=config.num_key_value_heads)
         for index, (layer, stats) in enumerate(zip(student.model.layers, statistics.layers, strict=True))
     ]  # fmt: skip
@@ -118,7 +118,6 @@ def share_bits(
 
     Returns:
         The groups of every layer, and the expected losses, (2, layers), in nats per token.
-
     """
     chunk = chunk_of(len(found[0].keys.dropped))
     latents = len(found[0].keys.to)
@@ -160,14 +159,11 @@ def share_bits(
     loss = torch.zeros_like(weights)
     for (index, side, at), bits in spent.items():
         loss[side, index] += curves[index, side, at][bits]
-    groups = [
-        tuple(_grouped([(spent[key], dims[key]) for key in curves if key[:2] == (index, side)]) for side in (0, 1))
-        for index in range(len(found))
-    ]
-    return groups, loss  # type: ignore[return-value]
 
+    def grouped(index: int, side: int) -> Groups:
+        """Runs of equal bits, most first; what has none comes last and is left out."""
+        chunks = [(spent[key], dims[key]) for key in curves if key[:2] == (index, side)]
+        most_first = sorted({bits for bits, _ in chunks if bits}, reverse=True)
+        return tuple((sum(n for b, n in chunks if b == bits), bits) for bits in most_first)
 
-def _grouped(chunks: list[tuple[int, int]]) -> Groups:
-    """Bits and dims of chunks as runs of equal bits, most first; what has none comes last and is left out."""
-    most_first = sorted({bits for bits, _ in chunks if bits}, reverse=True)
-    return tuple((sum(n for b, n in chunks if b == bits), bits) for bits in most_first)
+    return [(grouped(index, 0), grouped(index, 1)) for index in range(len(found))], loss

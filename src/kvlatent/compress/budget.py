@@ -56,8 +56,9 @@ def far_share(config: PreTrainedConfig, budget: float, near: Near, at_context: i
         at_context: Tokens of that sequence; None is what `counted_context` says.
 
     Raises:
-        UserError: Whole tokens alone cost more than the budget.
+        UserError: The budget is not a share, or whole tokens alone cost more.
     """
+    _check_share(budget)
     tokens = at_context or counted_context(config)
     whole = min(tokens, sum(near))
     if whole >= budget * tokens and near.window:
@@ -74,7 +75,6 @@ def total_dims(config: PreTrainedConfig, budget: float, near: Near = ALL_FAR) ->
     Raises:
         UserError: The budget is not a share, or leaves less than a step per layer for keys and for values.
     """
-    _check_share(budget)
     budget = far_share(config, budget, near)
     head_dim, layers = head_dim_of(config), config.num_hidden_layers
     step = step_of(head_dim)
@@ -135,8 +135,7 @@ def plan(teacher: PreTrainedModel, statistics: Statistics, budget: float, *, bit
     Raises:
         UserError: The budget can't be, or the statistics were never probed.
     """
-    near, m = statistics.near, statistics.heads_per_latent
-    check_budget(teacher.config, budget, bits, near, m)
+    near = statistics.near
     if not as_codes(bits, near):
         return spend(teacher, statistics, total_dims(teacher.config, budget, near))
     share = far_share(teacher.config, budget, near)
@@ -146,7 +145,6 @@ def plan(teacher: PreTrainedModel, statistics: Statistics, budget: float, *, bit
 def check_budget(config: PreTrainedConfig, budget: float, bits: int | None, near: Near, heads_per_latent: int) -> None:
     """Raise `UserError` for a budget that `plan` couldn't spend."""
     if as_codes(bits, near):
-        _check_share(budget)
         total_bits(config, heads_per_latent, far_share(config, budget, near), BITS if bits is None else (bits,))
     else:
         total_dims(config, budget, near)

@@ -117,6 +117,6 @@ def _fitted(found: Axes, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
     sizes = sizes.clamp_min(1e-6 * sizes.amax().clamp_min(torch.finfo(sizes.dtype).tiny))
     generator = torch.Generator().manual_seed(0)
     turns = [torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0] for n, _ in groups]
-    turn = torch.block_diag(*turns)
+    turn = torch.block_diag(*turns).to(sizes)
     to, back = found.to[..., kept] / sizes @ turn, found.back[..., kept] * sizes @ turn
     return to, back, found.mean[..., kept] / sizes @ turn

@@ -50,7 +50,7 @@ def value_output_tail(o_cov: Tensor, o_weight: Tensor, *, kv_heads: int) -> Floa
 def outputs_by_latent(o_cov: Tensor, o_weight: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
     """C of each latent, and W_O of all its query heads, stacked, (latents, m·head_dim, heads·hidden)."""
     q_heads, width = o_cov.shape[:2]
-    w = o_weight.detach().double().T.unflatten(0, (q_heads, -1))  # (q_heads, head_dim, hidden)
+    w = o_weight.detach().to(o_cov).T.unflatten(0, (q_heads, -1))  # (q_heads, head_dim, hidden)
     heads_per_latent = width // w.shape[1]
     latents = kv_heads // heads_per_latent
     parts = torch.nn.functional.one_hot(own_part(q_heads, kv_heads, heads_per_latent)).to(w)

@@ -162,7 +162,7 @@ def benchmark(
             "dtype": str(model.dtype).removeprefix("torch."),
             "synthetic": synthetic,
             **_summary(model, measured[name], batch=batch),
-            "cache_bytes_per_token": _bytes_per_token(model),
+            "cache_bytes_per_token": far_token_bytes(model.config, model.dtype.itemsize),
             "window_bytes": sum(near_tokens(model.config)) * whole_token_bytes(model.config, model.dtype.itemsize),
         }
         for name, model in models.items()
@@ -258,7 +258,7 @@ def n_max_of(model: PreTrainedModel, *, memory: int, batch: int) -> dict[str, An
     Raises:
         RuntimeError: What was allocated takes more than `memory`.
     """
-    per_token, near = batch * _bytes_per_token(model), near_tokens(model.config)
+    per_token, near = batch * far_token_bytes(model.config, model.dtype.itemsize), near_tokens(model.config)
     weights = sum(x.nbytes for x in model.parameters())
     slots = sum(near) + SLACK if near.window else 0  # taken at once
     whole = batch * slots * whole_token_bytes(model.config, model.dtype.itemsize)
@@ -278,11 +278,6 @@ def n_max_of(model: PreTrainedModel, *, memory: int, batch: int) -> dict[str, An
         if taken > memory:
             raise RuntimeError(f"{low} tokens were computed to fit in {memory} bytes; allocated, they take {taken}")
     return {"context": low, "bytes": taken, "dtype": str(model.dtype).removeprefix("torch.")}
-
-
-def _bytes_per_token(model: PreTrainedModel) -> int:
-    """Bytes that one more token of a sequence adds to the cache, in layers that hold every token."""
-    return far_token_bytes(model.config, model.dtype.itemsize)
 
 
 def _summary(model: PreTrainedModel, measured: Sequence[Measurement], *, batch: int) -> dict[str, Any]:

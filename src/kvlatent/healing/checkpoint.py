@@ -164,7 +164,7 @@ def settings_for(
     """
     asked = given(changes)
     asked |= {"context": context_of(student, asked.get("context", context)), "seed": seed}
-    if (getattr(student, "latent", None) or {}).get("k_codes"):
+    if (spec := spec_in(student)) is not None and spec.k_codes:
         asked.setdefault("learning_rate", CODED_LEARNING_RATE)
     settings = HealConfig.for_preset(asked.pop("like", preset), **asked)
     if settings.lora_rank > (most := min(student.hidden_size, student.intermediate_size)):

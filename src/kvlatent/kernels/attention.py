@@ -112,7 +112,7 @@ def merged(near: Part, far: Part) -> Float[Tensor, "batch q_heads 1 d_vo"]:
     return torch.lerp(out.to(share.dtype), far_out.to(share.dtype), share).to(out.dtype)
 
 
-def as_one(parts: Sequence[Part]) -> Part:
+def merged_parts(parts: Sequence[Part]) -> Part:
     """What several segments would give as one."""
     top = torch.stack([largest for _, largest, _ in parts]).amax(0)
     finite = top.clamp_min(torch.finfo(torch.float32).min)
@@ -161,7 +161,7 @@ def _coded_segment(
         parts.append(
             _segment(q, keys, values, scale, None if mask is None else mask[..., start : start + READ_AT_ONCE])
         )
-    return as_one(parts)
+    return merged_parts(parts)
 
 
 @torch.library.custom_op(

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvlatent.kernels.layout import SIZE_BYTES, STEP, Layout, middle, plane_bytes
 
 LEAST_SIZE = 2.0**-24
+"""The smallest float16 above 0, so that nothing divides by zero."""
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import ctypes
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from llvmlite import binding, ir
 
-from kvlatent.kernels.layout import SIZE_BYTES, STEP, Groups, Layout, middle, plane_bytes
+from kvlatent.kernels.layout import SIZE_BYTES, STEP, Layout, middle, plane_bytes
 
 WIDEST = 8
 """Lanes of a vector: one AVX2 register of float32; elsewhere LLVM takes two registers, or half of one."""
@@ -46,12 +46,10 @@ def compiled(code: ir.Module) -> Callable[[Any, int], None]:
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32)(engine.get_function_address("run"))
 
 
-@dataclass(frozen=True)
-class CodeRow:
-    """A row of codes, as `kernels.codes` describes it, where other rows are numbers of one type."""
+class CodeRow(Layout):
+    """A row of codes, where other rows are numbers of one type."""
 
-    groups: Groups
-
+    @cached_property
     def places(self) -> dict[tuple[int, int], tuple[int, int, int]]:
         """Vectors of the row by (offset in dims, lanes): where their bytes are, how far up in these, and the bits."""
         found, dim, byte = {}, 0, SIZE_BYTES
@@ -76,13 +74,13 @@ def row_type(stored: Row) -> ir.Type:
 def row_bytes(width: int, stored: Row) -> int:
     """Bytes of a row of so many dims."""
     if isinstance(stored, CodeRow):
-        return Layout(stored.groups).row_bytes
+        return stored.row_bytes
     return width * (4 if stored == FLOAT else 2)
 
 
 def vectors_of(width: int, stored: Row) -> list[tuple[int, int]]:
     """A row as vectors: (offset, lanes), lanes a power of two."""
-    return list(stored.places()) if isinstance(stored, CodeRow) else pieces_of(width)
+    return list(stored.places) if isinstance(stored, CodeRow) else pieces_of(width)
 
 
 def pieces_of(width: int) -> list[tuple[int, int]]:
@@ -183,7 +181,7 @@ class Writer:
 
     def _read_codes(self, row: ir.Value, pieces: Sequence[tuple[int, int]], stored: CodeRow) -> list[ir.Value]:
         """Pieces of a row of codes as what they stand for."""
-        b, places, vectors = self.b, stored.places(), []
+        b, places, vectors = self.b, stored.places, []
         half = ir.HalfType()
         size = b.fpext(b.load(b.bitcast(row, half.as_pointer()), align=1), FLOAT)
         for offset, lanes in pieces:

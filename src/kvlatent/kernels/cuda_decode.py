@@ -78,7 +78,7 @@ def decode_attention(
 
 @cache
 def tables(codes: Codes, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of every dim of a row of codes: byte, shift and mask, (3, width) int32; step and code 0, (2, width) float32."""
+    """Byte, shift and mask of every dim of a row, (3, width) int32; its step and what code 0 is, (2, width) float32."""
     at = places(codes, device)
     return torch.stack([x.to(torch.int32) for x in (at.byte, at.up, at.mask)]), torch.stack(
         (at.step, at.step * at.middle)

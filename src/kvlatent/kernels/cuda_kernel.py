@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def places(table, steps, dim, WIDTH: tl.constexpr):
-    """Of a dim of a row of codes: its byte, how far up in it, the bits as a mask, its step and what code 0 is."""
+    """Byte of a dim of a row of codes, how far up in it, its bits as a mask, its step and what code 0 is."""
     inside = dim < WIDTH
     byte = tl.load(table + dim, mask=inside, other=0)
     up = tl.load(table + WIDTH + dim, mask=inside, other=0)

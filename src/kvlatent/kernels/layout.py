@@ -21,7 +21,7 @@ STEP = {1: 1.5958, 2: 0.9957, 4: 0.3352, 8: 0.0308}
 DISTORTION = {1: 0.3634, 2: 0.1188, 4: 0.01154, 8: 8.8e-5, 16: 0.0}
 """Mean squared error of a Gaussian of variance 1 by bits."""
 SIZE_BYTES = 2
-"""Of a row, the float16 of its root mean square."""
+"""What a row begins with: the float16 of its root mean square."""
 
 Groups = tuple[tuple[int, int], ...]
 """Numbers of dims, and the bits of each."""
@@ -40,7 +40,7 @@ class Layout:
 
     @property
     def bits(self) -> float:
-        """Of a dim, on average."""
+        """Average bits of a dim."""
         return sum(dims * bits for dims, bits in self.groups) / self.width
 
     @property

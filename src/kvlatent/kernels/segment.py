@@ -77,7 +77,7 @@ def joined_segments(parts: list[Joinable]) -> Float[Tensor, "batch q_heads rows 
     return out.to(parts[0][0].dtype)
 
 
-def together(parts: list[Joinable]) -> Joinable:
+def merged_segments(parts: list[Joinable]) -> Joinable:
     """Several segments as one."""
     if len(parts) == 1:
         return parts[0]

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from kvlatent.errors import UserError
 from kvlatent.model.buffers import LEAST_RESERVE, Buffer, Buffered, check_crop
 from kvlatent.model.cache import GrowingLayer, Held, Keys, LatentCache, Others, Values
+from kvlatent.model.graft import spec_in
 from kvlatent.model.window_cache import Latents, WindowLayer
 
 GROUP = 128
@@ -45,17 +46,17 @@ class QuantizedCache(LatentCache):
         """
         if bits not in (2, 4, 8):
             raise UserError(f"caches are quantized to 8, 4 or 2 bits; got {bits}")
-        if (getattr(config, "latent", None) or {}).get("k_codes"):
+        if (spec := spec_in(config)) is not None and spec.k_codes:
             raise UserError("this student's far tokens are codes already; let the model make its cache")
         super().__init__(config)
         for index, layer in enumerate(self.layers):
             if type(layer) is GrowingLayer:
                 self.layers[index] = QuantizedLayer(bits)
             elif type(layer) is WindowLayer and layer.sliding is None:
-                self.layers[index] = WindowLayer(layer.window, layer.sinks, store=partial(Codes, bits))
+                self.layers[index] = WindowLayer(layer.window, layer.sinks, store=partial(QuantizedLatents, bits))
 
 
-class Codes(Latents):
+class QuantizedLatents(Latents):
     """Codes and scales of whole groups of tokens, then the rest as it is: the residual, which is `parts`."""
 
     def __init__(self, bits: int, newest: int = 0) -> None:
@@ -168,7 +169,7 @@ class QuantizedLayer(Buffered, DynamicLayer):
 
     @keys.setter
     def keys(self, held: None) -> None:  # transformers' own code sets it to None only, to empty the layer
-        self.store = Codes(self.bits, WINDOW)
+        self.store = QuantizedLatents(self.bits, WINDOW)
 
     @property
     def values(self) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
@@ -131,8 +131,8 @@ class LatentSpec:
         """Bytes of one far token in the cache of one layer."""
         rows = self.rows_of(layer)
         if rows is None:
-            return kv_heads * (self.d_qk[layer] + self.d_vo[layer]) * element_size
-        return kv_heads // self.heads_per_latent * sum(x.row_bytes for x in rows)
+            return bytes_per_token(self.d_qk[layer : layer + 1], self.d_vo[layer : layer + 1], kv_heads, element_size)
+        return code_bytes_per_token([x.groups for x in rows], kv_heads // self.heads_per_latent)
 
     @property
     def output_map(self) -> tuple[bool, ...]:
@@ -193,6 +193,11 @@ def _entries() -> type[BaseModel]:
 def bytes_per_token(d_qk: Sequence[int], d_vo: Sequence[int], kv_heads: int, element_size: int) -> int:
     """Bytes one token adds to a cache with keys and values of these dims per head, one entry per layer."""
     return kv_heads * (sum(d_qk) + sum(d_vo)) * element_size
+
+
+def code_bytes_per_token(rows: Iterable[Groups], latents: int) -> int:
+    """Bytes one token adds to a cache that holds such rows of codes for every latent."""
+    return latents * sum(Layout(groups).row_bytes for groups in rows)
 
 
 def check_dims(head_dim: int, d_qk: Sequence[int], d_vo: Sequence[int]) -> None:

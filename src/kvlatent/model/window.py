@@ -27,9 +27,9 @@ from kvlatent.kernels.segment import (
     Joinable,
     attend_segment,
     joined_segments,
+    merged_segments,
     nothing_seen,
     stacked_rows,
-    together,
 )
 
 
@@ -314,7 +314,7 @@ def _triangle(q: Tensor, far: Far, met: Met, whole: Whole, tokens: _Tokens, scal
         return nothing_seen(attend_segment(q[:, :, -before:], *met(start, end), scale=scale, causal=True), -before)
     newest = attend_segment(q, *met(start + before, end), scale=scale, causal=True)
     oldest = [attend_segment(q, *met(*run), scale=scale) for run in far.blocks(start, start + before)]
-    return together([*oldest, newest])
+    return merged_segments([*oldest, newest])
 
 
 def _beyond(q: Tensor, far: Far, met: Met, whole: Whole, tokens: _Tokens, scale: float) -> Joinable | None:
@@ -333,7 +333,7 @@ def _beyond(q: Tensor, far: Far, met: Met, whole: Whole, tokens: _Tokens, scale:
             if tokens.visible is not None:
                 seen = seen & tokens.visible[:, :, rows, low:high]
             blocks.append(attend_segment(q[:, :, rows], *met(low, high), scale=scale, visible=seen))
-        parts.append(together(blocks))
+        parts.append(merged_segments(blocks))
     return nothing_seen(stacked_rows(parts), skipped) if parts else None
 
 
