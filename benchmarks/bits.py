@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,8 @@ def main() -> None:
     parser.add_argument("--held-out", nargs="+", required=True)
     parser.add_argument("--held-out-tokens", type=int, default=4096)
     parser.add_argument("--block-size", type=int, default=1024)
+    parser.add_argument("--from-position", type=int, default=1, help="judge the tokens of a block from this one on")
+    parser.add_argument("--seed", type=int, default=0, help="of the held-out text")
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.5, 0.25, 0.125, 0.0625, 0.03125])
     parser.add_argument("--bits", nargs="*", default=["mix", "16", "8", "4", "2"])
     parser.add_argument("--kivi", type=int, nargs="*", default=[4, 2])
@@ -109,12 +112,17 @@ def main() -> None:
     teacher, tokenizer = load_model(asked.model, dtype="float32")
     statistics = load_statistics(asked.stats, teacher.config)
     held_out = read_text(
-        asked.held_out, tokenizer, tokens=asked.held_out_tokens, block_size=asked.block_size, seed=0,
+        asked.held_out, tokenizer, tokens=asked.held_out_tokens, block_size=asked.block_size, seed=asked.seed,
         vocab_size=teacher.config.vocab_size,
     )  # fmt: skip
-    settings: dict[str, Any] = {"text_bytes": held_out.bytes, "batch_size": 2}
-    whole = perplexity(teacher, held_out.ids, **settings)
-    near_only = near_only_perplexity(teacher, held_out.ids, **settings)
+    settings: dict[str, Any] = {"text_bytes": held_out.bytes, "batch_size": max(1, 2048 // asked.block_size)}
+    first = asked.from_position - 1  # the first token of a block isn't predicted
+
+    def judged(found: Perplexity) -> Perplexity:
+        return replace(found, token_nll=found.token_nll[:, first:])
+
+    whole = judged(perplexity(teacher, held_out.ids, **settings))
+    near_only = judged(near_only_perplexity(teacher, held_out.ids, **settings))
     heads, context = teacher.config.num_key_value_heads, counted_context(teacher.config)
     original = context * whole_token_bytes(teacher.config, 2)
 
@@ -145,12 +153,12 @@ def main() -> None:
             spec = spec_of(student)
             assert spec is not None
             share = spec.cache_bytes(heads, 2, context) / original
-            found = perplexity(student, held_out.ids, **settings)
+            found = judged(perplexity(student, held_out.ids, **settings))
             write(f"{budget:g} {bits}", share, found, expected=spent.expected_loss)
     for bits in asked.kivi:
         dim = head_dim_of(teacher.config)
         student = convert(teacher, d_qk=dim, d_vo=dim, statistics=statistics)
-        found = quantized_perplexity(student, held_out.ids, bits, held_out.bytes)
+        found = judged(quantized_perplexity(student, held_out.ids, bits, held_out.bytes))
         write(f"kivi {bits}", quantized_share(student, bits), found)
     if asked.figure is not None:
         rows = [json.loads(line) for line in asked.out.read_text().splitlines()]

@@ -171,9 +171,11 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def windowed_attention(
     q: Tensor, k: Tensor, v: Tensor, maps: tuple[Tensor, Tensor, Tensor, Tensor], *,
-    window: int, scale: float, visible: Tensor, sink: Tensor,
+    window: int, scale: float, visible: Tensor, sink: Tensor, far_bias: Tensor,
 ) -> Tensor:  # fmt: skip
     """Near tokens and sinks whole, far ones through maps; `visible` is (batch, seq, seq), `sink` (batch, seq), bool.
+
+    `far_bias` (q_heads, 1) is added to far logits.
 
     Maps are (q_heads, head_dim, latent), (latents, joined, latent), (latents, joined, latent_v) and
     (q_heads, latent_v, head_dim). Queries that see nothing give zeros.
@@ -198,7 +200,7 @@ def windowed_attention(
                     else:
                         key = torch.cat([k[b, m, s] for m in mates]) @ k_map[latent]
                         value = torch.cat([v[b, m, s] for m in mates]) @ v_map[latent]
-                        logits.append(scale * torch.dot(q[b, h, t] @ q_map[h], key))
+                        logits.append(scale * torch.dot(q[b, h, t] @ q_map[h], key) + far_bias[h, 0])
                         values.append(value @ o_map[h])
                 if not logits:
                     rows.append(torch.zeros_like(v[b, g, 0]))

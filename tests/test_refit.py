@@ -1,5 +1,9 @@
 """The ridge against its closed form; refitted head maps against planted ones."""
 
+import itertools
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kvlatent.compress.maps import QKReduction
-from kvlatent.compress.refit import LogitSamples, Ridge, larger, refit_logits
+from kvlatent.compress.refit import LogitSamples, Ridge, far_bias, larger, refit_logits
 from kvlatent.model.rope import rotate
+from kvlatent.model.window import FarMaps
 
 
 def problem(seed: int, *, inputs: int = 5, outputs: int = 3, samples: int = 12) -> tuple[nn.Linear, Tensor, Tensor]:
@@ -222,3 +227,30 @@ def test_right_maps_stay() -> None:
     found = refit_logits(planted(wanted, None), wanted, turn=None, scale=0.5, strength=0.1)
     torch.testing.assert_close(found.q_map, wanted.q_map, rtol=0, atol=1e-4)
     torch.testing.assert_close(found.k_map, wanted.k_map, rtol=0, atol=1e-4)
+
+
+# --- far_bias
+
+
+def test_far_logits_are_raised_by_what_they_lack_in_softmax() -> None:
+    generator = torch.Generator().manual_seed(3)
+    maps = FarMaps(
+        *(torch.randn(shape, generator=generator) / 3 for shape in ((4, DIM, 4), (2, DIM, 4), (2, DIM, 4), (4, 4, DIM)))
+    )
+    samples = planted(random_maps(0), None)
+    samples = [replace(s, probs=s.probs * (s.rows[:, None] - torch.arange(SEQ) >= 3)) for s in samples]
+    found = far_bias(samples, maps, scale=0.5)
+    for head in range(4):
+        lacking = count = 0.0
+        for s in samples:
+            for block, row in itertools.product(range(len(s.q)), range(len(s.rows))):
+                far = range(max(0, int(s.rows[row]) - 2))
+                given = sum(float(s.probs[block, head, row, t]) for t in far)
+                whole = sum(math.exp(s.logits[block, head, row, t]) for t in far)
+                query = s.q[block, head, row] @ maps.q[head]
+                reduced = sum(math.exp(0.5 * query @ (s.k[block, head // 2, t] @ maps.k[head // 2])) for t in far)
+                if far:
+                    lacking += given * (1 - given) * math.log(whole / reduced)
+                    count += given * (1 - given)
+        assert float(found[head]) == pytest.approx(lacking / count, rel=1e-4)
+    assert found.abs().min() > 1e-3

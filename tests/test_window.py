@@ -40,9 +40,9 @@ def windowed(
     set_spec(student, spec)
     torch.manual_seed(3)
     missing = student.load_state_dict(weights, strict=False).missing_keys
-    assert missing and all(name.endswith(("_map", "_mean")) for name in missing)
+    assert missing and all(name.endswith(("_map", "_mean", "far_bias")) for name in missing)
     for layer in student.model.layers:
-        for name in ("k_mean", "v_mean") if codes else ():
+        for name in ("k_mean", "v_mean", "far_bias") if codes else ():
             torch.nn.init.normal_(getattr(layer.self_attn, name))
         for name in ("q_map", "k_map", "v_map", "o_map"):
             torch.nn.init.normal_(getattr(layer.self_attn, name), std=0.4)
@@ -53,7 +53,8 @@ def windowed(
 def random_maps(q_heads: int, kv_heads: int, latents: int, dim: int = 6) -> FarMaps:
     joined = kv_heads // latents * dim
     shapes = (q_heads, dim, 4), (latents, joined, 4), (latents, joined, 3), (q_heads, 3, dim)
-    return FarMaps(*(torch.randn(shape, dtype=torch.float64) for shape in shapes))
+    maps = FarMaps(*(torch.randn(shape, dtype=torch.float64) for shape in shapes))
+    return maps._replace(bias=torch.randn(q_heads, 1, dtype=torch.float64))
 
 
 @settings(deadline=None, max_examples=25)
@@ -84,7 +85,11 @@ def test_windowed_attention_and_its_gradients_match_the_loops(
         rank[:, half:] -= half
     sink = (rank >= 0) & (rank < sinks)
     tensors = [x.requires_grad_() for x in (q, k, v, *maps[:4])]
-    wanted = reference.windowed_attention(q, k, v, maps[:4], window=window, scale=0.3, visible=visible, sink=sink)
+    assert maps.bias is not None
+    tensors.append(maps.bias.requires_grad_())
+    wanted = reference.windowed_attention(
+        q, k, v, maps[:4], window=window, scale=0.3, visible=visible, sink=sink, far_bias=maps.bias
+    )
     mask = None if kind == "plain" else visible[:, None]
     sink_k, sink_v, columns = sinks_of(k, v, mask, sinks)
     first = mask is None

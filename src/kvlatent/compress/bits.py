@@ -135,9 +135,9 @@ def share_bits(
     heap: list[tuple[float, tuple[int, int, int], int]] = []
 
     def offer(key: tuple[int, int, int]) -> None:
-        """The step up that saves the most per bit."""
-        now, losses = spent[key], curves[key]
-        steps = [((losses[now] - losses[b]) / ((b - now) * dims[key]), b) for b in choices if b > now]
+        """The step up that saves the most per bit, of those that can be paid."""
+        now, losses, most = spent[key], curves[key], spent[key] + left / (dims[key] * latents)
+        steps = [((losses[now] - losses[b]) / ((b - now) * dims[key]), b) for b in choices if now < b <= most]
         if steps:
             gain, bits = max(steps)
             heapq.heappush(heap, (-gain, key, bits))
@@ -152,9 +152,10 @@ def share_bits(
     while heap:
         gain, key, bits = heapq.heappop(heap)
         cost = (bits - spent[key]) * dims[key] * latents
-        if gain < 0 and cost <= left:
-            left -= cost
-            spent[key] = bits
+        if gain < 0:
+            if cost <= left:
+                left -= cost
+                spent[key] = bits
             offer(key)
     loss = torch.zeros_like(weights)
     for (index, side, at), bits in spent.items():

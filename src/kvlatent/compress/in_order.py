@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from kvlatent.compress.fill import fill
 from kvlatent.compress.maps import rescaled
 from kvlatent.compress.planning import Plan, reductions
-from kvlatent.compress.refit import LogitSamples, Ridge, larger, refit_logits
+from kvlatent.compress.refit import LogitSamples, Ridge, far_bias, larger, refit_logits
 from kvlatent.compress.statistics import LayerStatistics, sample_logits
 from kvlatent.data.positions import block_starts
 from kvlatent.kernels.cpu_linear import is_gated
@@ -102,6 +102,8 @@ def convert_in_order(
             qk = rescaled(refit_logits(samples, qk, turn=turn, scale=spec.scale, strength=LOGIT_RIDGE))
         layer.self_attn = LatentAttention(student.config, index, whole, spec)
         fill(layer.self_attn, whole, qk, vo, stats)
+        if layer.self_attn.far_bias is not None:
+            layer.self_attn.far_bias.copy_(far_bias(samples, layer.self_attn.far_maps(), scale=spec.scale))
 
         # W_O and the FFN stay the teacher's where near tokens need them, and where a norm stands before the stream that
         # they would be refitted to.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kvlatent.compress.linear_algebra import moment
 from kvlatent.compress.maps import QKReduction
 from kvlatent.model.rope import rotate
+from kvlatent.model.window import FarMaps
 
 _BLOCKS = 8
 """Rows of blocks that XᵀX is computed in; half of it follows by symmetry."""
@@ -173,6 +174,34 @@ def refit_logits(
         fit = partial(logits_of_keys, queries), partial(back_to_keys, queries)
         k_map = _conjugate_gradients(samples, k_map, *fit, key_moment, met, strength, iterations)
     return QKReduction(q_map=q_map.double(), k_map=k_map.double(), freq_index=maps.freq_index)
+
+
+@torch.no_grad()
+def far_bias(samples: list[LogitSamples], maps: FarMaps, *, scale: float) -> Float[Tensor, "q_heads 1"]:
+    """What far logits lack on average, so that far tokens get as much attention as from the teacher.
+
+    Softmax is convex: what keys lose makes the sum of its exponentials smaller, and noise makes it larger. A share g of
+    attention that changes by g·(1 - g)·d when far logits change by d costs g·(1 - g)·d²/2 nats to second order, so
+    queries count by that.
+
+    Args:
+        samples: Queries and keys after RoPE, with the attention of the unreduced layer to its far tokens.
+        maps: Of the reduced layer.
+        scale: Multiplier of the logits.
+    """
+    lacking = count = torch.zeros(len(maps.q), 1, dtype=torch.float64, device=maps.q.device)
+    for s in samples:
+        keys = maps.seen(s.k, s.k)[0].repeat_interleave(len(maps.q) // s.k.shape[1], dim=1)
+        hidden = s.probs == 0
+        whole, reduced = (
+            x.masked_fill(hidden, -torch.inf).logsumexp(-1) for x in (s.logits, (s.q @ maps.q) @ keys.mT * scale)
+        )
+        given = s.probs.sum(-1)
+        weight = (given * (1 - given)).clamp_min(0)
+        lack = torch.where(weight > 0, whole - reduced, 0)  # a query that sees nothing far lacks nothing
+        lacking = lacking + (weight * lack).double().sum((0, 2))[:, None]
+        count = count + weight.double().sum((0, 2))[:, None]
+    return lacking / count.clamp_min(_TINY)
 
 
 def _conjugate_gradients(

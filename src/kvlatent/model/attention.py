@@ -43,6 +43,7 @@ class LatentAttention(nn.Module):
     freq_index: Tensor | None
     k_mean: Tensor | None
     v_mean: Tensor | None
+    far_bias: Tensor | None
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int, stock: nn.Module, spec: LatentSpec) -> None:
         """Build the module for layer `layer_idx` with the biases and QK-norms of `stock`; weights stay unset."""
@@ -93,6 +94,7 @@ class LatentAttention(nn.Module):
         self.codes = None if rows is None else (Codes(rows[0].groups), Codes(rows[1].groups))
         for name, width in (("k_mean", cached_keys), ("v_mean", cached_values)):
             self.register_buffer(name, weight.new_zeros(self.latents, 1, width) if self.codes else None)
+        self.register_buffer("far_bias", weight.new_zeros(self.q_heads, 1) if self.codes else None)
         # Which of the inverse frequencies each KV head rotates by; without it, all of them in order.
         index = torch.arange(rotated // 2, device=weight.device).repeat(self.kv_heads, 1)
         self.register_buffer("freq_index", index if spec.per_head_frequencies else None)
@@ -152,7 +154,9 @@ class LatentAttention(nn.Module):
     def far_maps(self) -> FarMaps:
         """How tokens are reduced that have left the window."""
         assert self.q_map is not None and self.k_map is not None and self.v_map is not None and self.o_map is not None
-        return FarMaps(self.q_map, self.k_map, self.v_map, self.o_map, self.k_mean, self.v_mean, self.codes)
+        return FarMaps(
+            self.q_map, self.k_map, self.v_map, self.o_map, self.k_mean, self.v_mean, self.codes, self.far_bias
+        )
 
     def _split(self, k: Tensor, v: Tensor, maps: FarMaps, mask: Tensor | None) -> tuple[Whole, Far]:
         """A sequence without a cache: all of it whole, and latents of what leaves the last query's window."""

@@ -62,6 +62,8 @@ class FarMaps(NamedTuple):
     v_mean: Float[Tensor, "latents 1 latent_v"] | None = None
     codes: tuple[Codes, Codes] | None = None
     """How keys and values are written down; None is as numbers."""
+    bias: Float[Tensor, "q_heads 1"] | None = None
+    """What is added to the logits of far tokens, as errors of keys make their softmax too small or too large."""
 
     def of(self, dtype: torch.dtype) -> FarMaps:
         """The same in another dtype."""
@@ -249,6 +251,8 @@ def windowed_attention(
     beyond = (_triangle if mask is None and whole.sinks_first else _beyond)(far_q, far, met, whole, tokens, scale)
     if beyond is not None and not unabsorbed:
         beyond = beyond[0] @ maps.o, beyond[1]
+    if beyond is not None and maps.bias is not None:
+        beyond = beyond[0], beyond[1] + maps.bias
     parts = _band(q, whole, tokens, scale), _sinks(q, whole, tokens, scale), beyond
     return joined_segments([part for part in parts if part is not None])
 
@@ -351,4 +355,6 @@ def decode(
         beside = (by_latent @ maps.k_mean.mT).view_as(largest)
         largest = largest + beside.to(largest.dtype) * (scale * math.log2(math.e))
         out = (out.view(*by_latent.shape[:3], -1) + maps.v_mean).view_as(out)
+    if maps.bias is not None:
+        largest = largest + maps.bias[:, None].to(largest.dtype) * math.log2(math.e)
     return merged(whole, (out @ maps.o, largest, weight))
