@@ -178,14 +178,14 @@ def test_prompts_fill_the_context_ask_what_is_far_and_repeat_with_the_seed(
 
 def test_many_pairs_have_names_of_their_own(copier: Copier, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvlatent.evaluation.retrieval.filled_prompt", lambda _tokenizer, text, *_, **__: text([]))
-    from kvlatent.evaluation.retrieval import _prompt
+    from kvlatent.evaluation.retrieval import retrieval_prompt
 
     for pairs in (4, 32, 64, 256, 1024):
-        *facts, question = _prompt(None, pairs, context=0, depth=0.5, rng=random.Random(0))  # type: ignore[arg-type]
+        *facts, question = retrieval_prompt(None, pairs, context=0, depth=0.5, rng=random.Random(0))  # type: ignore[arg-type]
         assert len({fact.split(" is ")[0] for fact in facts}) == len(facts) == pairs
         assert sum(fact.startswith(f"{question} ") for fact in facts) == 1
     with pytest.raises(UserError, match="names for 1024 pairs"):
-        _prompt(None, 1025, context=0, depth=0.5, rng=random.Random(0))  # type: ignore[arg-type]
+        retrieval_prompt(None, 1025, context=0, depth=0.5, rng=random.Random(0))  # type: ignore[arg-type]
 
 
 def test_retrieval_refuses_what_it_cannot_ask(copier: Copier, byte_tokenizer: PreTrainedTokenizerFast) -> None:

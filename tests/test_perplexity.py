@@ -17,6 +17,7 @@ from kvlatent.evaluation import perplexity as evaluate
 from kvlatent.evaluation.needle import needle
 from kvlatent.evaluation.perplexity import Perplexity, compare, perplexity
 from kvlatent.evaluation.tasks import lm_eval_tasks, paired_test
+from kvlatent.model import layers
 
 VOCABULARY = 260
 
@@ -96,14 +97,14 @@ def test_perplexity_by_position_is_of_the_tokens_there(monkeypatch: pytest.Monke
 def test_perplexity_does_not_depend_on_batches_or_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny(), blocks()
     whole = perplexity(model, ids, text_bytes=320, batch_size=5)
-    monkeypatch.setattr(evaluate, "POSITIONS_PER_CHUNK", 7)
+    monkeypatch.setattr(layers, "POSITIONS_PER_CHUNK", 7)
     torch.testing.assert_close(
         perplexity(model, ids, text_bytes=320, batch_size=3).block_nll, whole.block_nll, rtol=1e-6, atol=0
     )
 
 
 def test_full_logits_of_a_block_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "POSITIONS_PER_CHUNK", 7)
+    monkeypatch.setattr(layers, "POSITIONS_PER_CHUNK", 7)
     model, rows = tiny(), []
     model.lm_head.register_forward_hook(lambda _module, _inputs, output: rows.append(output.shape[:-1].numel()))
     perplexity(model, blocks(), text_bytes=320, batch_size=2)

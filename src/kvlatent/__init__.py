@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from kvlatent.errors import needs
 
 if TYPE_CHECKING:
+    from kvlatent.compose.prompt import compress_chat as compress_chat
+    from kvlatent.compose.prompt import compress_prompt as compress_prompt
     from kvlatent.compress.budget import plan as plan
     from kvlatent.compress.budget import probe as probe
     from kvlatent.compress.convert import convert as convert
@@ -62,6 +64,8 @@ PUBLIC = {
     "bench": "kvlatent.evaluation.bench",
     "GenerateConfig": "kvlatent.evaluation.config",
     "generate": "kvlatent.evaluation.generate",
+    "compress_prompt": "kvlatent.compose.prompt",
+    "compress_chat": "kvlatent.compose.prompt",
     "ExportConfig": "kvlatent.serving.config",
     "export": "kvlatent.serving.export.checkpoint",
     "write_report": "kvlatent.evaluation.report.page",

@@ -16,6 +16,7 @@ import tyro
 
 from kvlatent.cli.bench import Bench
 from kvlatent.cli.calibrate import Calibrate
+from kvlatent.cli.compress_prompt import CompressPrompt
 from kvlatent.cli.convert import Convert
 from kvlatent.cli.doctor import Doctor
 from kvlatent.cli.eval import Eval
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "eval": Eval,
     "bench": Bench,
     "generate": Generate,
+    "compress-prompt": CompressPrompt,
     "export": Export,
     "doctor": Doctor,
     "serve": Serve,

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.errors import UserError
-from kvlatent.evaluation.perplexity import check_positions, evaluation_mode
+from kvlatent.model.layers import check_positions, evaluation_mode
 
 DEPTH_BINS = 5
 

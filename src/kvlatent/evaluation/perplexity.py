@@ -2,22 +2,18 @@
 
 import itertools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kvlatent.errors import UserError
-from kvlatent.model.layers import before_head
+from kvlatent.model.layers import check_positions, evaluation_mode, token_nll
 
-POSITIONS_PER_CHUNK = 512  # a 150k vocabulary in float32 then needs 0.3 GB of logits, whatever the block size
 SHORT = 512  # tokens of a short context
 
 
@@ -107,7 +103,7 @@ def perplexity(
     """Measure how well a model predicts packed text.
 
     Tokens see only their own block. Log-probabilities are float32 whatever the model's dtype, sums are float64, and
-    logits exist for `POSITIONS_PER_CHUNK` positions at a time.
+    logits exist for a few positions at a time.
 
     Args:
         model: On any device; left in the mode (training or not) it came in.
@@ -125,7 +121,7 @@ def perplexity(
     progress = tqdm(total=ids.numel(), desc="perplexity", unit="tokens", unit_scale=True)
     with evaluation_mode(model), progress:
         for batch in ids.split(batch_size):
-            parts.append(_token_nll(model, batch.to(model.device), **kwargs).cpu().double())
+            parts.append(token_nll(model, batch.to(model.device), **kwargs).cpu().double())
             progress.set_postfix(perplexity=f"{torch.cat(parts).mean().exp():.2f}", refresh=False)
             progress.update(batch.numel())
     return Perplexity(token_nll=torch.cat(parts), bytes=text_bytes)
@@ -156,24 +152,6 @@ def compare(teacher: Perplexity, student: Perplexity) -> PerplexityRatio:
     return PerplexityRatio(ratio, None if error is None else ratio * error)
 
 
-def check_positions(model: PreTrainedModel, tokens: int) -> None:
-    """Raise a UserError if a sequence of `tokens` has more positions than the model was made for."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and tokens > limit:
-        raise UserError(f"{tokens} tokens are more than the model's {limit} positions (max_position_embeddings)")
-
-
-@contextmanager
-def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Switch dropout off, and back to what it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 def _check_blocks(model: PreTrainedModel, ids: Tensor, *, text_bytes: int, batch_size: int) -> None:
     if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
         raise UserError(f"perplexity needs at least 1 block of at least 2 tokens; got shape {tuple(ids.shape)}")
@@ -191,17 +169,6 @@ def _check_blocks(model: PreTrainedModel, ids: Tensor, *, text_bytes: int, batch
 
 def _on(device: torch.device, masks: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
     return masks.to(device) if isinstance(masks, Tensor) else {kind: mask.to(device) for kind, mask in masks.items()}
-
-
-def _token_nll(
-    model: PreTrainedModel, ids: Int[Tensor, "batch block_size"], **kwargs: Any
-) -> Float[Tensor, "batch block_size-1"]:
-    """Return nats per predicted token in float32, holding full-vocabulary logits of one chunk at a time."""
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False, **kwargs).last_hidden_state[:, :-1].flatten(0, 1)
-    lm_head, hidden = model.get_output_embeddings(), before_head(model, hidden)
-    chunks = zip(hidden.split(POSITIONS_PER_CHUNK), ids[:, 1:].flatten().split(POSITIONS_PER_CHUNK), strict=True)
-    nll = [F.cross_entropy(lm_head(states).float(), targets, reduction="none") for states, targets in chunks]
-    return torch.cat(nll).view(len(ids), -1)
 
 
 def standard_error(samples: Float[Tensor, "samples"]) -> float | None:

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvlatent.errors import UserError
 from kvlatent.evaluation.config import NEAR
 from kvlatent.evaluation.needle import filled_prompt, score_answer
-from kvlatent.evaluation.perplexity import check_positions, evaluation_mode, standard_error
+from kvlatent.evaluation.perplexity import standard_error
+from kvlatent.model.layers import check_positions, evaluation_mode
 
 TOKENS_PER_PAIR = 32
 """`key_value` gives one pair for so many tokens of context; filler takes what they leave."""
@@ -90,13 +91,13 @@ def retrieval(
     with evaluation_mode(model):
         for trial in tqdm(range(trials), desc=f"{test} {context}", unit="prompts"):
             depth = (trial + rng.random()) / trials * (1 - 2 * NEAR / context)
-            prompt, answer = _prompt(tokenizer, pairs, context=context, depth=depth, rng=rng)
+            prompt, answer = retrieval_prompt(tokenizer, pairs, context=context, depth=depth, rng=rng)
             answers.append(score_answer(model, prompt, answer))
     samples = {"exact_match": [float(exact) for exact, _ in answers], "log_probability": [p for _, p in answers]}
     return Retrieval(pairs=pairs, samples=samples)
 
 
-def _prompt(
+def retrieval_prompt(
     tokenizer: PreTrainedTokenizerBase, pairs: int, *, context: int, depth: float, rng: random.Random
 ) -> tuple[list[int], list[int]]:
     """Token ids of a prompt that asks for the pair at `depth`, a share of the pairs' text, and of the answer."""

@@ -1,4 +1,4 @@
-"""Entering a stock body without running its layers, and hooking modules for as long as a call lasts."""
+"""Running a stock model in parts: its body without layers, modules hooked for a call, logits a few at a time."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from kvlatent.errors import UserError
+
+POSITIONS_PER_CHUNK = 512  # a 150k vocabulary in float32 then needs 0.3 GB of logits, whatever the block size
 
 
 def layer_arguments(model: PreTrainedModel, starts: Int[Tensor, "batch"], block_size: int) -> list[dict[str, Any]]:
@@ -120,3 +125,32 @@ def embedded(model: PreTrainedModel, ids: Int[Tensor, "batch seq"]) -> Tensor:
 def before_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Final hidden states (…, hidden) whose product with the output head is the logits: some models divide those."""
     return hidden / getattr(model.config, "logits_scaling", 1.0)
+
+
+def token_nll(
+    model: PreTrainedModel, ids: Int[Tensor, "batch block_size"], **kwargs: Any
+) -> Float[Tensor, "batch block_size-1"]:
+    """Return nats per predicted token in float32, holding full-vocabulary logits of one chunk at a time."""
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False, **kwargs).last_hidden_state[:, :-1].flatten(0, 1)
+    lm_head, hidden = model.get_output_embeddings(), before_head(model, hidden)
+    chunks = zip(hidden.split(POSITIONS_PER_CHUNK), ids[:, 1:].flatten().split(POSITIONS_PER_CHUNK), strict=True)
+    nll = [F.cross_entropy(lm_head(states).float(), targets, reduction="none") for states, targets in chunks]
+    return torch.cat(nll).view(len(ids), -1)
+
+
+def check_positions(model: PreTrainedModel, tokens: int) -> None:
+    """Raise a UserError if a sequence of `tokens` has more positions than the model was made for."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise UserError(f"{tokens} tokens are more than the model's {limit} positions (max_position_embeddings)")
+
+
+@contextmanager
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Switch dropout off, and back to what it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
