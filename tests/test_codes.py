@@ -29,6 +29,7 @@ from kvlatent.healing.config import HealChanges
 from kvlatent.kernels import attention, cpu_decode
 from kvlatent.kernels.attention import segment_attention
 from kvlatent.kernels.codes import Codes
+from kvlatent.kernels.cpu_codes import vectors_of
 from kvlatent.kernels.layout import BITS, DISTORTION, STEP, Groups
 from kvlatent.model import window
 from kvlatent.model.cache import LatentCache, cache_bytes
@@ -70,11 +71,62 @@ def test_errors_of_gaussians_are_those_that_budgets_count_with(bits: int) -> Non
     assert error == pytest.approx(DISTORTION[bits], rel=0.1)
 
 
+def test_a_single_row_of_odd_bytes_is_read() -> None:
+    codes, x = Codes(((5, 8),)), torch.linspace(-1, 1, 5).view(1, 1, 1, 5)
+    assert codes.row_bytes == 7
+    torch.testing.assert_close(codes.decode(codes.encode(x), torch.float32), x, rtol=0, atol=0.02)
+
+
 def test_silence_and_huge_numbers_give_numbers() -> None:
     codes = Codes(((4, 4), (4, 2)))
     x = torch.stack((torch.zeros(8), torch.full((8,), 1e30)))[None, None]
     assert codes.decode(codes.encode(x), torch.float32).isfinite().all()
     assert codes.decode(codes.encode(x), torch.float32)[0, 0, 0].abs().max() < 1e-6
+
+
+@pytest.mark.skipif(not cpu_decode.available(), reason="needs llvmlite and GNU's OpenMP")
+@settings(deadline=None, max_examples=40)
+@given(groups=GROUPS, size=st.sampled_from([0.0, 1e-9, 1.0, 1e30]), seed=st.integers(0, 99))
+def test_the_kernel_writes_the_same_bytes(groups: Groups, size: float, seed: int) -> None:
+    codes = Codes(groups)
+    x = torch.randn(2, 70, 2, codes.width, generator=torch.Generator().manual_seed(seed)).mul(size)[:, :, 1:]
+    with patch.object(cpu_decode, "available", lambda: False):
+        wanted = codes.encode(x)
+    assert torch.equal(codes.encode(x), wanted)
+    assert torch.equal(codes.encode(x.bfloat16()), codes.encode(x.bfloat16().float()))
+
+
+@settings(deadline=None)
+@given(groups=GROUPS)
+def test_vectors_of_a_row_hold_every_dim_once_and_stay_inside(groups: Groups) -> None:
+    """Decoded by the tables that kernels go by, byte by byte."""
+    codes = Codes(groups)
+    row = codes.encode(torch.randn(1, 1, 1, codes.width))
+    found = vectors_of(codes)
+    assert len(set(found.slots.tolist())) == codes.width
+    size = float(row.flatten()[:2].view(torch.float16))
+    for dim, slot in enumerate(found.slots.tolist()):
+        vector, lane = divmod(slot, 8)
+        word = 8 if vector < found.eights else 4 if vector < found.fours else 2
+        begin = int(found.bytes[vector])
+        assert 0 <= begin <= codes.row_bytes - word
+        code = int(row[0, 0, 0, begin + lane % word]) & int(found.masks[vector, lane])
+        number = size * (code * float(found.scales[dim]) + float(found.least[dim]))
+        assert number == pytest.approx(float(codes.decode(row, torch.float64)[0, 0, 0, dim]), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.skipif(not cpu_decode.available(), reason="needs llvmlite and GNU's OpenMP")
+def test_all_layouts_share_a_kernel() -> None:
+    from kvlatent.kernels import cpu_codes_kernel
+
+    built = cpu_codes_kernel.build_attention.cache_info
+    counts = []
+    for groups in (((16, 8), (32, 2)), ((48, 4),), ((5, 1), (64, 8))):
+        codes = Codes(groups), Codes(groups[::-1])
+        k, v = (x.encode(torch.randn(1, 1, 9, x.width)) for x in codes)
+        segment_attention(torch.randn(1, 3, 1, codes[0].width), k, v, scale=1.0, mask=None, codes=codes)
+        counts.append(built().misses)
+    assert counts[0] == counts[-1]
 
 
 def test_gradients_go_straight_through() -> None:
@@ -116,7 +168,7 @@ def test_bits_are_shared_for_the_least_loss() -> None:
 @pytest.mark.skipif(not cpu_decode.available(), reason="needs llvmlite and GNU's OpenMP")
 @settings(deadline=None, max_examples=15)
 @given(
-    k_groups=GROUPS, v_groups=GROUPS, length=st.sampled_from([1, 15, 700]), group=st.sampled_from([1, 3, 9]),
+    k_groups=GROUPS, v_groups=GROUPS, length=st.sampled_from([1, 15, 700]), group=st.sampled_from([1, 3, 9, 13]),
     masked=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_the_kernel_reads_codes_as_they_are(

@@ -9,10 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvlatent.kernels.layout import SIZE_BYTES, STEP, Layout, middle, plane_bytes
-
-LEAST_SIZE = 2.0**-24
-"""The smallest float16 above 0, so that nothing divides by zero."""
+from kvlatent.kernels import cpu_encode
+from kvlatent.kernels.layout import GREATEST_SIZE, LEAST_SIZE, SIZE_BYTES, STEP, Layout, middle, plane_bytes
 
 
 @dataclass(frozen=True)
@@ -22,8 +20,10 @@ class Codes(Layout):
     def encode(self, x: Tensor) -> Tensor:
         """Rows of latents: (batch, latents, seq, width) → (batch, latents, seq, row_bytes) uint8."""
         x, at = x.float(), places(self, x.device)
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * self.width**-0.5
-        size = size.clamp(LEAST_SIZE, torch.finfo(torch.float16).max).half()
+        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        if cpu_encode.fits(x):
+            return cpu_encode.write_rows(x, norms, at, self.row_bytes)
+        size = (norms * at.root).clamp(LEAST_SIZE, GREATEST_SIZE).half()
         intervals = (x / (size.float() * at.step) - at.middle).add_(0.5).floor_()
         codes = torch.minimum(intervals.clamp_(min=0), at.most).to(torch.int32) << at.up
         rows = codes.new_zeros(*x.shape[:-1], self.row_bytes).index_add_(-1, at.byte, codes).to(torch.uint8)
@@ -33,7 +33,7 @@ class Codes(Layout):
     def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """What rows say, in a dtype: (batch, latents, seq, row_bytes) → (batch, latents, seq, width)."""
         at = places(self, rows.device)
-        size = rows[..., :SIZE_BYTES].contiguous().view(torch.float16).float()
+        size = rows[..., :SIZE_BYTES].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
         codes = (rows.index_select(-1, at.byte) >> at.up.to(torch.uint8)) & at.mask
         return ((codes.float() + at.middle) * (at.step * size)).to(dtype)
 
@@ -43,8 +43,10 @@ class Codes(Layout):
 
 
 class Places(NamedTuple):
-    """Where each dim of a row is, and what its code stands for; one number per dim."""
+    """Where each dim of a row is, and what its code stands for; one number per dim, but for the first."""
 
+    root: Tensor
+    """What turns a row's norm into its root mean square, (1,)."""
     byte: Tensor
     up: Tensor
     """Bits below its own in that byte; int32."""
@@ -75,6 +77,7 @@ def _places(codes: Codes, device: torch.device) -> Places:
         start += each
     masks = [2**bits - 1 for bits in bits_of]
     return Places(
+        root=torch.tensor([codes.width**-0.5], device=device),
         byte=torch.tensor(byte, device=device),
         up=torch.tensor(up, dtype=torch.int32, device=device),
         mask=torch.tensor(masks, dtype=torch.uint8, device=device),

@@ -9,12 +9,9 @@ import ctypes
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 from llvmlite import binding, ir
-
-from kvlatent.kernels.layout import SIZE_BYTES, STEP, Layout, middle, plane_bytes
 
 WIDEST = 8
 """Lanes of a vector: one AVX2 register of float32; elsewhere LLVM takes two registers, or half of one."""
@@ -46,41 +43,9 @@ def compiled(code: ir.Module) -> Callable[[Any, int], None]:
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32)(engine.get_function_address("run"))
 
 
-class CodeRow(Layout):
-    """A row of codes, where other rows are numbers of one type."""
-
-    @cached_property
-    def places(self) -> dict[tuple[int, int], tuple[int, int, int]]:
-        """Vectors of the row by (offset in dims, lanes): where their bytes are, how far up in these, and the bits."""
-        found, dim, byte = {}, 0, SIZE_BYTES
-        for dims, bits in self.groups:
-            each = plane_bytes(dims, bits)
-            for plane in range(8 // bits):
-                for offset, lanes in pieces_of(max(0, min(each, dims - plane * each))):
-                    found[dim + plane * each + offset, lanes] = byte + offset, bits * plane, bits
-            dim, byte = dim + dims, byte + each
-        return found
-
-
-Row = Any  # llvmlite has no types
-"""What a row is made of: a type of numbers, or a `CodeRow`."""
-
-
-def row_type(stored: Row) -> ir.Type:
-    """What strides and offsets count."""
-    return BYTE if isinstance(stored, CodeRow) else stored
-
-
-def row_bytes(width: int, stored: Row) -> int:
-    """Bytes of a row of so many dims."""
-    if isinstance(stored, CodeRow):
-        return stored.row_bytes
-    return width * (4 if stored == FLOAT else 2)
-
-
-def vectors_of(width: int, stored: Row) -> list[tuple[int, int]]:
-    """A row as vectors: (offset, lanes), lanes a power of two."""
-    return list(stored.places) if isinstance(stored, CodeRow) else pieces_of(width)
+def element_bytes(stored: ir.Type) -> int:
+    """Bytes of a number of a cache or of weights."""
+    return 4 if stored == FLOAT else 2
 
 
 def pieces_of(width: int) -> list[tuple[int, int]]:
@@ -155,9 +120,9 @@ class Writer:
     def _field(self, name: str) -> ir.Value:
         return self.b.load(self.b.gep(self.call, [LONG(self.fields.index(name))]), name=name)
 
-    def _at(self, address: ir.Value, index: ir.Value, stored: Row) -> ir.Value:
+    def _at(self, address: ir.Value, index: ir.Value, stored: ir.Type) -> ir.Value:
         """Pointer to element `index` of an array of `stored` at an address."""
-        return self.b.gep(self.b.inttoptr(address, row_type(stored).as_pointer()), [index])
+        return self.b.gep(self.b.inttoptr(address, stored.as_pointer()), [index])
 
     def _store(self, value: ir.Value, pointer: ir.Value) -> None:
         self.b.store(value, pointer, align=4)
@@ -166,10 +131,8 @@ class Writer:
         """Pointer to `lanes` elements at an offset."""
         return self.b.bitcast(self.b.gep(pointer, [LONG(offset)]), ir.VectorType(stored, lanes).as_pointer())
 
-    def _read(self, pointer: ir.Value, pieces: Sequence[tuple[int, int]], stored: Row) -> list[ir.Value]:
+    def _read(self, pointer: ir.Value, pieces: Sequence[tuple[int, int]], stored: ir.Type) -> list[ir.Value]:
         """Pieces of a row as float32 vectors."""
-        if isinstance(stored, CodeRow):
-            return self._read_codes(pointer, pieces, stored)
         vectors = []
         for offset, lanes in pieces:
             raw = self.b.load(self._vector(pointer, offset, stored, lanes), align=4 if stored == FLOAT else 2)
@@ -177,24 +140,6 @@ class Writer:
                 words = self.b.zext(raw, ir.VectorType(WORD, lanes))
                 raw = self.b.bitcast(self.b.shl(words, self._splat(WORD(16), lanes)), ir.VectorType(FLOAT, lanes))
             vectors.append(raw if raw.type.element == FLOAT else self.b.fpext(raw, ir.VectorType(FLOAT, lanes)))
-        return vectors
-
-    def _read_codes(self, row: ir.Value, pieces: Sequence[tuple[int, int]], stored: CodeRow) -> list[ir.Value]:
-        """Pieces of a row of codes as what they stand for."""
-        b, places, vectors = self.b, stored.places, []
-        half = ir.HalfType()
-        size = b.fpext(b.load(b.bitcast(row, half.as_pointer()), align=1), FLOAT)
-        for offset, lanes in pieces:
-            byte, up, bits = places[offset, lanes]
-            codes = b.load(self._vector(row, byte, BYTE, lanes), align=1)
-            if up:
-                codes = b.lshr(codes, self._splat(BYTE(up), lanes))
-            if bits < 8 and up + bits < 8:
-                codes = b.and_(codes, self._splat(BYTE(2**bits - 1), lanes))
-            numbers = b.sitofp(b.zext(codes, ir.VectorType(WORD, lanes)), ir.VectorType(FLOAT, lanes))
-            step = b.fmul(size, FLOAT(STEP[bits]))
-            least = b.fmul(step, FLOAT(middle(bits)))
-            vectors.append(self._multiply_add(numbers, self._splat(step, lanes), self._splat(least, lanes)))
         return vectors
 
     def _widened(self, vector: ir.Value) -> ir.Value:
@@ -205,11 +150,11 @@ class Writer:
         order = ir.Constant(ir.VectorType(WORD, WIDEST), [min(i, lanes) for i in range(WIDEST)])
         return self.b.shuffle_vector(vector, self._splat(FLOAT(0.0), lanes), order)
 
-    def _lines(self, width: int, stored: Row) -> range:
+    def _lines(self, width: int, stored: ir.Type) -> range:
         """Where the cache lines of a row begin, in bytes."""
-        return range(0, row_bytes(width, stored), LINE)
+        return range(0, width * element_bytes(stored), LINE)
 
-    def _prefetch(self, pointer: ir.Value, width: int, stored: Row) -> None:
+    def _prefetch(self, pointer: ir.Value, width: int, stored: ir.Type) -> None:
         """Ask for a row that is needed soon."""
         for line in self._lines(width, stored):
             self._prefetch_line(pointer, line)

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from kvlatent.kernels.codes import Codes
+from kvlatent.kernels.cpu_codes import vectors_of
 
 STORED = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """Dtypes a cache may have here, by their names in the kernel."""
@@ -84,29 +85,36 @@ def decode_segment(
         The output; the largest logit, times log2(e); and the sum of the weights relative to that: by the last two,
         outputs over several segments can be merged. Both are float32.
     """
-    from kvlatent.kernels.cpu_kernel import BLOCKS, Kernel, build
+    from kvlatent.kernels.cpu_kernel import BLOCKS, build
 
     batch, q_heads, _, d_qk = q.shape
-    _, kv_heads, length, row = v.shape
-    group_size, d_vo = q_heads // kv_heads, row if codes is None else codes[1].width
-    k_kind, v_kind = (STORED[k.dtype], STORED[v.dtype]) if codes is None else (x.groups for x in codes)
-    run = build(d_qk, d_vo, group_size, k_kind, v_kind)
+    _, kv_heads, length, d_vo = v.shape
+    group_size = q_heads // kv_heads
+    if codes is None:
+        run, layouts = build(d_qk, d_vo, group_size, STORED[k.dtype], STORED[v.dtype]), list[int]()
+        scratch = group_size * (d_vo + 2)
+    else:
+        from kvlatent.kernels.cpu_codes_kernel import CodeKernel, build_attention
+
+        run, vectors = build_attention(group_size), [vectors_of(x) for x in codes]
+        layouts, d_vo = [number for x in vectors for number in x.fields()], codes[1].width
+        scratch = group_size * sum(x.masks.numel() for x in vectors) + CodeKernel.of_heads(group_size)
     rows = (q.float() * (scale * math.log2(math.e))).contiguous()
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     pairs = batch * kv_heads
     threads = torch.get_num_threads() if k.nbytes + v.nbytes >= SINGLE_THREAD_BYTES else 1
     parts = 1 if threads == 1 else max(1, min(length // LEAST_PART, -(-PARTS_PER_THREAD * threads // pairs)))
     part = -(-length // (parts * BLOCKS[0])) * BLOCKS[0]
-    partial = torch.empty(pairs * parts * group_size * (d_vo + 2))
+    partial = torch.empty(pairs * parts * scratch)
     out, sums = torch.empty(batch, q_heads, 1, d_vo), torch.empty(batch, q_heads, 1, 2)
     mask_at = mask_stride = 0
     if mask is not None:
         mask = mask.contiguous()
         mask_at, mask_stride = mask.data_ptr(), 0 if len(mask) == 1 else length
-    call = (ctypes.c_int64 * len(Kernel.fields))(
-        rows.data_ptr(), k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3], mask_at, mask_stride,
+    call = (
+        rows.data_ptr(), k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3], mask_at, mask_stride, *layouts,
         kv_heads, length, parts, part, pairs * parts, partial.data_ptr(), out.data_ptr(), sums.data_ptr(), 0,
     )  # fmt: skip
-    run(call, threads)
+    run((ctypes.c_int64 * len(call))(*call), threads)
     largest, weight = sums.split(1, dim=-1)
     return out.to(q.dtype), largest, weight

@@ -21,14 +21,11 @@ from kvlatent.kernels.cpu_code import (
     LONG,
     STORED,
     WORD,
-    CodeRow,
-    Row,
     Writer,
     compiled,
-    row_bytes,
-    vectors_of,
+    element_bytes,
+    pieces_of,
 )
-from kvlatent.kernels.layout import Groups
 
 BLOCKS = 64, 32, 16
 """Keys whose logits are held at a time: the largest number that fits."""
@@ -47,27 +44,26 @@ LOWEST = -1e30
 
 
 @cache
-def build(d_qk: int, d_vo: int, group_size: int, k: str | Groups, v: str | Groups) -> Callable[[Any, int], None]:
-    """Return the kernel for these dims and dtypes, or codes: a function of the call's fields and of threads."""
-    k_stored, v_stored = (STORED[x] if isinstance(x, str) else CodeRow(x) for x in (k, v))
-    return compiled(Kernel(d_qk, d_vo, group_size, k_stored, v_stored).module)
+def build(d_qk: int, d_vo: int, group_size: int, k: str, v: str) -> Callable[[Any, int], None]:
+    """Return the kernel for these dims and dtypes: a function of the call's fields and of threads."""
+    return compiled(Kernel(d_qk, d_vo, group_size, STORED[k], STORED[v]).module)
 
 
 class Kernel(Writer):
     """Writes one module: threads attend part by part, then one of them merges."""
 
-    fields = (
+    fields: tuple[str, ...] = (
         *("q", "k", "k_batch", "k_head", "k_token", "v", "v_batch", "v_head", "v_token", "mask", "mask_batch"),
         *("heads", "length", "parts", "part", "items", "partial", "out", "sums", "next"),
     )
     """Addresses, strides in elements, and sizes."""
 
-    def __init__(self, d_qk: int, d_vo: int, group_size: int, k_stored: Row, v_stored: Row) -> None:
+    def __init__(self, d_qk: int, d_vo: int, group_size: int, k_stored: ir.Type, v_stored: ir.Type) -> None:
         super().__init__()
         self.d_qk, self.d_vo, self.group_size = d_qk, d_vo, group_size
         self.k_stored, self.v_stored = k_stored, v_stored
-        self.k_pieces, self.v_pieces = vectors_of(d_qk, k_stored), vectors_of(d_vo, v_stored)
-        key, value = row_bytes(d_qk, k_stored), row_bytes(d_vo, v_stored)
+        self.k_pieces, self.v_pieces = pieces_of(d_qk), pieces_of(d_vo)
+        key, value = d_qk * element_bytes(k_stored), d_vo * element_bytes(v_stored)
         fitting = [block for block in BLOCKS if (2 * key + value) * block <= BLOCK_BYTES]
         self.block, self.ahead = (fitting[0], True) if fitting else (BLOCKS[0], False)
         self.keys = KEYS if d_qk <= WIDE else 1
@@ -181,7 +177,7 @@ class Kernel(Writer):
                 b.store(FLOAT(-math.inf), b.gep(self.weights, [b.add(j, LONG(g * self.block))]))
 
     def _sums(self, vectors: list[ir.Value]) -> ir.Value:
-        """Sum over the lanes of each of four vectors of eight, as one vector of four: neighbours are added twice."""
+        """Sum over the lanes of each of four or eight vectors of eight, as one vector: neighbours are added twice."""
         b = self.b
 
         def picked(x: ir.Value, y: ir.Value, lanes: Sequence[int]) -> ir.Value:
@@ -189,11 +185,12 @@ class Kernel(Writer):
 
         even = (0, 2, 8, 10, 4, 6, 12, 14)  # within the halves of a register, across which moving lanes is slow
         odd = [lane + 1 for lane in even]
-        while len(vectors) > 1:
+        for _ in range(2):
             pairs = zip(vectors[::2], vectors[1::2], strict=True)
             vectors = [b.fadd(picked(x, y, even), picked(x, y, odd), flags=FAST) for x, y in pairs]
-        (total,) = vectors
-        return b.fadd(picked(total, total, range(4)), picked(total, total, range(4, 8)), flags=FAST)
+        low = [lane + 8 * i for i in range(len(vectors)) for lane in range(4)]
+        x, y = vectors[0], vectors[-1]
+        return b.fadd(picked(x, y, low), picked(x, y, [lane + 4 for lane in low]), flags=FAST)
 
     def _hide(self, first: ir.Value, count: ir.Value, batch: ir.Value, fields: dict[str, ir.Value]) -> None:
         """Logits of keys that may not be looked at become -inf."""

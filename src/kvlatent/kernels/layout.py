@@ -22,6 +22,8 @@ DISTORTION = {1: 0.3634, 2: 0.1188, 4: 0.01154, 8: 8.8e-5, 16: 0.0}
 """Mean squared error of a Gaussian of variance 1 by bits."""
 SIZE_BYTES = 2
 """What a row begins with: the float16 of its root mean square."""
+LEAST_SIZE, GREATEST_SIZE = 2.0**-24, 65504.0
+"""The smallest float16 above 0, so that nothing divides by zero, and the largest."""
 
 Groups = tuple[tuple[int, int], ...]
 """Numbers of dims, and the bits of each."""
