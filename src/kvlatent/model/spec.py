@@ -127,12 +127,13 @@ class LatentSpec:
         """How keys and values of a layer's far tokens are written down; None is as numbers of the model's dtype."""
         return (Layout(self.k_codes[layer]), Layout(self.v_codes[layer])) if self.k_codes else None
 
-    def token_bytes(self, layer: int, kv_heads: int, element_size: int) -> int:
-        """Bytes of one far token in the cache of one layer."""
+    def token_bytes(self, layer: int, kv_heads: int, element_size: int) -> tuple[int, int]:
+        """Bytes of one far token's key and of its value in the cache of one layer."""
         rows = self.rows_of(layer)
         if rows is None:
-            return bytes_per_token(self.d_qk[layer : layer + 1], self.d_vo[layer : layer + 1], kv_heads, element_size)
-        return code_bytes_per_token([x.groups for x in rows], kv_heads // self.heads_per_latent)
+            return kv_heads * self.d_qk[layer] * element_size, kv_heads * self.d_vo[layer] * element_size
+        latents = kv_heads // self.heads_per_latent
+        return latents * rows[0].row_bytes, latents * rows[1].row_bytes
 
     @property
     def output_map(self) -> tuple[bool, ...]:
@@ -146,7 +147,7 @@ class LatentSpec:
 
     def cache_bytes_per_token(self, kv_heads: int, element_size: int) -> int:
         """Bytes one token adds to the cache of a sequence, all layers together."""
-        return sum(self.token_bytes(layer, kv_heads, element_size) for layer in range(len(self.d_qk)))
+        return sum(sum(self.token_bytes(layer, kv_heads, element_size)) for layer in range(len(self.d_qk)))
 
     def cache_bytes(self, kv_heads: int, element_size: int, tokens: int) -> int:
         """Bytes of the cache of a sequence: latents of far tokens, whole keys and values of the others."""
