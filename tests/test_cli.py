@@ -235,6 +235,51 @@ def test_info_of_a_config_alone_tells_where_its_cache_is_and_what_fits(
     assert "layers with a sliding window" in shown and "longest context in 40 GiB" in shown
 
 
+def test_a_plan_of_a_config_alone_shows_the_bytes_and_says_how_to_get_the_losses(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA))
+    argv = ["plan", f"{tmp_path}/config.json", "--budget", "0.5", "--context", "8192", "131072"]
+    argv += ["--memory", "80", "--batch", "16", "--out", f"{tmp_path}/plan.png"]
+    told = answer(capsys, argv)
+    token = 2 * 8 * 256 * 2  # of one layer
+    assert told["whole_layers"] == [layer for layer in range(48) if layer % 6 != 5]
+    assert told["whole_layers_bytes"] == 40 * 1023 * token
+    assert told["teacher_cache_bytes"] == (40 * 1023 + 8 * 8192) * token
+    assert told["cache_bytes"] == told["teacher_cache_bytes"] // 2 == told["cache"][0]["bytes"]
+    assert told["cache"][0]["whole"] == 8 * 132 * token
+    far = (told["cache_bytes"] - told["whole_layers_bytes"] - 8 * 132 * token) / (8192 - 132)
+    assert told["cache"][1]["bytes"] == pytest.approx(told["cache_bytes"] + far * (131072 - 8192))
+    (longest,) = told["n_max"]
+    left = 80 * 2**30 - told["student_weight_bytes"] - 16 * (40 * (1023 + 128) + 8 * (132 + 64)) * token
+    assert longest["context"] == pytest.approx(left / 16 / (far * 17 / 16), rel=0.001)  # a sixteenth is reserved
+    assert (
+        told["student_weight_bytes"] - told["weight_bytes"] == 8 * 2 * 24 * 256 * 256 * 2
+    )  # a head's latent is as wide
+    assert longest["teacher_context"] == (
+        (80 * 2**30 - told["weight_bytes"]) // 16 - 40 * 1024 * token
+    ) // (8 * token)  # fmt: skip
+    assert cli.main(argv) == 0
+    said = capsys.readouterr().out
+    assert (
+        "40 layers with a sliding window stay whole" in said and "38.4% of the teacher's cache of 8,192 tokens" in said
+    )
+    assert said.splitlines()[-1].endswith("give MODEL as a hub id or a folder that holds them.")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_plan_of_a_config_alone_pays_for_no_more_than_all_dims(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_teacher: Callable[[str], PreTrainedModel]
+) -> None:
+    tiny_teacher("llama").config.save_pretrained(tmp_path)
+    argv = ["plan", str(tmp_path), "--window", "4", "--sinks", "0", "--dtype", "bfloat16", "--budget"]
+    most = 2 * 2 * (2 + 32 * 8 // 8)  # 2 layers, keys and values of one latent: a float16 and 32 dims of 8 bits
+    assert answer(capsys, [*argv, "0.9"])["cache_bytes_per_token"] == most
+    share = (0.25 * 256 - 4) / 252  # of 128 numbers a token
+    assert answer(capsys, [*argv, "0.25"])["cache_bytes_per_token"] == round(share * 256)
+    assert answer(capsys, [*argv, "0.9", "--bits", "16"])["cache_bytes_per_token"] == round((0.9 * 256 - 4) / 252 * 256)
+
+
 def test_where_all_layers_slide_there_is_no_longest_context(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_teacher: Callable[[str], PreTrainedModel]
 ) -> None:
@@ -576,6 +621,10 @@ BAD = {
     "no config": (["info", "{root}/none.json"], "no such file"),
     "a config of latent attention": (["info", "{root}/mla.json"], "multi-head latent attention"),
     "a config of several models": (["info", "{root}/wrapper.json"], "wrap a text model, gemma3_text"),
+    "a plan of a config by statistics": (
+        ["plan", "{folder}/teacher/config.json", "--budget", "0.5", "--stats", "{root}/bad.stats"],
+        "leave --stats out",
+    ),
     "info on no context": (["info", "{folder}/teacher", "--context", "0"], "at least 1"),
     "info on no memory": (["info", "{folder}/teacher", "--memory", "-1"], "--memory must be above 0"),
     "doctor of nothing": (["doctor", "{root}/nowhere"], "no such folder"),
@@ -616,7 +665,7 @@ def test_seeds_out_of_range_are_refused_by_every_command(
 @pytest.mark.parametrize(
     ("verb", "slow"),
     [("calibrate", "compress.checkpoints.read_text"), ("convert", "compress.checkpoints.read_text"),
-     ("plan", "compress.checkpoints.load_model"), ("export", "serving.export.checkpoint.load_model")],
+     ("plan", "compress.preview.load_model"), ("export", "serving.export.checkpoint.load_model")],
 )  # fmt: skip
 def test_an_output_has_one_command_from_its_start(
     verb: str, slow: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

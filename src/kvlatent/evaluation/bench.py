@@ -27,9 +27,8 @@ from kvlatent.model.sizes import (
     far_token_bytes,
     layer_caches,
     most_tokens,
-    near_tokens,
     predicted_cache_bytes,
-    whole_token_bytes,
+    window_bytes,
 )
 
 
@@ -168,7 +167,7 @@ def benchmark(
             "synthetic": synthetic,
             **_summary(model, measured[name], batch=batch),
             "cache_bytes_per_token": far_token_bytes(model.config, model.dtype.itemsize),
-            "window_bytes": sum(near_tokens(model.config)) * whole_token_bytes(model.config, model.dtype.itemsize),
+            "window_bytes": window_bytes(model.config, model.dtype.itemsize),
         }
         for name, model in models.items()
     ]
@@ -223,8 +222,10 @@ def filled_cache(model: PreTrainedModel, *, batch: int, tokens: int) -> Cache:
     where = {"dtype": model.dtype, "device": model.device}
     for index, dims in enumerate(zip(*cached_dims(config), strict=True)):
         heads, beside = cached_heads(config), list[Any]()
-        if spec is not None and spec.window:  # the cache itself reduces what leaves the window
+        left_whole = spec is not None and index in spec.whole_layers
+        if spec is not None and (spec.window or left_whole):
             heads, dims = config.num_key_value_heads, (spec.head_dim, spec.head_dim)
+        if spec is not None and spec.window and not left_whole:  # the cache itself reduces what leaves the window
             beside = [model.model.layers[index].self_attn.far_maps().of(model.dtype), None]
         keys, values = (torch.randn(1, heads, 1, d, **where).expand(batch, -1, tokens, -1) for d in dims)
         held = (

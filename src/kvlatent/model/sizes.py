@@ -78,12 +78,6 @@ def contexts_told(config: PreTrainedConfig) -> tuple[int, ...]:
     return (*(tokens for tokens in CONTEXTS if tokens < positions), positions)
 
 
-def near_tokens(config: PreTrainedConfig) -> Near:
-    """Tokens that a model meets whole, beside latents."""
-    spec = spec_in(config)
-    return ALL_FAR if spec is None else Near(spec.window, spec.sinks)
-
-
 def whole_token_bytes(config: PreTrainedConfig, element_size: int) -> int:
     """Bytes of one token of one sequence that is held whole in all layers."""
     return int(2 * config.num_key_value_heads * head_dim_of(config) * config.num_hidden_layers * element_size)
@@ -97,6 +91,11 @@ def far_token_bytes(config: PreTrainedConfig, element_size: int) -> int:
     return spec.cache_bytes_per_token(config.num_key_value_heads, element_size)
 
 
+def window_bytes(config: PreTrainedConfig, element_size: int) -> int:
+    """Bytes of the window and the sinks of one sequence, once they are full; 0 for a model without."""
+    return sum(sum(layer.near) * layer.whole for layer in layer_caches(config, element_size))
+
+
 def layer_caches(config: PreTrainedConfig, element_size: int) -> list[LayerCache]:
     """What each layer of a stock model or a student caches in its default cache.
 
@@ -104,13 +103,25 @@ def layer_caches(config: PreTrainedConfig, element_size: int) -> list[LayerCache
         config: Of the model.
         element_size: Bytes per number.
     """
-    near, spec, heads = near_tokens(config), spec_in(config), config.num_key_value_heads
+    spec, heads = spec_in(config), config.num_key_value_heads
     whole = 2 * head_dim_of(config) * heads * element_size
     found = []
     for index, layer in enumerate(DynamicCache(config=config).layers):
-        far = (whole // 2, whole // 2) if spec is None else spec.token_bytes(index, heads, element_size)
+        near, far = ALL_FAR, (whole // 2, whole // 2)
+        if spec is not None and index not in spec.whole_layers:
+            near, far = Near(spec.window, spec.sinks), spec.token_bytes(index, heads, element_size)
         found.append(LayerCache(near, whole, far, layer.sliding_window if layer.is_sliding else None))
     return found
+
+
+def left_whole(config: PreTrainedConfig) -> tuple[int, ...]:
+    """The layers that a budget leaves as they are: those with a sliding window that ends within the counted context.
+
+    They don't grow with the context, the others do. Where all layers slide, all are reduced.
+    """
+    tokens, layers = counted_context(config), layer_caches(config, 1)
+    found = tuple(index for index, layer in enumerate(layers) if layer.held(tokens)[1] < tokens)
+    return found if len(found) < len(layers) else ()
 
 
 def predicted_cache_bytes(config: PreTrainedConfig, *, batch: int, tokens: int, element_size: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvlatent.fields import Fit
-from kvlatent.kernels.layout import Layout
+from kvlatent.kernels.layout import bits_of
 from kvlatent.model.checkpoints import record_of
 from kvlatent.model.families import family_of
 from kvlatent.model.graft import cached_heads, dims_by_layer, head_dim_of, spec_in
@@ -16,7 +16,7 @@ from kvlatent.model.sizes import (
     far_token_bytes,
     layer_caches,
     most_tokens,
-    whole_token_bytes,
+    window_bytes,
 )
 from kvlatent.serving.engines import engine_names
 
@@ -68,11 +68,13 @@ def describe(model: str, fit: Fit | None = None, *, dtype: str = "auto") -> dict
         about |= {"latents": cached_heads(config), "preset": spec.preset, "teacher": record_of(model).get("teacher")}
     if spec is not None and spec.k_codes:
         about |= {
-            "k_bits": [round(Layout(x).bits, 2) for x in spec.k_codes],
-            "v_bits": [round(Layout(x).bits, 2) for x in spec.v_codes],
+            "k_bits": [round(bits_of(x), 2) for x in spec.k_codes],
+            "v_bits": [round(bits_of(x), 2) for x in spec.v_codes],
         }
+    if spec is not None and spec.whole_layers:
+        about |= {"whole_layers": list(spec.whole_layers)}
     if spec is not None and spec.window:
-        whole = {name: (spec.window + spec.sinks) * whole_token_bytes(config, size) for name, size in SIZES.items()}
+        whole = {name: window_bytes(config, size) for name, size in SIZES.items()}
         maps = sum(x.numel() for name, x in shape.named_parameters() if name.endswith("_map"))
         about |= {
             "window": spec.window,
