@@ -180,9 +180,9 @@ def test_a_window_shows_in_plan_convert_info_and_card(
     told = answer(capsys, ["info", f"{tmp_path}/student"])
     assert (told["window"], told["sinks"]) == (6, 2)
     assert told["window_bytes"] == {"float32": 8 * whole, "bfloat16": 4 * whole}
-    assert told["cache_bytes_at"] == {
-        "context": 256, "float32": planned["cache_bytes"], "bfloat16": planned["cache_bytes"] // 2,
-    }  # fmt: skip
+    (at_positions,) = told["cache"]
+    assert (at_positions["context"], at_positions["bytes"]) == (256, planned["cache_bytes"])
+    assert (told["dtype"], at_positions["whole"]) == ("float32", 8 * whole)
     added = told["parameters"] - answer(capsys, ["info", f"{folder}/teacher"])["parameters"]
     assert f"the maps to latents add {added:,} parameters" in told["step"]  # no weight has shrunk
     assert cli.main(["info", f"{tmp_path}/student"]) == 0
@@ -197,6 +197,97 @@ def test_info_counts_parameters_as_loading_does(
 ) -> None:
     tiny_teacher(name).config.save_pretrained(tmp_path / "bare")
     assert answer(capsys, ["info", f"{tmp_path}/bare"])["parameters"] == tiny_teacher(name).num_parameters()
+
+
+GEMMA = {
+    "model_type": "gemma3_text", "vocab_size": 262208, "hidden_size": 3840, "intermediate_size": 15360,
+    "num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256,
+    "sliding_window": 1024, "sliding_window_pattern": 6, "max_position_embeddings": 131072,
+    "query_pre_attn_scalar": 256, "torch_dtype": "bfloat16",
+}  # fmt: skip
+"""Gemma-3-12B's text model, as its config on the hub has it."""
+
+
+def test_info_of_a_config_alone_tells_where_its_cache_is_and_what_fits(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA))
+    asked = ["--context", "512", "8192", "--memory", "40", "--batch", "1", "4"]
+    told = answer(capsys, ["info", f"{tmp_path}/config.json", *asked])
+    token = 2 * 8 * 256 * 2  # of one layer
+    assert (told["sliding_window"], told["sliding_layers"]) == (1024, 40)
+    assert told["cache"][0]["bytes"] == 512 * 48 * token
+    assert told["cache"][1] == {
+        "context": 8192, "bytes": (8 * 8192 + 40 * 1023) * token, "global_layers": 8 * 8192 * token,
+        "sliding_layers": 40 * 1023 * token, "whole": 0,
+        "keys": (8 * 8192 + 40 * 1023) * token // 2, "values": (8 * 8192 + 40 * 1023) * token // 2,
+    }  # fmt: skip
+    ffn, attention = 3 * 3840 * 15360, (2 * 16 + 2 * 8) * 256 * 3840
+    norms = 4 * 3840 + 2 * 256
+    assert told["weight_bytes"] == 2 * (262208 * 3840 + 48 * (ffn + attention + norms) + 3840)
+    left = 40 * 2**30 - told["weight_bytes"]
+    assert told["n_max"] == [
+        {"batch": batch, "context": (left // batch - 40 * 1024 * token) // (8 * token)} for batch in (1, 4)
+    ]
+    assert answer(capsys, ["info", str(tmp_path)])["cache"][1] == told["cache"][1]  # of a folder that holds no more
+    assert cli.main(["info", f"{tmp_path}/config.json", *asked]) == 0
+    shown = capsys.readouterr().out
+    assert "layers with a sliding window" in shown and "longest context in 40 GiB" in shown
+
+
+def test_a_plan_of_a_config_alone_shows_the_bytes_and_says_how_to_get_the_losses(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA))
+    argv = ["plan", f"{tmp_path}/config.json", "--budget", "0.5", "--context", "8192", "131072"]
+    argv += ["--memory", "80", "--batch", "16", "--out", f"{tmp_path}/plan.png"]
+    told = answer(capsys, argv)
+    token = 2 * 8 * 256 * 2  # of one layer
+    assert told["whole_layers"] == [layer for layer in range(48) if layer % 6 != 5]
+    assert told["whole_layers_bytes"] == 40 * 1023 * token
+    assert told["teacher_cache_bytes"] == (40 * 1023 + 8 * 8192) * token
+    assert told["cache_bytes"] == told["teacher_cache_bytes"] // 2 == told["cache"][0]["bytes"]
+    assert told["cache"][0]["whole"] == 8 * 132 * token
+    far = (told["cache_bytes"] - told["whole_layers_bytes"] - 8 * 132 * token) / (8192 - 132)
+    assert told["cache"][1]["bytes"] == pytest.approx(told["cache_bytes"] + far * (131072 - 8192))
+    (longest,) = told["n_max"]
+    left = 80 * 2**30 - told["student_weight_bytes"] - 16 * (40 * (1023 + 128) + 8 * (132 + 64)) * token
+    assert longest["context"] == pytest.approx(left / 16 / (far * 17 / 16), rel=0.001)  # a sixteenth is reserved
+    assert (
+        told["student_weight_bytes"] - told["weight_bytes"] == 8 * 2 * 24 * 256 * 256 * 2
+    )  # a head's latent is as wide
+    assert longest["teacher_context"] == (
+        (80 * 2**30 - told["weight_bytes"]) // 16 - 40 * 1024 * token
+    ) // (8 * token)  # fmt: skip
+    assert cli.main(argv) == 0
+    said = capsys.readouterr().out
+    assert (
+        "40 layers with a sliding window stay whole" in said and "38.4% of the teacher's cache of 8,192 tokens" in said
+    )
+    assert said.splitlines()[-1].endswith("give MODEL as a hub id or a folder that holds them.")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_plan_of_a_config_alone_pays_for_no_more_than_all_dims(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_teacher: Callable[[str], PreTrainedModel]
+) -> None:
+    tiny_teacher("llama").config.save_pretrained(tmp_path)
+    argv = ["plan", str(tmp_path), "--window", "4", "--sinks", "0", "--dtype", "bfloat16", "--budget"]
+    most = 2 * 2 * (2 + 32 * 8 // 8)  # 2 layers, keys and values of one latent: a float16 and 32 dims of 8 bits
+    assert answer(capsys, [*argv, "0.9"])["cache_bytes_per_token"] == most
+    share = (0.25 * 256 - 4) / 252  # of 128 numbers a token
+    assert answer(capsys, [*argv, "0.25"])["cache_bytes_per_token"] == round(share * 256)
+    assert answer(capsys, [*argv, "0.9", "--bits", "16"])["cache_bytes_per_token"] == round((0.9 * 256 - 4) / 252 * 256)
+
+
+def test_where_all_layers_slide_there_is_no_longest_context(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_teacher: Callable[[str], PreTrainedModel]
+) -> None:
+    tiny_teacher("mistral").config.save_pretrained(tmp_path)
+    assert answer(capsys, ["info", str(tmp_path), "--memory", "1"])["n_max"] == [{"batch": 1, "context": None}]
+    assert cli.main(["info", str(tmp_path), "--memory", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["1", "any"]
+    assert answer(capsys, ["info", str(tmp_path), "--memory", "1e-4"])["n_max"] == [{"batch": 1, "context": 0}]
 
 
 def test_statistics_replace_text(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -418,6 +509,8 @@ def make_bad_files(root: Path, folder: Path) -> None:
     GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
         root / "gpt2"
     )
+    (root / "mla.json").write_text('{"model_type": "deepseek_v3", "kv_lora_rank": 8}')
+    (root / "wrapper.json").write_text('{"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}')
     shutil.copytree(folder / "teacher", root / "truncated")
     weights = root / "truncated" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
@@ -520,6 +613,20 @@ BAD = {
         ["export", "{root}/gpt2", "--to", "gguf", "--out", "{root}/out"],
         "supported are",
     ),
+    "a config alone to convert": (
+        ["convert", "{root}/gpt2/config.json", "--out", "{root}/out", *TEXT],
+        "supported are",
+    ),
+    "a config alone to bench": (["bench", "{folder}/teacher/config.json"], "is a config alone"),
+    "no config": (["info", "{root}/none.json"], "no such file"),
+    "a config of latent attention": (["info", "{root}/mla.json"], "multi-head latent attention"),
+    "a config of several models": (["info", "{root}/wrapper.json"], "wrap a text model, gemma3_text"),
+    "a plan of a config by statistics": (
+        ["plan", "{folder}/teacher/config.json", "--budget", "0.5", "--stats", "{root}/bad.stats"],
+        "leave --stats out",
+    ),
+    "info on no context": (["info", "{folder}/teacher", "--context", "0"], "at least 1"),
+    "info on no memory": (["info", "{folder}/teacher", "--memory", "-1"], "--memory must be above 0"),
     "doctor of nothing": (["doctor", "{root}/nowhere"], "no such folder"),
     "no run": (["report", "{root}/foreign"], "no results.json"),
     "no recipe": (["run", "{root}/none.yaml", "--out", "{root}/out"], "can't read recipe"),
@@ -558,7 +665,7 @@ def test_seeds_out_of_range_are_refused_by_every_command(
 @pytest.mark.parametrize(
     ("verb", "slow"),
     [("calibrate", "compress.checkpoints.read_text"), ("convert", "compress.checkpoints.read_text"),
-     ("plan", "compress.checkpoints.load_model"), ("export", "serving.export.checkpoint.load_model")],
+     ("plan", "compress.preview.load_model"), ("export", "serving.export.checkpoint.load_model")],
 )  # fmt: skip
 def test_an_output_has_one_command_from_its_start(
     verb: str, slow: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from kvlatent.compress.checkpoints import calibrate_checkpoint, convert_checkpoint, plan_checkpoint, target_of
+from kvlatent.compress.checkpoints import calibrate_checkpoint, convert_checkpoint, target_of
 from kvlatent.compress.config import CalibrateConfig, ConvertConfig, PlanConfig
 from kvlatent.compress.planning import WINDOW
+from kvlatent.compress.preview import plan_checkpoint
 from kvlatent.errors import UserError
 from kvlatent.model.checkpoints import RECORD
 from kvlatent.model.window import ALL_FAR, Near

@@ -6,11 +6,13 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Collection, Mapping
-from dataclasses import field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from tyro.conf import arg
+
+from kvlatent.errors import UserError
 
 Model = Annotated[str, arg(metavar="MODEL")]
 OtherModel = Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")]
@@ -23,12 +25,38 @@ HeadsPerLatent = Annotated[
 ]
 Folder = Annotated[Path, arg(metavar="DIR")]
 OptionalFolder = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")]
+Memory = Annotated[float | None, arg(metavar="GIB", help_behavior_hint="")]
 Sources = Annotated[tuple[str, ...], arg(metavar="F…", help_behavior_hint="")]
 
 LARGEST_SEED = 2**32 - 1
 """That every generator in use takes."""
 METAVARS = {int: "N", float: "X", str: "NAME", Path: "DIR"}
 """What the help calls a value of a type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Whose caches are told, and what has to hold them."""
+
+    context: Annotated[
+        tuple[int, ...], arg(metavar="N…", help_behavior_hint="(default: some up to the positions)")
+    ] = ()
+    """Tokens of the sequences whose cache is told."""
+    memory: Memory = None
+    """Also tell the longest context that fits in so much memory beside the weights, activations left out."""
+    batch: Numbers = (1,)
+    """Sequences in a batch that --memory is to hold."""
+
+    def __post_init__(self) -> None:
+        if min((*self.context, *self.batch), default=1) < 1:
+            raise UserError("--context and --batch are at least 1")
+        check_memory(self.memory)
+
+
+def check_memory(memory: float | None) -> None:
+    """Raise `UserError` for GiB that no machine has."""
+    if memory is not None and not 0 < memory <= 10**9:
+        raise UserError(f"--memory must be above 0 and at most 1e9; got {memory}")
 
 
 def field_docs(config: type) -> dict[str, str]:

@@ -9,34 +9,60 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from kvlatent.cli.options import Command
-from kvlatent.cli.tables import pairs
+from kvlatent.cli.tables import longest_table, pairs, plan_cache_table
 from kvlatent.compress.config import PlanConfig
 from kvlatent.fields import Model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Command):
-    """Show how a budget would be spent over layers, keys and values, as table and plot. Converts nothing."""
+    """Show how a budget would be spent over layers, keys and values, as table and plot. Converts nothing.
+
+    Of a config.json without weights it shows the bytes alone.
+    """
 
     model: Positional[Model]
-    """The teacher."""
+    """The teacher, or its config.json."""
     out: Annotated[Path, arg(metavar="PLOT")] = Path("plan.png")
     """The plot to write: .png, .svg or .pdf."""
     asked: Annotated[PlanConfig, arg(name="")]
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.compress.checkpoints import plan_checkpoint
+        from kvlatent.compress.preview import plan_checkpoint
 
         return plan_checkpoint(self.model, self.out, self.asked, **self.common.place())
 
     def table(self, result: dict[str, Any]) -> str:
-        columns = [result[key] for key in ("d_qk", "k_bits", "d_vo", "v_bits", "qk_loss", "vo_loss")]
-        lines = ["layer  d_qk  bits  d_vo  bits  loss of keys  loss of values  (each alone, nats per token)"]
-        for layer, (d_qk, k_bits, d_vo, v_bits, qk, vo) in enumerate(zip(*columns, strict=True)):
-            lines.append(f"{layer:5}  {d_qk:4}  {k_bits:4.1f}  {d_vo:4}  {v_bits:4.1f}  {qk:12.4f}  {vo:14.4f}")
-        keys = ["budget", "cache_bytes_per_token", "teacher_cache_bytes_per_token"]
+        weighed = "expected_loss" in result
+        told = {key: result[key] for key in ("budget", "cache_bytes_per_token", "teacher_cache_bytes_per_token")}
         if result["window"]:
-            keys += ["window", "sinks", "context", "cache_bytes", "teacher_cache_bytes"]
-        others = {f"loss at the same bytes: {name}": loss for name, loss in result["alternatives"].items()}
-        told = {key: result[key] for key in (*keys, "expected_loss")} | others | {"out": result["out"]}
-        return "\n".join([*lines, "", pairs(told)])
+            told |= {key: result[key] for key in ("window", "sinks")}
+        told |= {key: result[key] for key in ("context", "cache_bytes", "teacher_cache_bytes")}
+        if weighed:
+            others = {f"loss at the same bytes: {name}": loss for name, loss in result["alternatives"].items()}
+            told |= {"expected_loss": result["expected_loss"]} | others | {"out": result["out"]}
+        blocks = [_by_layer(result)] if weighed else []
+        blocks += [pairs(told), plan_cache_table(result)]
+        if "n_max" in result:
+            blocks.append(longest_table(result))
+        if layers := len(result["whole_layers"]):
+            share = result["whole_layers_bytes"] / result["teacher_cache_bytes"]
+            blocks.append(
+                f"{layers} layers with a sliding window stay whole, since only the others grow with the context: "
+                f"{share:.1%} of the teacher's cache of {result['context']:,} tokens"
+            )
+        if not weighed:
+            blocks.append(
+                "These are the bytes that the budget pays for at most. What is lost is measured on the weights: give "
+                "MODEL as a hub id or a folder that holds them."
+            )
+        return "\n\n".join(blocks)
+
+
+def _by_layer(result: dict[str, Any]) -> str:
+    columns = [result[key] for key in ("d_qk", "k_bits", "d_vo", "v_bits", "qk_loss", "vo_loss")]
+    lines = ["layer  d_qk  bits  d_vo  bits  loss of keys  loss of values  (each alone, nats per token)"]
+    for layer, (d_qk, k_bits, d_vo, v_bits, qk, vo) in enumerate(zip(*columns, strict=True)):
+        whole = "  whole" if layer in result["whole_layers"] else ""
+        lines.append(f"{layer:5}  {d_qk:4}  {k_bits:4.1f}  {d_vo:4}  {v_bits:4.1f}  {qk:12.4f}  {vo:14.4f}{whole}")
+    return "\n".join(lines)

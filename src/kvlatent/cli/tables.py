@@ -26,6 +26,53 @@ def side_by_side(result: Mapping[str, Any], keys: Sequence[str]) -> str:
     return aligned(header, rows)
 
 
+def cache_table(rows: Sequence[Mapping[str, int]]) -> str:
+    """Bytes of caches by context, and where they are; a column that is zero throughout is left out."""
+    from kvlatent.evaluation.report.text import aligned
+
+    names = {
+        "context": "tokens", "bytes": "bytes of a sequence", "keys": "keys", "values": "values",
+        "global_layers": "global layers", "sliding_layers": "layers with a sliding window",
+        "whole": "tokens met whole",
+    }  # fmt: skip
+    shown = [key for key in names if any(row[key] for row in rows)]
+    if "sliding_layers" not in shown:
+        shown.remove("global_layers")
+    return aligned([names[key] for key in shown], [[f"{row[key]:,}" for key in shown] for row in rows])
+
+
+def longest_table(result: Mapping[str, Any]) -> str:
+    """The longest contexts that fit in so much memory beside the weights, by batch."""
+    from kvlatent.evaluation.report.text import aligned, longest_text
+
+    rows = [[str(row["batch"]), longest_text(row["context"])] for row in result["n_max"]]
+    header = ["batch", f"longest context in {result['memory_gib']:g} GiB beside the weights"]
+    if "teacher_context" in result["n_max"][0]:
+        header.append("of the teacher")
+        for row, found in zip(rows, result["n_max"], strict=True):
+            row.append(longest_text(found["teacher_context"]))
+    return aligned(header, rows)
+
+
+def plan_cache_table(plan: Mapping[str, Any]) -> str:
+    """Bytes of a planned student's cache by context, beside the teacher's, and where they are."""
+    from kvlatent.evaluation.report.text import aligned
+
+    names = {
+        "whole": "tokens met whole", "keys": "keys", "values": "values", "global_layers": "global layers",
+        "sliding_layers": "layers with a sliding window",
+    }  # fmt: skip
+    shown = [key for key in names if any(row.get(key) for row in plan["cache"])]
+    if "sliding_layers" not in shown:
+        shown.remove("global_layers")
+    rows = []
+    for student, teacher in zip(plan["cache"], plan["teacher_cache"], strict=True):
+        cells = [student["context"], teacher["bytes"], student["bytes"]]
+        share = f"{student['bytes'] / teacher['bytes']:.3f}"
+        rows.append([*(f"{x:,}" for x in cells), share, *(f"{student[key]:,}" for key in shown)])
+    return aligned(["tokens", "teacher's bytes", "student's bytes", "share", *(names[key] for key in shown)], rows)
+
+
 def _numbers(models: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, list[float]]:
     """Every number that all models have, by its path."""
     found: dict[str, list[float]] = {}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
 
 from kvlatent.compress.statistics import Statistics
 from kvlatent.errors import UserError
-from kvlatent.kernels.layout import Groups, Layout
-from kvlatent.model.spec import bytes_per_token, code_bytes_per_token
+from kvlatent.kernels.layout import Groups, Layout, bits_of
 
+T = TypeVar("T")
 PROBE_SHARE = 0.5
 """A probe keeps this share of one layer's key dims, or of its value dims, and everything else."""
 
@@ -32,24 +34,38 @@ class Allocation:
     """By layer, the dims of a latent's keys and the bits of each; empty where they aren't codes."""
     v_codes: tuple[Groups, ...] = ()
     """Likewise of values."""
+    whole_layers: tuple[int, ...] = ()
+    """Layers that stay the teacher's, since they forget and so don't grow with the context."""
 
     @property
     def bits(self) -> tuple[list[float], list[float]]:
         """Average bits of a dim by layer, of keys and of values; 16 where they aren't codes."""
-        if not self.k_codes:
-            return [16.0] * len(self.d_qk), [16.0] * len(self.d_vo)
-        return [Layout(x).bits for x in self.k_codes], [Layout(x).bits for x in self.v_codes]
+        none: tuple[Groups, ...] = ((),) * len(self.d_qk)
+        return [bits_of(x) for x in self.k_codes or none], [bits_of(x) for x in self.v_codes or none]
 
-    def token_bytes(self, kv_heads: int, heads_per_latent: int, element_size: int) -> int:
-        """Bytes of one far token in the cache of all layers."""
-        if not self.k_codes:
-            return bytes_per_token(self.d_qk, self.d_vo, kv_heads, element_size)
-        return code_bytes_per_token((*self.k_codes, *self.v_codes), kv_heads // heads_per_latent)
+    def token_bytes(self, kv_heads: int, heads_per_latent: int, element_size: int) -> list[tuple[int, int]]:
+        """Bytes of one far token's key and of its value by layer."""
+        numbers = kv_heads * element_size
+        none: tuple[Groups, ...] = ((),) * len(self.d_qk)
+        keys, values = (
+            [
+                Layout(groups).row_bytes * (kv_heads // heads_per_latent) if groups else d * numbers
+                for groups, d in zip(codes or none, dims, strict=True)
+            ]
+            for codes, dims in ((self.k_codes, self.d_qk), (self.v_codes, self.d_vo))
+        )
+        return list(zip(keys, values, strict=True))
 
     @property
     def expected_loss(self) -> float:
         """Sum over layers, for keys and values: how plans compare, not a forecast (errors don't simply add up)."""
         return sum(self.qk_loss) + sum(self.vo_loss)
+
+
+def by_layer(kept: Sequence[int], values: Sequence[T], layers: Iterable[int], other: T) -> tuple[T, ...]:
+    """The values of the layers `kept`, in their order, and another for all others."""
+    found = dict(zip(kept, values, strict=True))
+    return tuple(found.get(layer, other) for layer in layers)
 
 
 def probe_dims(head_dim: int) -> int:

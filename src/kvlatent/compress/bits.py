@@ -10,13 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kvlatent.compress.allocation import Allocation, probe_dims, probes_of
+from kvlatent.compress.allocation import Allocation, by_layer, probe_dims, probes_of
 from kvlatent.compress.codes import LayerAxes, layer_axes
 from kvlatent.compress.planning import plan_reduction, reductions, requested
 from kvlatent.compress.statistics import Statistics
 from kvlatent.errors import UserError
-from kvlatent.kernels.layout import BITS, DISTORTION, SIZE_BYTES, Groups
+from kvlatent.kernels.layout import BITS, DISTORTION, SIZE_BYTES, Groups, Layout
 from kvlatent.model.graft import graft, head_dim_of
+from kvlatent.model.sizes import left_whole
 
 CHUNKS = 16, 8
 """Dims of a latent get their bits so many at a time, the most that leaves eight chunks if any does; codes of 8 dims
@@ -28,7 +29,8 @@ def spend_bits(
 ) -> Allocation:
     """Share the bits of far tokens among layers, keys and values, and dims.
 
-    A dim that is dropped has no bits, so this is a choice of dims as well.
+    A dim that is dropped has no bits, so this is a choice of dims as well. Layers that `left_whole` names keep all of
+    theirs, as numbers.
 
     Args:
         teacher: A stock model of a supported family.
@@ -39,39 +41,44 @@ def spend_bits(
     Raises:
         UserError: The share is too small, or the statistics were never probed.
     """
-    config, m = teacher.config, statistics.heads_per_latent
-    found = full_axes(teacher, statistics)
+    config, m, whole = teacher.config, statistics.heads_per_latent, left_whole(teacher.config)
+    every = range(config.num_hidden_layers)
+    kept = [index for index in every if index not in whole]
+    axes_of_all = full_axes(teacher, statistics)
+    found = [axes_of_all[index] for index in kept]
     narrow = probe_dims(head_dim_of(config)) * m
     dropped = torch.stack([torch.stack([side.dropped for side in layer]) for layer in found], dim=1)
     tails = dropped[..., narrow:].sum(-1)
-    weights = probes_of(statistics).to(dropped) / tails.clamp_min(1e-6 * dropped.sum(-1))
+    weights = probes_of(statistics)[:, kept].to(dropped) / tails.clamp_min(1e-6 * dropped.sum(-1))
     total = total_bits(config, m, share, choices)
     groups, losses = share_bits(found, weights, total, choices=choices)
     others: dict[str, float] = {}
     for bits in (16, *reversed(BITS)):
         if (bits,) != tuple(choices):
             others[f"dims of {bits} bits"] = float(share_bits(found, weights, total, choices=(bits,))[1].sum())
-    k_codes, v_codes = (tuple(layer[side] for layer in groups) for side in (0, 1))
-    d_qk, d_vo = ([-(-sum(n for n, _ in x) // m) for x in codes] for codes in (k_codes, v_codes))
+    d_qk, d_vo = ([-(-Layout(layer[side]).width // m) for layer in groups] for side in (0, 1))
+    head_dim = head_dim_of(config)
     return Allocation(
-        d_qk=tuple(d + d % 2 for d in d_qk),
-        d_vo=tuple(d_vo),
-        qk_loss=tuple(losses[0].tolist()),
-        vo_loss=tuple(losses[1].tolist()),
+        d_qk=by_layer(kept, [d + d % 2 for d in d_qk], every, head_dim),
+        d_vo=by_layer(kept, d_vo, every, head_dim),
+        qk_loss=by_layer(kept, losses[0].tolist(), every, 0.0),
+        vo_loss=by_layer(kept, losses[1].tolist(), every, 0.0),
         alternatives=others,
-        k_codes=k_codes,
-        v_codes=v_codes,
+        k_codes=by_layer(kept, [layer[0] for layer in groups], every, ()),
+        v_codes=by_layer(kept, [layer[1] for layer in groups], every, ()),
+        whole_layers=whole,
     )
 
 
 def total_bits(config: PreTrainedConfig, heads_per_latent: int, share: float, choices: Sequence[int]) -> float:
-    """Bits of one far token of all layers that a share of its 16-bit cache pays for, sizes of rows paid.
+    """Bits of one far token of all reduced layers that a share of its 16-bit cache pays for, sizes of rows paid.
 
     Raises:
         UserError: They are less than every layer needs.
     """
     width = heads_per_latent * head_dim_of(config)
-    rows = 2 * config.num_hidden_layers * (config.num_key_value_heads // heads_per_latent)
+    layers = config.num_hidden_layers - len(left_whole(config))
+    rows = 2 * layers * (config.num_key_value_heads // heads_per_latent)
     least = (min(choices) * chunk_of(width) + 8 * SIZE_BYTES) / (16 * width)
     if share < least:
         raise UserError(f"{share:.3g} of the bytes of far tokens is too little for all layers; they take {least:.3g}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kvlatent.compress.allocation import Allocation, probe_dims, probes_of
+from kvlatent.compress.allocation import Allocation, by_layer, probe_dims, probes_of
 from kvlatent.compress.bits import spend_bits, total_bits
 from kvlatent.compress.fill import fill
 from kvlatent.compress.methods.project import project_tail
@@ -26,7 +26,7 @@ from kvlatent.model.attention import LatentAttention
 from kvlatent.model.graft import graft, head_dim_of
 from kvlatent.model.layers import before_head, embedded, layer_arguments
 from kvlatent.model.offload import OffloadedLayers
-from kvlatent.model.sizes import counted_context
+from kvlatent.model.sizes import counted_context, layer_caches, left_whole
 from kvlatent.model.window import ALL_FAR, Near
 
 PROBE_STRIDE = 4
@@ -46,43 +46,57 @@ def step_of(head_dim: int) -> int:
     return max(2, head_dim // 16)
 
 
-def far_share(config: PreTrainedConfig, budget: float, near: Near, at_context: int | None = None) -> float:
-    """The share of far tokens' bytes that remains of a budget when tokens met whole are paid for.
+def far_share(config: PreTrainedConfig, budget: float, near: Near) -> float:
+    """The share of far tokens' bytes that remains of a budget when what stays whole is paid for: layers, and tokens.
 
     Args:
         config: The teacher's.
-        budget: Share of the cache bytes of a sequence that is kept.
+        budget: Share of the cache bytes that is kept of a sequence of `counted_context` tokens.
         near: Tokens met whole.
-        at_context: Tokens of that sequence; None is what `counted_context` says.
 
     Raises:
-        UserError: The budget is not a share, or whole tokens alone cost more.
+        UserError: The budget is not a share, what stays whole alone costs more, or there is nothing far.
     """
     _check_share(budget)
-    tokens = at_context or counted_context(config)
-    whole = min(tokens, sum(near))
-    if whole >= budget * tokens and near.window:
+    tokens, layers, whole = counted_context(config), layer_caches(config, 1), left_whole(config)
+    teacher = sum(layer.held(tokens)[1] for layer in layers)
+    reduced = [layer._replace(near=near).held(tokens) for i, layer in enumerate(layers) if i not in whole]
+    of_layers, of_window, far = (
+        sum(layers[i].held(tokens)[1] for i in whole), *(sum(part) for part in zip(*reduced, strict=True))
+    )  # fmt: skip
+    sliding = None if whole else layers[0].sliding
+    if sliding is not None and near.window >= sliding - 1:
         raise UserError(
-            f"a window of {near.window} tokens and {near.sinks} sinks alone takes {whole / tokens:.3g} of the cache of "
-            f"{tokens} tokens; give a larger budget than {budget}, or a shorter --window"
+            f"all layers have a sliding window of {sliding} tokens, so nothing is far beside a window of "
+            f"{near.window}; give a shorter --window"
         )
-    return budget if not near.window else (budget * tokens - whole) / (tokens - whole)
+    paid = of_layers + of_window
+    if paid and paid >= budget * teacher:
+        parts = [f"a window of {near.window} tokens and {near.sinks} sinks"] if near.window else []
+        if whole:
+            parts.insert(
+                0, f"{len(whole)} layers that stay whole, since they slide over {layers[whole[0]].sliding} tokens,"
+            )
+        raise UserError(
+            f"{' and '.join(parts)} alone take{'' if whole else 's'} {paid / teacher:.3g} of the cache of {tokens} "
+            f"tokens; give a larger budget than {budget}{', or a shorter --window' if near.window else ''}"
+        )
+    return budget if not paid else (budget * teacher - paid) / far
 
 
 def total_dims(config: PreTrainedConfig, budget: float, near: Near = ALL_FAR) -> int:
-    """d_qk + d_vo of all layers that a share of the cache bytes pays for; every KV head of a layer costs the same.
+    """d_qk + d_vo of all reduced layers that a share of the cache bytes pays for; KV heads of a layer cost the same.
 
     Raises:
         UserError: The budget is not a share, or leaves less than a step per layer for keys and for values.
     """
-    budget = far_share(config, budget, near)
-    head_dim, layers = head_dim_of(config), config.num_hidden_layers
+    share = far_share(config, budget, near)
+    head_dim, layers = head_dim_of(config), config.num_hidden_layers - len(left_whole(config))
     step = step_of(head_dim)
-    total = int(budget * 2 * head_dim * layers + 1e-9) // step * step
+    total = int(share * 2 * head_dim * layers + 1e-9) // step * step
     if total < 2 * step * layers:
-        raise UserError(
-            f"budget {budget} leaves less than {step} of {head_dim} dims; give at least {step / head_dim:g}"
-        )
+        larger = f"at least {step / head_dim:g}" if share == budget else "a larger one"
+        raise UserError(f"budget {budget} leaves less than {step} of {head_dim} dims; give {larger}")
     return total
 
 
@@ -151,7 +165,7 @@ def check_budget(config: PreTrainedConfig, budget: float, bits: int | None, near
 
 
 def spend(teacher: PreTrainedModel, statistics: Statistics, total: int) -> Allocation:
-    """Share dims among layers, keys and values, for the least expected loss.
+    """Share dims among layers, keys and values, for the least expected loss; `left_whole` layers have all of theirs.
 
     Layers and keys against values differ; KV heads of one layer can't, since a cache tensor
     (batch, kv_heads, seq, d) has one width.
@@ -159,27 +173,25 @@ def spend(teacher: PreTrainedModel, statistics: Statistics, total: int) -> Alloc
     Args:
         teacher: A stock model of a supported family.
         statistics: From `calibrate`, with losses from `probe`.
-        total: d_qk + d_vo of all layers, from `total_dims`.
+        total: d_qk + d_vo of all reduced layers, from `total_dims`.
 
     Raises:
         UserError: The statistics were never probed.
     """
-    step = step_of(head_dim_of(teacher.config))
-    curves = loss_curves(teacher, statistics)  # (2, layers, head_dim + 1)
-    layers = curves.shape[1]
+    config, whole = teacher.config, left_whole(teacher.config)
+    step, every = step_of(head_dim_of(config)), range(config.num_hidden_layers)
+    kept = [index for index in every if index not in whole]
+    curves, layers = loss_curves(teacher, statistics)[:, kept], len(kept)  # (2, layers, head_dim + 1)
     steps = curves.flatten(0, 1)[:, ::step]
     spent = allocate(steps, total // step, floor=1)
     dims = [step * n for n in spent]
     losses = [float(curve[n]) for curve, n in zip(steps, spent, strict=True)]
     each, between = divmod(total / (2 * layers), 1)
     alike = torch.lerp(curves[..., int(each)], curves[..., min(int(each) + 1, curves.shape[-1] - 1)], between)
-    return Allocation(
-        d_qk=tuple(dims[:layers]),
-        d_vo=tuple(dims[layers:]),
-        qk_loss=tuple(losses[:layers]),
-        vo_loss=tuple(losses[layers:]),
-        alternatives={"the same dims in every layer": float(alike.sum())},
-    )
+    d_qk, d_vo = (by_layer(kept, x, every, head_dim_of(config)) for x in (dims[:layers], dims[layers:]))
+    qk_loss, vo_loss = (by_layer(kept, x, every, 0.0) for x in (losses[:layers], losses[layers:]))
+    others = {"the same dims in every layer": float(alike.sum())}
+    return Allocation(d_qk=d_qk, d_vo=d_vo, qk_loss=qk_loss, vo_loss=vo_loss, alternatives=others, whole_layers=whole)
 
 
 def planning_statistics(
@@ -240,7 +252,7 @@ def probe(
     """KL from the teacher, in nats per token, when one layer alone has narrow keys [0] or narrow values [1].
 
     Every probe goes through the layers behind its own: layers² forwards of one layer on `ids`. All probes advance
-    together, so each layer's weights are used once.
+    together, so each layer's weights are used once. Layers that a budget leaves whole are not probed, and cost 0.
 
     Args:
         teacher: A stock model of a supported family.
@@ -248,8 +260,9 @@ def probe(
         ids: Token blocks.
         offloaded: From `offload.open_offloaded`, with its teacher.
     """
-    student = graft(teacher)
+    student, left = graft(teacher), left_whole(teacher.config)
     head_dim, layers = head_dim_of(teacher.config), student.model.layers
+    kept = [index for index in range(len(layers)) if index not in left]
     narrow = probe_dims(head_dim)
     plans = [
         plan_reduction(
@@ -275,7 +288,7 @@ def probe(
         with nullcontext() if offloaded is None else offloaded.visiting(layer, index):
             probes = [layer(probe, **kwargs) for probe in probes]
             unchanged = layer(state, **kwargs)
-            for plan in plans:
+            for plan in plans if index in kept else ():
                 reduced = LatentAttention(student.config, index, attention, plan.spec)
                 layer.self_attn = fill(reduced, attention, *reductions(plan, index, attention, stats))
                 probes.append(layer(state, **kwargs))
@@ -292,7 +305,9 @@ def probe(
             [F.kl_div(log_probs(x), wanted, reduction="sum", log_target=True) for x in narrowed]
         ).cpu()
     mean = losses / len(compared[0])
-    return mean.clamp_min(0).view(len(layers), 2).T  # below it by rounding, where nothing is lost
+    found = torch.zeros(2, len(layers), dtype=torch.float64)
+    found[:, kept] = mean.view(-1, 2).T
+    return found.clamp_min(0)  # below it by rounding, where nothing is lost
 
 
 def allocate(curves: Float[Tensor, "items options"], total: int, *, floor: int) -> list[int]:

@@ -1,10 +1,10 @@
-"""Calibration, planning and conversion of checkpoints on disk: what the commands and recipes call."""
+"""Calibration and conversion of checkpoints on disk: what the commands and recipes call."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.compress import budget as budgets
-from kvlatent.compress.config import CalibrateConfig, ConvertConfig, PlanConfig
+from kvlatent.compress.config import CalibrateConfig, ConvertConfig
 from kvlatent.compress.convert import convert_as
 from kvlatent.compress.methods import PRESETS
 from kvlatent.compress.planning import Request, check_source, grouped_heads, method_of, near_of, requested
@@ -23,14 +23,14 @@ from kvlatent.compress.statistics import Statistics, calibrate, check_far_tokens
 from kvlatent.data.blocks import TokenBlocks, batch_size_for
 from kvlatent.data.positions import context_of
 from kvlatent.data.sources import TEACHER_TEXT, read_text
-from kvlatent.errors import UserError, needs
+from kvlatent.errors import UserError
 from kvlatent.files import check_disk, new_output
-from kvlatent.model.card import unmeasured_card, window_text
+from kvlatent.model.card import unmeasured_card
 from kvlatent.model.checkpoints import environment, load_model, record_of, save_checkpoint
 from kvlatent.model.graft import check_teacher, head_dim_of, heads_per_latent_of, spec_of
 from kvlatent.model.loading import load_config, load_tokenizer, stored_dtype, teacher_name, weight_bytes
 from kvlatent.model.offload import OffloadedLayers, open_offloaded
-from kvlatent.model.sizes import counted_context, whole_token_bytes
+from kvlatent.model.sizes import whole_token_bytes
 from kvlatent.model.window import ALL_FAR, Near
 
 # --- calibrate -------------------------------------------------------------------------------------------------------
@@ -125,72 +125,6 @@ def load_statistics(path: Path, config: PreTrainedConfig) -> Statistics:
     if found != (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, head_dim):
         raise UserError(f"{path} holds statistics of another model ({statistics.about.get('model', 'unnamed')})")
     return statistics
-
-
-# --- plan ------------------------------------------------------------------------------------------------------------
-
-
-def plan_checkpoint(
-    model: str, out: Path, asked: PlanConfig, *, device: str = "auto", dtype: str = "auto", seed: int = 0
-) -> dict[str, Any]:
-    """Say how a budget would be spent on a model's layers, and draw it; nothing is converted.
-
-    Args:
-        model: The teacher.
-        out: The figure to write; .png, .svg or .pdf.
-        asked: The settings.
-        device: Where to compute; in float32, as conversion does.
-        dtype: Of the student whose cache bytes are told; `auto` is that of the teacher's checkpoint.
-        seed: Of the order of the text.
-
-    Raises:
-        UserError: `out` exists, or the model, the budget, the text or the statistics can't be used.
-    """
-    with needs("report"):
-        from kvlatent.compress.figure import check_ending, draw
-
-    check_ending(out)
-    with new_output(out):
-        config, tokenizer = load_config(model), load_tokenizer(model)
-        check_teacher(config)
-        statistics = None if asked.stats is None else load_statistics(asked.stats, config)
-        grouped = grouped_heads(config, PRESETS["best"].default, asked.heads_per_latent, statistics)
-        near = near_of("best", PRESETS["best"].default, asked.window, asked.sinks, statistics)
-        budgets.check_budget(config, asked.budget, asked.bits, near, grouped)
-        if statistics is None:
-            check_far_tokens(near, asked.block_size)
-        teacher = load_model(model, device=device, dtype="float32")[0]
-        if statistics is None:
-            blocks = read_text(
-                asked.text, tokenizer, tokens=asked.tokens, block_size=asked.block_size, seed=seed,
-                vocab_size=config.vocab_size, teacher=lambda: teacher,
-            )  # fmt: skip
-            statistics = budgets.planning_statistics(teacher, blocks.ids, heads_per_latent=grouped, near=near)
-        allocation = budgets.plan(teacher, statistics, asked.budget, bits=asked.bits)
-        size = stored_dtype(config, dtype).itemsize
-        context = counted_context(config)
-        title = f"{model}: {asked.budget:.4g} of the cache"
-        if near.window:
-            title += f" of {context:,} tokens, {window_text(*near)}"
-        draw(allocation, out, title=title, head_dim=head_dim_of(config))
-        latent = allocation.token_bytes(config.num_key_value_heads, grouped, size)
-        whole = whole_token_bytes(config, size)
-        return {
-            "model": model,
-            "budget": asked.budget,
-            "window": near.window,
-            "sinks": near.sinks,
-            "context": context,
-            **asdict(allocation),
-            "k_bits": allocation.bits[0],
-            "v_bits": allocation.bits[1],
-            "expected_loss": allocation.expected_loss,
-            "cache_bytes_per_token": latent,
-            "teacher_cache_bytes_per_token": whole,
-            "cache_bytes": latent * max(0, context - sum(near)) + whole * min(context, sum(near)),
-            "teacher_cache_bytes": whole * context,
-            "out": str(out),
-        }
 
 
 # --- convert ---------------------------------------------------------------------------------------------------------
@@ -332,8 +266,9 @@ def convert_loaded(
         assert target.asked.budget is not None
         allocation = budgets.plan(teacher, spent_by, target.asked.budget, bits=target.asked.bits)
         request = replace(
-            request, d_qk=allocation.d_qk, d_vo=allocation.d_vo, k_codes=allocation.k_codes, v_codes=allocation.v_codes
-        )
+            request, d_qk=allocation.d_qk, d_vo=allocation.d_vo, k_codes=allocation.k_codes, v_codes=allocation.v_codes,
+            whole_layers=allocation.whole_layers,
+        )  # fmt: skip
     began = time.monotonic()
     if blocks is None:
         student = convert_as(request, teacher, statistics=statistics)
@@ -352,6 +287,7 @@ def convert_loaded(
         "heads_per_latent": request.heads_per_latent,
         "window": request.near.window,
         "sinks": request.near.sinks,
+        **({"whole_layers": list(request.whole_layers)} if request.whole_layers else {}),
     }
     fingerprints: Sequence[str] = ()
     if blocks is not None:

@@ -5,13 +5,13 @@ Light to import: the command line reads its help from here.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from kvlatent.fields import Context, HeadsPerLatent, Number, Sources
+from kvlatent.fields import Context, Fit, HeadsPerLatent, Number, Sources
 from kvlatent.model.spec import Preset
 
 Dims = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
@@ -78,6 +78,7 @@ class PlanConfig(Calibration):
     """Statistics from calibrate; without them, they are taken on text."""
     text: Sources = ("teacher",)
     """Calibration text, as for calibrate."""
+    fit: Annotated[Fit, arg(name="")] = field(default_factory=Fit)
 
 
 @dataclass(frozen=True, kw_only=True)

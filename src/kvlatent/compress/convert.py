@@ -31,6 +31,7 @@ def convert(
     sinks: int | None = None,
     k_codes: Sequence[Groups] = (),
     v_codes: Sequence[Groups] = (),
+    whole_layers: Sequence[int] = (),
     statistics: Statistics | None = None,
     ids: Int[Tensor, "blocks block_size"] | None = None,
     batch_size: int = 4,
@@ -56,6 +57,7 @@ def convert(
         k_codes: By layer, the dims of a latent's keys and the bits of each, as `budget.plan` gives them; without, far
             tokens are numbers.
         v_codes: Likewise of values.
+        whole_layers: Layers that stay the teacher's, as `budget.plan` gives them.
         statistics: From `calibrate`.
         ids: Calibration text as token blocks.
         batch_size: Blocks per forward.
@@ -67,7 +69,7 @@ def convert(
     """
     request = requested(
         teacher.config, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=heads_per_latent,
-        window=window, sinks=sinks, k_codes=k_codes, v_codes=v_codes, statistics=statistics,
+        window=window, sinks=sinks, k_codes=k_codes, v_codes=v_codes, whole_layers=whole_layers, statistics=statistics,
     )  # fmt: skip
     return convert_as(request, teacher, statistics=statistics, ids=ids, batch_size=batch_size, context=context)
 
@@ -109,6 +111,9 @@ def _one_shot(teacher: PreTrainedModel, plan: Plan, statistics: Statistics | Non
     whole = [layer.self_attn for layer in student.model.layers]
     set_spec(student, plan.spec)
     for index, layer in enumerate(student.model.layers):
+        if index in plan.spec.whole_layers:
+            layer.self_attn = whole[index]
+            continue
         stats = None if statistics is None else statistics.layers[index]
         fill(layer.self_attn, whole[index], *reductions(plan, index, whole[index], stats), stats)
     return student

@@ -87,23 +87,24 @@ def convert_in_order(
             for a, of_batch in zip(arguments, reduced_arguments, strict=True)
         ]
 
-        stats, samples = LayerStatistics(), list[LogitSamples]()
-        for state, kwargs, rows in zip(student_states, arguments, rows_of_batch, strict=True):
-            x = attention_input(layer, state.to(device), kwargs)
-            stats.update(whole, x, kwargs, **settings)
-            if plan.refits_logits:
-                rotated = spec.qk_map == "after_rope"
-                samples.append(sample_logits(whole, x, kwargs, rows=rows, rotated=rotated, **settings))
-        qk, vo = reductions(plan, index, whole, stats)
-        if samples:
-            turn = None
-            if spec.qk_map != "after_rope":
-                turn = turning(reduced[0]["position_embeddings"], qk.freq_index)
-            qk = rescaled(refit_logits(samples, qk, turn=turn, scale=spec.scale, strength=LOGIT_RIDGE))
-        layer.self_attn = LatentAttention(student.config, index, whole, spec)
-        fill(layer.self_attn, whole, qk, vo, stats)
-        if layer.self_attn.far_bias is not None:
-            layer.self_attn.far_bias.copy_(far_bias(samples, layer.self_attn.far_maps(), scale=spec.scale))
+        if index not in spec.whole_layers:
+            stats, samples = LayerStatistics(), list[LogitSamples]()
+            for state, kwargs, rows in zip(student_states, arguments, rows_of_batch, strict=True):
+                x = attention_input(layer, state.to(device), kwargs)
+                stats.update(whole, x, kwargs, **settings)
+                if plan.refits_logits:
+                    rotated = spec.qk_map == "after_rope"
+                    samples.append(sample_logits(whole, x, kwargs, rows=rows, rotated=rotated, **settings))
+            qk, vo = reductions(plan, index, whole, stats)
+            if samples:
+                turn = None
+                if spec.qk_map != "after_rope":
+                    turn = turning(reduced[0]["position_embeddings"], qk.freq_index)
+                qk = rescaled(refit_logits(samples, qk, turn=turn, scale=spec.scale, strength=LOGIT_RIDGE))
+            layer.self_attn = LatentAttention(student.config, index, whole, spec)
+            fill(layer.self_attn, whole, qk, vo, stats)
+            if layer.self_attn.far_bias is not None:
+                layer.self_attn.far_bias.copy_(far_bias(samples, layer.self_attn.far_maps(), scale=spec.scale))
 
         # W_O and the FFN stay the teacher's where near tokens need them, and where a norm stands before the stream that
         # they would be refitted to.

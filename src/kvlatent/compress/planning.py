@@ -18,6 +18,7 @@ from kvlatent.kernels.layout import Groups
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.families import family_of, turns_alike
 from kvlatent.model.graft import check_teacher, head_dim_of, heads_per_latent_of, identity_spec
+from kvlatent.model.sizes import layer_caches
 from kvlatent.model.spec import LatentSpec, Preset, check_dims
 from kvlatent.model.window import ALL_FAR, Near
 
@@ -38,6 +39,8 @@ class Request:
     d_vo: tuple[int, ...]
     k_codes: tuple[Groups, ...] = ()
     v_codes: tuple[Groups, ...] = ()
+    whole_layers: tuple[int, ...] = ()
+    """Layers that stay the teacher's."""
 
     @property
     def recipe(self) -> Recipe:
@@ -57,6 +60,7 @@ def requested(
     sinks: int | None = None,
     k_codes: Sequence[Groups] = (),
     v_codes: Sequence[Groups] = (),
+    whole_layers: Sequence[int] = (),
     statistics: Statistics | None = None,
 ) -> Request:
     """Resolve a request; needs no weights, so it can come before loading them.
@@ -74,6 +78,7 @@ def requested(
         sinks: First tokens met whole, likewise.
         k_codes: Dims and bits of far tokens' keys by layer, where they are to be codes.
         v_codes: Likewise of values.
+        whole_layers: Layers that stay the teacher's, with all dims.
         statistics: Those that layers will be reduced by.
 
     Raises:
@@ -108,10 +113,24 @@ def requested(
     near = near_of(preset, method, window, sinks, statistics)
     if k_codes and not near.window:
         raise UserError("far tokens become codes beside a window of whole ones; give --window, or --bits 16")
+    if whole_layers:
+        check_whole_layers(config, whole_layers, preset, method)
     return Request(
         preset=preset, method=method, heads_per_latent=grouped, near=near, d_qk=keys, d_vo=values,
-        k_codes=tuple(k_codes), v_codes=tuple(v_codes),
+        k_codes=tuple(k_codes), v_codes=tuple(v_codes), whole_layers=tuple(whole_layers),
     )  # fmt: skip
+
+
+def check_whole_layers(config: PreTrainedConfig, whole_layers: Sequence[int], preset: Preset, method: Method) -> None:
+    """Raise `UserError` unless a student can leave these layers whole."""
+    if not method.takes_window or PRESETS[preset].uniform:
+        raise UserError(
+            f"preset {preset} with method {method.name} reduces all layers or none: layers are left whole by preset "
+            "best with project"
+        )
+    sliding = {index for index, layer in enumerate(layer_caches(config, 1)) if layer.sliding is not None}
+    if sliding & {*whole_layers} not in (set(), sliding):  # whose masks are made once for all of them
+        raise UserError("layers with a sliding window are left whole all together, or none of them")
 
 
 def check_source(request: Request, *, given: bool) -> None:
@@ -238,6 +257,7 @@ def plan_reduction(teacher: PreTrainedModel, request: Request, statistics: Stati
         sinks=request.near.sinks,
         k_codes=request.k_codes,
         v_codes=request.v_codes,
+        whole_layers=request.whole_layers,
         inv_freq=decision.inv_freq,
         per_head_frequencies=decision.per_head_frequencies,
         qk_map=qk_map,

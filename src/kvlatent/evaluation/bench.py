@@ -18,14 +18,18 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from kvlatent.errors import UserError, needs
 from kvlatent.evaluation.config import BenchConfig
 from kvlatent.files import new_folder
-from kvlatent.model.buffers import reserve
 from kvlatent.model.cache import LatentCache, allocated_bytes, cache_bytes
 from kvlatent.model.checkpoints import load_model, peak_memory
 from kvlatent.model.compatibility import CACHE
 from kvlatent.model.graft import cached_dims, cached_heads, graft, spec_of
 from kvlatent.model.loading import load_config
-from kvlatent.model.sizes import far_token_bytes, near_tokens, predicted_cache_bytes, whole_token_bytes
-from kvlatent.model.window_cache import SLACK
+from kvlatent.model.sizes import (
+    far_token_bytes,
+    layer_caches,
+    most_tokens,
+    predicted_cache_bytes,
+    window_bytes,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +167,7 @@ def benchmark(
             "synthetic": synthetic,
             **_summary(model, measured[name], batch=batch),
             "cache_bytes_per_token": far_token_bytes(model.config, model.dtype.itemsize),
-            "window_bytes": sum(near_tokens(model.config)) * whole_token_bytes(model.config, model.dtype.itemsize),
+            "window_bytes": window_bytes(model.config, model.dtype.itemsize),
         }
         for name, model in models.items()
     ]
@@ -218,11 +222,18 @@ def filled_cache(model: PreTrainedModel, *, batch: int, tokens: int) -> Cache:
     where = {"dtype": model.dtype, "device": model.device}
     for index, dims in enumerate(zip(*cached_dims(config), strict=True)):
         heads, beside = cached_heads(config), list[Any]()
-        if spec is not None and spec.window:  # the cache itself reduces what leaves the window
+        left_whole = spec is not None and index in spec.whole_layers
+        if spec is not None and (spec.window or left_whole):
             heads, dims = config.num_key_value_heads, (spec.head_dim, spec.head_dim)
+        if spec is not None and spec.window and not left_whole:  # the cache itself reduces what leaves the window
             beside = [model.model.layers[index].self_attn.far_maps().of(model.dtype), None]
         keys, values = (torch.randn(1, heads, 1, d, **where).expand(batch, -1, tokens, -1) for d in dims)
-        cache.update(keys, values, index, *beside)
+        held = (
+            keys.shape[2] - 1 if cache.layers[index].is_sliding else 0
+        )  # stock ones let go of a prefill's tensor then
+        for part in (slice(0, held), slice(held, None)):
+            if part != slice(0, 0):
+                cache.update(keys[:, :, part], values[:, :, part], index, *beside)
     return cache
 
 
@@ -248,36 +259,25 @@ def weight_bytes(model: PreTrainedModel) -> int:
 def n_max_of(model: PreTrainedModel, *, memory: int, batch: int) -> dict[str, Any]:
     """The longest context that fits in `memory` bytes beside the weights (`n_max` of the paper's Table 2), tried out.
 
-    Computed for layers that hold every token, whatever positions the model was trained for; a cache of that size is
-    then allocated and written.
+    Computed, whatever positions the model was trained for; a cache of that size is then allocated and written.
 
     Returns:
-        `context` (tokens per sequence; zero where not even the weights fit), `bytes` (weights and the allocated cache)
-        and `dtype`.
+        `context` (tokens per sequence; zero where not even the weights fit, and None where no context is too long,
+        since all layers have a sliding window), `bytes` (weights and the allocated cache) and `dtype`.
 
     Raises:
         RuntimeError: What was allocated takes more than `memory`.
     """
-    per_token, near = batch * far_token_bytes(model.config, model.dtype.itemsize), near_tokens(model.config)
     weights = sum(x.nbytes for x in model.parameters())
-    slots = sum(near) + SLACK if near.window else 0  # taken at once
-    whole = batch * slots * whole_token_bytes(model.config, model.dtype.itemsize)
-    grows = spec_of(model) is not None
-
-    def needed(tokens: int) -> int:
-        others = max(0, tokens - sum(near))
-        return weights + whole + (others + (reserve(others) if grows and others else 0)) * per_token
-
-    low, high = 0, max(0, memory - weights - whole) // per_token + sum(near)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if needed(middle) <= memory else (low, middle - 1)
+    layers, grows = layer_caches(model.config, model.dtype.itemsize), spec_of(model) is not None
+    context = most_tokens(layers, memory=memory - weights, batch=batch, grows=grows)
+    tried = model.config.max_position_embeddings if context is None else context
     taken = weights
-    if low:
-        taken += allocated_bytes(filled_cache(model, batch=batch, tokens=low))
+    if tried:
+        taken += allocated_bytes(filled_cache(model, batch=batch, tokens=tried))
         if taken > memory:
-            raise RuntimeError(f"{low} tokens were computed to fit in {memory} bytes; allocated, they take {taken}")
-    return {"context": low, "bytes": taken, "dtype": str(model.dtype).removeprefix("torch.")}
+            raise RuntimeError(f"{tried} tokens were computed to fit in {memory} bytes; allocated, they take {taken}")
+    return {"context": context, "bytes": taken, "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def _summary(model: PreTrainedModel, measured: Sequence[Measurement], *, batch: int) -> dict[str, Any]:

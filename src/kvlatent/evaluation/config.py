@@ -8,7 +8,17 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from kvlatent.errors import UserError
-from kvlatent.fields import Model, Number, Numbers, OptionalFolder, OptionalNumber, OtherModel, Sources
+from kvlatent.fields import (
+    Memory,
+    Model,
+    Number,
+    Numbers,
+    OptionalFolder,
+    OptionalNumber,
+    OtherModel,
+    Sources,
+    check_memory,
+)
 
 NEAR, SINKS = 128, 4
 """What a teacher without far text sees: so many newest tokens, and the first ones."""
@@ -88,7 +98,7 @@ class BenchConfig:
     """Fill the cache with random numbers instead of a prefill, which takes long; there is no TTFT then."""
     own: bool = False
     """Measure the model of --against on kvlatent's cache and attention too."""
-    memory: Annotated[float | None, arg(metavar="GIB", help_behavior_hint="")] = None
+    memory: Memory = None
     """Also find the longest context that fits in so much memory, for every batch and dtype, and allocate it."""
     out: OptionalFolder = None
     """A new folder for bench.json and bench.html with plots."""
@@ -100,8 +110,7 @@ class BenchConfig:
             raise UserError("--own measures the model of --against on our path; give --against")
         if not (self.context and self.batch):
             raise UserError("give at least one --context and one --batch")
-        if self.memory is not None and not 0 < self.memory <= 10**9:
-            raise UserError(f"--memory must be above 0 and at most 1e9; got {self.memory}")
+        check_memory(self.memory)
 
 
 @dataclass(frozen=True, kw_only=True)

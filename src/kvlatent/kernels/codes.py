@@ -33,7 +33,8 @@ class Codes(Layout):
     def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """What rows say, in a dtype: (batch, latents, seq, row_bytes) → (batch, latents, seq, width)."""
         at = places(self, rows.device)
-        size = rows[..., :SIZE_BYTES].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
+        size = rows[..., :SIZE_BYTES].clone(memory_format=torch.contiguous_format)  # a single row is so at any strides
+        size = size.view(torch.float16).float()
         codes = (rows.index_select(-1, at.byte) >> at.up.to(torch.uint8)) & at.mask
         return ((codes.float() + at.middle) * (at.step * size)).to(dtype)
 

@@ -51,6 +51,11 @@ class Layout:
         return SIZE_BYTES + sum(plane_bytes(dims, bits) for dims, bits in self.groups)
 
 
+def bits_of(groups: Groups) -> float:
+    """Average bits of a dim; 16 without groups, where dims are numbers."""
+    return Layout(groups).bits if groups else 16.0
+
+
 def plane_bytes(dims: int, bits: int) -> int:
     """Bytes of a group, as many as there are dims in each of its 8 / bits planes."""
     return -(-dims * bits // 8)

@@ -48,6 +48,7 @@ class LatentAttention(nn.Module):
     def __init__(self, config: PreTrainedConfig, layer_idx: int, stock: nn.Module, spec: LatentSpec) -> None:
         """Build the module for layer `layer_idx` with the biases and QK-norms of `stock`; weights stay unset."""
         super().__init__()
+        spec = spec.seen_by(layer_idx)
         self.config, self.layer_idx = config, layer_idx
         self.is_causal = True
         self.q_heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads

@@ -197,12 +197,13 @@ def write_in_place(cache: Cache, config: PreTrainedConfig) -> None:
         UserError: The cache is static, and a sliding window of the model shorter than it meets a window of the student.
     """
     sliding, latent = getattr(config, "sliding_window", None), getattr(config, "latent", None) or {}
-    window, sinks = latent.get("window", 0), latent.get("sinks", 0)
-    if window and not cache.layers:  # a cache that makes its layers as they come
+    near, left_whole = (latent.get("window", 0), latent.get("sinks", 0)), latent.get("whole_layers", ())
+    if near[0] and not cache.layers:  # a cache that makes its layers as they come
         cache.layers = [DynamicLayer() for _ in range(config.num_hidden_layers)]
     for index, layer in enumerate(cache.layers):
         if layer.is_initialized:
             continue
+        window, sinks = (0, 0) if index in left_whole else near
         never_rolled = type(layer) is StaticSlidingWindowLayer and layer.max_cache_len < sliding
         if type(layer) is DynamicLayer:
             cache.layers[index] = WindowLayer(window, sinks) if window else GrowingLayer()

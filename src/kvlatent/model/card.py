@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from kvlatent.kernels.layout import Layout
@@ -118,10 +119,10 @@ def dims_text(spec: Mapping[str, Any]) -> str:
     if parts and spec.get("window"):
         parts.append(window_text(spec["window"], spec.get("sinks", 0)))
     if parts and spec.get("k_codes"):
-        bits = [
-            sum(Layout(tuple(layer)).bits for layer in spec[key]) / len(spec[key]) for key in ("k_codes", "v_codes")
-        ]
+        bits = [fmean(Layout(tuple(layer)).bits for layer in spec[key] if layer) for key in ("k_codes", "v_codes")]
         parts.append("all others codes of {:.1f} and {:.1f} bits a dim".format(*bits))
+    if parts and spec.get("whole_layers"):
+        parts.append(f"{len(spec['whole_layers'])} layers as the teacher's")
     return ", ".join(parts)
 
 

@@ -168,6 +168,10 @@ def locate(model: str) -> str:
             raise UserError(f"model {model} comes from a package that is not installed: {install}")
         return str(_unpacked(Path(spec.submodule_search_locations[0]) / file))
     path = at_home(model)
+    if path.suffix == ".json":
+        raise UserError(
+            f"{model} is a config alone: info and plan take it, all else needs the weights; give the folder or hub id"
+        )
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"no such file: {model}")

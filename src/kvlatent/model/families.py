@@ -80,6 +80,11 @@ def family_of(config: PreTrainedConfig) -> Family:
                 f"{config.model_type!r} models have multi-head latent attention (MLA): they cache one latent for all "
                 "heads already, so there are no keys and values per head to reduce"
             )
+        if (text := getattr(getattr(config, "text_config", None), "model_type", None)) in FAMILIES:
+            raise UserError(
+                f"{config.model_type!r} models wrap a text model, {text}, which is supported on its own: give a "
+                "checkpoint or a config of that part alone"
+            )
         raise UserError(f"{config.model_type!r} models are not supported; supported are {', '.join(FAMILIES)}")
     for parameters in _ropes(config):
         rope = parameters.get("rope_type", "default")

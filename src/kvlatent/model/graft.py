@@ -141,13 +141,16 @@ def _give_cache(
 
 
 def _check_cache(cache: Cache, body: PreTrainedModel) -> None:
-    has_window = isinstance(cache.layers[0], WindowLayer | FixedWindowLayer) if cache.layers else False
-    if has_window != bool(body.config.latent.get("window")) and cache.layers:
+    left_whole = body.config.latent.get("whole_layers", ())
+    index = next(x for x in range(len(body.layers)) if x not in left_whole)
+    held = cache.layers[index] if index < len(cache.layers) else None
+    if held is not None and isinstance(held, WindowLayer | FixedWindowLayer) != bool(body.config.latent.get("window")):
         theirs = "a student with a window was given a cache without one"
         ours = "a model without a window was given the cache of a student with a window"
+        has_window = isinstance(held, WindowLayer | FixedWindowLayer)
         raise UserError(f"{ours if has_window else theirs}; let the model make its cache")
-    keys = getattr(cache.layers[0], "keys", None) if cache.layers else None
-    attention = body.layers[0].self_attn
+    keys = getattr(held, "keys", None)
+    attention = body.layers[index].self_attn
     heads, width = attention.latents, attention.cached_keys
     if keys is not None and keys.dim() == 4 and (keys.shape[1], keys.shape[-1]) != (heads, width):
         raise UserError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
@@ -62,14 +62,17 @@ class LatentSpec:
     """By layer, the dims of a latent's keys and the bits of each; empty where they are numbers of the model's dtype."""
     v_codes: tuple[Groups, ...] = ()
     """Likewise for values."""
+    whole_layers: tuple[int, ...] = ()
+    """Layers that stay the teacher's: nothing is reduced there, so no window stands beside it."""
 
     def __post_init__(self) -> None:
-        for name in ("d_qk", "d_vo", "inv_freq", "sliding_inv_freq", "unrotated"):  # JSON gives lists
+        for name in ("d_qk", "d_vo", "inv_freq", "sliding_inv_freq", "unrotated", "whole_layers"):  # JSON gives lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("k_codes", "v_codes"):
             groups = tuple(tuple((dims, bits) for dims, bits in layer) for layer in getattr(self, name))
             object.__setattr__(self, name, groups)
         check_dims(self.head_dim, self.d_qk, self.d_vo)
+        self._check_whole_layers()
         self._check_codes()
         for name, allowed in (("preset", (*get_args(Preset), "none")), ("qk_map", get_args(QKMap))):
             if getattr(self, name) not in allowed:
@@ -97,17 +100,36 @@ class LatentSpec:
                 "can't rotate the same dims"
             )
 
+    def _check_whole_layers(self) -> None:
+        whole, layers = self.whole_layers, len(self.d_qk)
+        if list(whole) != sorted({*whole} & {*range(layers)}) or len(whole) == layers:
+            raise UserError(f"whole_layers are some of the {layers} layers, in order; got {list(whole)}")
+        if whole and self.qk_map != "after_rope":
+            raise UserError("layers are left whole beside keys that are reduced after RoPE (project)")
+        if any({self.d_qk[layer], self.d_vo[layer]} != {self.head_dim} for layer in whole):
+            raise UserError(f"layers that are left whole have all {self.head_dim} dims")
+
     def _check_codes(self) -> None:
         most = self.head_dim * self.heads_per_latent
         for name, dims in (("k_codes", self.d_qk), ("v_codes", self.d_vo)):
             layers = getattr(self, name)
             if bool(layers) != bool(self.k_codes) or (layers and (len(layers) != len(dims) or not self.window)):
                 raise UserError("codes are of the keys and values of every layer, beside a window")
-            for groups in layers:
-                if not groups or any(n < 1 or bits not in BITS for n, bits in groups):
+            for index, groups in enumerate(layers):
+                if bool(groups) == (index in self.whole_layers) or any(n < 1 or bits not in BITS for n, bits in groups):
                     raise UserError(f"{name} are numbers of dims with {', '.join(map(str, BITS))} bits; got {groups}")
                 if sum(n for n, _ in groups) > most:
                     raise UserError(f"{name} are of at most the {most} dims of a latent; got {groups}")
+
+    def seen_by(self, layer: int) -> LatentSpec:
+        """The spec as a layer meets it: one that reduces nothing where the layer is left whole."""
+        if layer not in self.whole_layers:
+            return self
+        whole = (self.head_dim,) * len(self.d_qk)
+        return replace(
+            self, d_qk=whole, d_vo=whole, heads_per_latent=1, qk_map="folded", window=0, sinks=0, k_codes=(),
+            v_codes=(), whole_layers=(),
+        )  # fmt: skip
 
     @property
     def uniform(self) -> bool:
@@ -117,22 +139,28 @@ class LatentSpec:
     @property
     def latent_dims(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Dims of the keys and of the values that are cached as one, by layer: of a head, or of a group of heads."""
-        if self.k_codes:
-            keys, values = (tuple(Layout(groups).width for groups in x) for x in (self.k_codes, self.v_codes))
-            return keys, values
         m = self.heads_per_latent
-        return tuple(m * d for d in self.d_qk), tuple(m * d for d in self.d_vo)
+        keys, values = tuple(m * d for d in self.d_qk), tuple(m * d for d in self.d_vo)
+        if self.k_codes:
+            keys, values = (
+                tuple(Layout(groups).width if groups else whole for groups, whole in zip(codes, dims, strict=True))
+                for codes, dims in ((self.k_codes, keys), (self.v_codes, values))
+            )
+        return keys, values
 
     def rows_of(self, layer: int) -> tuple[Layout, Layout] | None:
         """How keys and values of a layer's far tokens are written down; None is as numbers of the model's dtype."""
-        return (Layout(self.k_codes[layer]), Layout(self.v_codes[layer])) if self.k_codes else None
+        if not self.k_codes or layer in self.whole_layers:
+            return None
+        return Layout(self.k_codes[layer]), Layout(self.v_codes[layer])
 
-    def token_bytes(self, layer: int, kv_heads: int, element_size: int) -> int:
-        """Bytes of one far token in the cache of one layer."""
+    def token_bytes(self, layer: int, kv_heads: int, element_size: int) -> tuple[int, int]:
+        """Bytes of one far token's key and of its value in the cache of one layer."""
         rows = self.rows_of(layer)
         if rows is None:
-            return bytes_per_token(self.d_qk[layer : layer + 1], self.d_vo[layer : layer + 1], kv_heads, element_size)
-        return code_bytes_per_token([x.groups for x in rows], kv_heads // self.heads_per_latent)
+            return kv_heads * self.d_qk[layer] * element_size, kv_heads * self.d_vo[layer] * element_size
+        latents = kv_heads // self.heads_per_latent
+        return latents * rows[0].row_bytes, latents * rows[1].row_bytes
 
     @property
     def output_map(self) -> tuple[bool, ...]:
@@ -146,7 +174,7 @@ class LatentSpec:
 
     def cache_bytes_per_token(self, kv_heads: int, element_size: int) -> int:
         """Bytes one token adds to the cache of a sequence, all layers together."""
-        return sum(self.token_bytes(layer, kv_heads, element_size) for layer in range(len(self.d_qk)))
+        return sum(sum(self.token_bytes(layer, kv_heads, element_size)) for layer in range(len(self.d_qk)))
 
     def cache_bytes(self, kv_heads: int, element_size: int, tokens: int) -> int:
         """Bytes of the cache of a sequence: latents of far tokens, whole keys and values of the others."""
@@ -193,11 +221,6 @@ def _entries() -> type[BaseModel]:
 def bytes_per_token(d_qk: Sequence[int], d_vo: Sequence[int], kv_heads: int, element_size: int) -> int:
     """Bytes one token adds to a cache with keys and values of these dims per head, one entry per layer."""
     return kv_heads * (sum(d_qk) + sum(d_vo)) * element_size
-
-
-def code_bytes_per_token(rows: Iterable[Groups], latents: int) -> int:
-    """Bytes one token adds to a cache that holds such rows of codes for every latent."""
-    return latents * sum(Layout(groups).row_bytes for groups in rows)
 
 
 def check_dims(head_dim: int, d_qk: Sequence[int], d_vo: Sequence[int]) -> None:

@@ -4,36 +4,47 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-from transformers import initialization as init
-
-from kvlatent.kernels.layout import Layout
+from kvlatent.fields import Fit
+from kvlatent.kernels.layout import bits_of
 from kvlatent.model.checkpoints import record_of
 from kvlatent.model.families import family_of
-from kvlatent.model.folder import one_line
 from kvlatent.model.graft import cached_heads, dims_by_layer, head_dim_of, spec_in
-from kvlatent.model.loading import load_config
-from kvlatent.model.sizes import counted_context, far_token_bytes, predicted_cache_bytes, whole_token_bytes
+from kvlatent.model.loading import bare_model, load_config, told_dtype
+from kvlatent.model.sizes import (
+    cache_parts,
+    contexts_told,
+    far_token_bytes,
+    layer_caches,
+    most_tokens,
+    window_bytes,
+)
 from kvlatent.serving.engines import engine_names
 
 SIZES = {"float32": 4, "bfloat16": 2}
 """Bytes per number by dtype."""
 
 
-def describe(model: str) -> dict[str, Any]:
+def describe(model: str, fit: Fit | None = None, *, dtype: str = "auto") -> dict[str, Any]:
     """Family, dims, layout, engines, size and cache bytes of a model, from its config alone.
 
     Of codes, `k_bits` and `v_bits` are a dim's by layer. Of a student with a window, `cache_bytes_per_token` is of a
     token that has left it, `window_bytes` what a sequence takes for those that haven't, and `step` says what a window
-    costs beside bytes.
+    costs beside bytes. `cache` has the bytes of whole sequences, as `cache_parts` gives them, and `n_max` the longest
+    contexts beside the weights in `memory_gib`; both are of `dtype`.
+
+    Args:
+        model: Hub id, folder, GGUF file, or `config.json`.
+        fit: Which contexts, and what memory.
+        dtype: Of weights and cache; `auto` is the checkpoint's, or bfloat16.
     """
+    fit = fit or Fit()
     config = load_config(model)
     spec = spec_in(config)
-    with one_line(f"can't load {model}"), torch.device("meta"), init.no_init_weights():
-        shape = AutoModelForCausalLM.from_config(config)
-        shape.tie_weights()
+    shape = bare_model(config, model)
     d_qk, d_vo = dims_by_layer(config)
+    kind = told_dtype(config, dtype)
+    layers = layer_caches(config, kind.itemsize)
+    weights = shape.num_parameters() * kind.itemsize
     about: dict[str, Any] = {
         "model": model,
         "family": family_of(config).name,
@@ -51,29 +62,36 @@ def describe(model: str) -> dict[str, Any]:
         "engines": engine_names(config),
         "cache_bytes_per_token": {name: far_token_bytes(config, size) for name, size in SIZES.items()},
     }
+    if sliding := [layer.sliding for layer in layers if layer.sliding is not None]:
+        about |= {"sliding_window": sliding[0], "sliding_layers": len(sliding)}
     if spec is not None:
         about |= {"latents": cached_heads(config), "preset": spec.preset, "teacher": record_of(model).get("teacher")}
     if spec is not None and spec.k_codes:
         about |= {
-            "k_bits": [round(Layout(x).bits, 2) for x in spec.k_codes],
-            "v_bits": [round(Layout(x).bits, 2) for x in spec.v_codes],
+            "k_bits": [round(bits_of(x), 2) for x in spec.k_codes],
+            "v_bits": [round(bits_of(x), 2) for x in spec.v_codes],
         }
+    if spec is not None and spec.whole_layers:
+        about |= {"whole_layers": list(spec.whole_layers)}
     if spec is not None and spec.window:
-        context = counted_context(config)
-        whole = {name: (spec.window + spec.sinks) * whole_token_bytes(config, size) for name, size in SIZES.items()}
-        at_context = {
-            name: predicted_cache_bytes(config, batch=1, tokens=context, element_size=size)
-            for name, size in SIZES.items()
-        }
+        whole = {name: window_bytes(config, size) for name, size in SIZES.items()}
         maps = sum(x.numel() for name, x in shape.named_parameters() if name.endswith("_map"))
         about |= {
             "window": spec.window,
             "sinks": spec.sinks,
             "window_bytes": whole,
-            "cache_bytes_at": {"context": context, **at_context},
             "step": (
                 "queries, keys and values keep the teacher's weights for the tokens met whole; the maps to latents add "
                 f"{maps:,} parameters, which every decode step multiplies by as well"
             ),
         }
+    about |= {
+        "dtype": str(kind).removeprefix("torch."),
+        "weight_bytes": weights,
+        "cache": [cache_parts(layers, tokens) for tokens in fit.context or contexts_told(config)],
+    }
+    if fit.memory is not None:
+        left = int(fit.memory * 2**30) - weights
+        found = {n: most_tokens(layers, memory=left, batch=n, grows=spec is not None) for n in fit.batch}
+        about |= {"memory_gib": fit.memory, "n_max": [{"batch": n, "context": most} for n, most in found.items()]}
     return about

@@ -85,10 +85,15 @@ def bench_table(bench: Mapping[str, Any]) -> str:
     ]
     blocks = [aligned(header, rows)]
     if "n_max" in bench:
-        found = [[x["model"], x["dtype"], str(x["batch"]), f"{x['context']:,}"] for x in bench["n_max"]]
+        found = [[x["model"], x["dtype"], str(x["batch"]), longest_text(x["context"])] for x in bench["n_max"]]
         head = ["model", "dtype", "batch", f"longest context in {bench['memory_gib']:g} GiB"]
         blocks.append(aligned(head, found))
     return "\n\n".join(blocks)
+
+
+def longest_text(tokens: int | None) -> str:
+    """The longest context that fits; None is one without an end, where all layers have a sliding window."""
+    return "any" if tokens is None else f"{tokens:,}"
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -21,7 +21,15 @@ CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 def check_windowless(spec: LatentSpec) -> None:
-    """Raise `UserError` for a student that meets its newest tokens whole: in vLLM a layer has one cache, not two."""
+    """Raise `UserError` for a student with what the plugin doesn't know: a window of whole tokens, or whole layers.
+
+    In vLLM a layer has one cache, not two.
+    """
+    if spec.whole_layers:
+        raise UserError(
+            f"kvlatent's plugin for vLLM reduces every layer, and this student leaves {len(spec.whole_layers)} whole; "
+            "it runs on transformers with kvlatent, and a model converted with --d-qk, --d-vo and --window 0 runs here"
+        )
     if spec.window:
         raise UserError(
             f"vLLM has one cache per layer, and this student needs two: its newest {spec.window} tokens whole, the "
