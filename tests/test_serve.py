@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvlatent import cli
 from kvlatent.errors import UserError
 from kvlatent.serving import guard, launch
+from kvlatent.serving.config import ServeConfig
 
 FAKE_ENGINE = """
 import http.server, os, signal, socketserver, subprocess, sys, time
@@ -249,6 +250,8 @@ def test_commands_pass_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         "--model": "m.gguf", "--alias": "m", "--host": "/run/e.sock", "--seed": "3", "--parallel": "4",
         "--ctx-size": "2048",
     }  # fmt: skip
+    quantized = launch.llama_cpp_command(Path("m.gguf"), cache_type="q8_0", **where)
+    assert quantized == [*command, "--cache-type-k", "q8_0", "--cache-type-v", "q8_0"]
     install(monkeypatch, "xllamacpp")
     assert launch.llama_cpp_command(Path("m.gguf"), **where)[2] == "kvlatent.serving.xllamacpp_server"
 
@@ -404,6 +407,27 @@ def test_llama_cpp_serves_a_student(folder: Path, port: int, tmp_path: Path) -> 
         assert json.loads(last)["usage"]["completion_tokens"] == 60
         assert process.wait(timeout=60) == 0
     launch.bound("127.0.0.1", port).close()
+
+
+def test_llama_cpp_serves_from_a_quantized_cache(
+    byte_tokenizer: PreTrainedTokenizerFast, folder: Path, port: int, tmp_path: Path
+) -> None:
+    pytest.importorskip("xllamacpp")
+    config = LlamaConfig(
+        vocab_size=260, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=32,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    for part in (LlamaForCausalLM(config), byte_tokenizer):
+        part.save_pretrained(tmp_path / "wide")
+    command = [sys.executable, "-m", "kvlatent", "serve", str(tmp_path / "wide"), "--port", str(port)]
+    with started([*command, "--cache-type", "q8_0"], tmp_path / "log", "is served by llama.cpp"):
+        body = json.dumps({"prompt": "stone", "max_tokens": 9, "temperature": 0, "ignore_eos": True}).encode()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/completions", body, timeout=60) as response:
+            assert json.load(response)["usage"]["completion_tokens"] == 9
+    with pytest.raises(UserError, match="in multiples of 32; the model has"):
+        launch.serve(ServeConfig(model=str(folder), cache_type="q4_0", port=port))
+    with pytest.raises(UserError, match=r"--cache-type is for llama\.cpp"):
+        ServeConfig(model=str(folder), engine="vllm", cache_type="q8_0")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 from collections.abc import Sequence
 
@@ -54,8 +55,11 @@ def spend_bits(
     groups, losses = share_bits(found, weights, total, choices=choices)
     others: dict[str, float] = {}
     for bits in (16, *reversed(BITS)):
-        if (bits,) != tuple(choices):
-            others[f"dims of {bits} bits"] = float(share_bits(found, weights, total, choices=(bits,))[1].sum())
+        if (bits,) == tuple(choices):
+            continue
+        with contextlib.suppress(UserError):  # what the share doesn't pay for is no alternative
+            paid = total_bits(config, m, share, (bits,))
+            others[f"dims of {bits} bits"] = float(share_bits(found, weights, paid, choices=(bits,))[1].sum())
     d_qk, d_vo = ([-(-Layout(layer[side]).width // m) for layer in groups] for side in (0, 1))
     head_dim = head_dim_of(config)
     return Allocation(
@@ -79,10 +83,11 @@ def total_bits(config: PreTrainedConfig, heads_per_latent: int, share: float, ch
     width = heads_per_latent * head_dim_of(config)
     layers = config.num_hidden_layers - len(left_whole(config))
     rows = 2 * layers * (config.num_key_value_heads // heads_per_latent)
-    least = (min(choices) * chunk_of(width) + 8 * SIZE_BYTES) / (16 * width)
+    size = 8 * SIZE_BYTES if min(choices) < 16 else 0  # numbers need none
+    least = (min(choices) * chunk_of(width) + size) / (16 * width)
     if share < least:
         raise UserError(f"{share:.3g} of the bytes of far tokens is too little for all layers; they take {least:.3g}")
-    return rows * (share * 16 * width - 8 * SIZE_BYTES)
+    return rows * (share * 16 * width - size)
 
 
 def full_axes(teacher: PreTrainedModel, statistics: Statistics) -> list[LayerAxes]:

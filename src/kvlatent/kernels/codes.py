@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvlatent.kernels import cpu_encode
-from kvlatent.kernels.layout import GREATEST_SIZE, LEAST_SIZE, SIZE_BYTES, STEP, Layout, middle, plane_bytes
+from kvlatent.kernels.layout import GREATEST_SIZE, LEAST_SIZE, SIZE_BYTES, SIZE_SHIFT, STEP, Layout, middle, plane_bytes
 
 
 @dataclass(frozen=True)
@@ -23,24 +23,29 @@ class Codes(Layout):
         norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         if cpu_encode.fits(x):
             return cpu_encode.write_rows(x, norms, at, self.row_bytes)
-        size = (norms * at.root).clamp(LEAST_SIZE, GREATEST_SIZE).half()
-        intervals = (x / (size.float() * at.step) - at.middle).add_(0.5).floor_()
+        bits = (norms * at.root).clamp(LEAST_SIZE, GREATEST_SIZE).half().view(torch.int16)
+        size = (bits + (1 << SIZE_SHIFT - 1)) >> SIZE_SHIFT  # the nearest
+        intervals = (x / (_numbers(size) * at.step) - at.middle).add_(0.5).floor_()
         codes = torch.minimum(intervals.clamp_(min=0), at.most).to(torch.int32) << at.up
         rows = codes.new_zeros(*x.shape[:-1], self.row_bytes).index_add_(-1, at.byte, codes).to(torch.uint8)
-        rows[..., :SIZE_BYTES] = size.view(torch.uint8)
+        rows[..., :SIZE_BYTES] = size.to(torch.uint8)
         return rows
 
     def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """What rows say, in a dtype: (batch, latents, seq, row_bytes) → (batch, latents, seq, width)."""
         at = places(self, rows.device)
-        size = rows[..., :SIZE_BYTES].clone(memory_format=torch.contiguous_format)  # a single row is so at any strides
-        size = size.view(torch.float16).float()
+        size = _numbers(rows[..., :SIZE_BYTES].to(torch.int16))
         codes = (rows.index_select(-1, at.byte) >> at.up.to(torch.uint8)) & at.mask
         return ((codes.float() + at.middle) * (at.step * size)).to(dtype)
 
     def straight_through(self, x: Tensor) -> Tensor:
         """What would be read back of latents, with the gradient of the latents themselves."""
         return x + (self.decode(self.encode(x.detach()), x.dtype) - x.detach())
+
+
+def _numbers(sizes: Tensor) -> Tensor:
+    """Sizes of rows, int16, as float32."""
+    return (sizes << SIZE_SHIFT).view(torch.float16).float()
 
 
 class Places(NamedTuple):

@@ -14,9 +14,9 @@ from typing import Any
 
 from llvmlite import ir
 
-from kvlatent.kernels.cpu_code import BYTE, FAST, FLOAT, LONG, WIDEST, WORD, Writer, compiled
+from kvlatent.kernels.cpu_code import BYTE, FAST, FLOAT, HALF, LONG, WIDEST, WORD, Writer, compiled
 from kvlatent.kernels.cpu_kernel import BLOCKS, LANES, LOWEST, REGISTERS, Kernel
-from kvlatent.kernels.layout import GREATEST_SIZE, LEAST_SIZE
+from kvlatent.kernels.layout import GREATEST_SIZE, LEAST_SIZE, SIZE_SHIFT
 
 WORDS = 8, 4, 2
 """Bytes that a vector's dims are in; of less than eight, lanes hold several planes."""
@@ -164,9 +164,8 @@ class CodeKernel(Kernel):
         return b.sitofp(b.and_(b.zext(codes, words), mask), ir.VectorType(FLOAT, WIDEST))
 
     def _size(self, row: ir.Value) -> ir.Value:
-        """The float16 that a row begins with."""
-        half = ir.HalfType()
-        return self.b.fpext(self.b.load(self.b.bitcast(row, half.as_pointer()), align=1), FLOAT)
+        """What a row begins with."""
+        return _number_of(self.b, self.b.load(row))
 
     def _head_ranges(self) -> list[range]:
         """Query heads, as many at a time as registers hold sums of."""
@@ -323,6 +322,12 @@ class CodeKernel(Kernel):
                 b.store(b.fmul(number, safe), b.gep(out, [dim]))
 
 
+def _number_of(b: ir.IRBuilder, size: ir.Value) -> ir.Value:
+    """A row's size, as the byte has it, as a float."""
+    bits = b.shl(b.zext(size, HALF), HALF(SIZE_SHIFT))
+    return b.fpext(b.bitcast(bits, ir.HalfType()), FLOAT)
+
+
 @cache
 def build_encoder() -> Callable[[Any, int], None]:
     """Return the kernel that writes rows: a function of the call's fields and of threads."""
@@ -344,7 +349,7 @@ class Encoder(Writer):
         self.write_run()
 
     def _row(self, item: ir.Value, fields: dict[str, ir.Value]) -> None:
-        b, half = self.b, ir.HalfType()
+        b = self.b
 
         def number(name: str, index: ir.Value) -> ir.Value:
             return b.load(self._at(fields[name], index, FLOAT))
@@ -355,9 +360,10 @@ class Encoder(Writer):
             b.store(BYTE(0), b.gep(row, [i]))
         size = b.fmul(number("norms", item), number("root", LONG(0)))
         size = self._call("minnum", self._call("maxnum", size, FLOAT(LEAST_SIZE)), FLOAT(GREATEST_SIZE))
-        rounded = b.fptrunc(size, half)
-        b.store(rounded, b.bitcast(row, half.as_pointer()), align=1)
-        size = b.fpext(rounded, FLOAT)
+        bits = b.bitcast(b.fptrunc(size, ir.HalfType()), HALF)
+        nearest = b.trunc(b.lshr(b.add(bits, HALF(1 << SIZE_SHIFT - 1)), HALF(SIZE_SHIFT)), BYTE)
+        b.store(nearest, row)
+        size = _number_of(b, nearest)
         with self._loop(LONG(0), fields["width"]) as (dim, _, _):
             step = b.fmul(size, number("steps", dim))
             interval = b.fsub(b.fdiv(number("x", b.add(numbers, dim)), step), number("middles", dim))

@@ -23,10 +23,9 @@ def places(table, steps, dim, WIDTH: tl.constexpr):
 
 @triton.jit
 def sizes(rows, inside):
-    """The float16 that rows of codes begin with."""
-    low = tl.load(rows, mask=inside, other=0).to(tl.int16)
-    high = tl.load(rows + 1, mask=inside, other=0).to(tl.int16)
-    return ((high << 8) | low).to(tl.float16, bitcast=True).to(tl.float32)
+    """What rows of codes begin with: the upper bits of a float16 (`layout.SIZE_SHIFT`)."""
+    bits = tl.load(rows, mask=inside, other=0).to(tl.int16) << 7
+    return bits.to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["length", "part", "mask_row", "parts"])  # they change as a context grows

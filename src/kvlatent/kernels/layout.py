@@ -5,9 +5,10 @@ equal size and rotated each group, so that its numbers are as good as Gaussian w
 told is the token's size, their root mean square. A number becomes the code of its interval among 2^bits, all as wide as
 loses least of a Gaussian (Max, IRE Trans. Inf. Theory 6, 1960), and reads back as the middle of it.
 
-A row is that size as float16, then the groups one after another. Two, four or eight codes share a byte, and dims that
-are neighbours lie in neighbouring bytes: of n dims with 4 bits, byte j holds dim j below and dim j + n/2 above, so that
-vectors of them come out with a mask and a shift.
+A row is that size in a byte, then the groups one after another. The byte has the five bits of exponent and three of the
+mantissa of a float16; codes are made by what it says, so that little is lost by its rounding. Two, four or eight codes
+share a byte, and dims that are neighbours lie in neighbouring bytes: of n dims with 4 bits, byte j holds dim j below
+and dim j + n/2 above, so that vectors of them come out with a mask and a shift.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ STEP = {1: 1.5958, 2: 0.9957, 4: 0.3352, 8: 0.0308}
 """Width of an interval, in root mean squares."""
 DISTORTION = {1: 0.3634, 2: 0.1188, 4: 0.01154, 8: 8.8e-5, 16: 0.0}
 """Mean squared error of a Gaussian of variance 1 by bits."""
-SIZE_BYTES = 2
-"""What a row begins with: the float16 of its root mean square."""
-LEAST_SIZE, GREATEST_SIZE = 2.0**-24, 65504.0
-"""The smallest float16 above 0, so that nothing divides by zero, and the largest."""
+SIZE_BYTES = 1
+"""What a row begins with: its root mean square."""
+SIZE_SHIFT = 7
+"""Bits of a float16 that a size leaves out; above those it has is only a sign."""
+LEAST_SIZE, GREATEST_SIZE = 2.0**-17, 61440.0
+"""The smallest size above 0, so that nothing divides by zero, and the largest."""
 
 Groups = tuple[tuple[int, int], ...]
 """Numbers of dims, and the bits of each."""

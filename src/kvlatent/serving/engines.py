@@ -30,6 +30,10 @@ PROGRAMS = {"llama.cpp": "llama-server"}
 """Programs that bring an engine without Python."""
 
 
+QUANTIZED_DIMS = 32
+"""Dims that share a scale in llama.cpp's quantized caches."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Route:
     """A way to run a checkpoint on an engine, or the reason why there is none."""
@@ -229,6 +233,16 @@ def check_gguf(config: PreTrainedConfig) -> None:
         )
     if config.hidden_act != "silu":
         raise UserError(f"llama.cpp's llama architecture has SiLU activations; the model has {config.hidden_act}")
+
+
+def check_cache_type(config: PreTrainedConfig, kind: str) -> None:
+    """Raise `UserError` unless llama.cpp's cache can be of a quantized type."""
+    d_qk, d_vo = gguf_dims(config)
+    if d_qk != d_vo or d_qk % QUANTIZED_DIMS:
+        raise UserError(
+            f"llama.cpp caches {kind} for keys and values of equal dims per head, in multiples of {QUANTIZED_DIMS}; "
+            f"the model has {d_qk} and {d_vo}"
+        )
 
 
 def _check_family(config: PreTrainedConfig) -> None:

@@ -23,8 +23,8 @@ from kvlatent.errors import UserError, needs
 from kvlatent.files import at_home, scratch_folder
 from kvlatent.model.checkpoints import load_model, locate, pick_device, pick_dtype
 from kvlatent.model.loading import load_config, load_tokenizer
-from kvlatent.serving.config import Engine, FileType, ServeConfig
-from kvlatent.serving.engines import check_gguf, check_vllm, window_of
+from kvlatent.serving.config import CacheType, Engine, FileType, ServeConfig
+from kvlatent.serving.engines import check_cache_type, check_gguf, check_vllm, window_of
 from kvlatent.serving.guard import guarded
 from kvlatent.signals import interruptible
 
@@ -84,7 +84,9 @@ def vllm_command(
     ]  # fmt: skip
 
 
-def llama_cpp_command(gguf: Path, *, name: str, engine: Path, context: int, seed: int) -> list[str]:
+def llama_cpp_command(
+    gguf: Path, *, name: str, engine: Path, context: int, seed: int, cache_type: CacheType | None = None
+) -> list[str]:
     """How to start llama.cpp's server on a GGUF file: the program if there is one, else the one inside `xllamacpp`.
 
     It listens on the Unix socket `engine`, as which it takes a host that ends in .sock. Its slots share `--ctx-size`
@@ -93,7 +95,8 @@ def llama_cpp_command(gguf: Path, *, name: str, engine: Path, context: int, seed
     program = shutil.which("llama-server")
     server = [program, "--jinja"] if program else [sys.executable, "-m", "kvlatent.serving.xllamacpp_server"]
     size = ["--parallel", str(SLOTS), "--ctx-size", str(SLOTS * context)]
-    return [*server, "--model", str(gguf), "--alias", name, "--host", str(engine), "--seed", str(seed), *size]
+    types = [] if cache_type is None else ["--cache-type-k", cache_type, "--cache-type-v", cache_type]
+    return [*server, "--model", str(gguf), "--alias", name, "--host", str(engine), "--seed", str(seed), *size, *types]
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -271,8 +274,11 @@ def serve(config: ServeConfig, *, dtype: str = "auto", seed: int = 0) -> dict[st
         )
     folder = at_home(config.model)
     name, source = folder.resolve().name if folder.exists() else config.model, locate(config.model)
-    (check_gguf if config.engine == "llama.cpp" else check_vllm)(shape)  # before an engine is installed in vain
-    chosen = pick_engine(config.engine)
+    asked = config.engine if config.cache_type is None else "llama.cpp"
+    (check_gguf if asked == "llama.cpp" else check_vllm)(shape)  # before an engine is installed in vain
+    if config.cache_type is not None:
+        check_cache_type(shape, config.cache_type)
+    chosen = pick_engine(asked)
     bound(config.host, config.port).close()  # before anything takes time
 
     def announce(url: str) -> None:
@@ -291,7 +297,7 @@ def serve(config: ServeConfig, *, dtype: str = "auto", seed: int = 0) -> dict[st
         else:
             where["context"] = config.context or window_of(shape) or positions
             gguf = stack.enter_context(gguf_of(source, dtype=dtype))
-            command = llama_cpp_command(gguf, **where)
+            command = llama_cpp_command(gguf, cache_type=config.cache_type, **where)
             options["environment"] = LLAMA_CPP_ENVIRONMENT
         served = run_server(command, **options)
     return {"model": name, "engine": chosen, **served}

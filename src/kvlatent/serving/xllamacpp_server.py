@@ -14,6 +14,8 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1)
     parser.add_argument("--ctx-size", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
+    for option in ("--cache-type-k", "--cache-type-v"):
+        parser.add_argument(option, default="f16")
     arguments = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)  # end at once: destroying a server that has hardly started can hang
@@ -25,6 +27,10 @@ def main() -> None:
     params.n_ctx, params.n_parallel, params.kv_unified = arguments.ctx_size, arguments.parallel, False
     params.cache_ram_mib = 0  # no room for past prompts, which take up to 8 GB otherwise
     params.sampling.seed = arguments.seed
+    params.cache_type_k, params.cache_type_v = (
+        getattr(xllamacpp.ggml_type, f"GGML_TYPE_{kind.upper()}")
+        for kind in (arguments.cache_type_k, arguments.cache_type_v)
+    )
     server = xllamacpp.Server(params)
     print(f"listening on {server.listening_address}", flush=True)
     signal.pause()
