@@ -186,14 +186,15 @@ def test_the_kernel_reads_codes_as_they_are(
     q = torch.randn(2, 2 * group, 1, codes[0].width)
     mask = torch.rand(2, 1, 1, length) < 0.7 if masked else None
     scale = codes[0].width ** -0.5
-    got = segment_attention(q, k, v, scale=scale, mask=mask, codes=codes)
-    plain = [x.decode(rows, torch.float64) for x, rows in zip(codes, (k, v), strict=True)]
+    means = torch.randn(2, 1, codes[0].width), torch.randn(2, 1, codes[1].width)
+    got = segment_attention(q, k, v, scale=scale, mask=mask, codes=codes, means=means)
+    plain = [x.decode(rows, torch.float64) + mean for x, rows, mean in zip(codes, (k, v), means, strict=True)]
     wanted = segment_attention(q.double(), *plain, scale=scale, mask=mask)
     for x, y in zip(got, wanted, strict=True):
         seen = torch.ones(2, dtype=torch.bool) if mask is None else mask.any(-1)[:, 0, 0]
         torch.testing.assert_close(x[seen].double(), y[seen], rtol=1e-4, atol=1e-4)
     with patch.object(cpu_decode, "available", lambda: False), patch.object(attention, "READ_AT_ONCE", 256):
-        again = segment_attention(q, k, v, scale=scale, mask=mask, codes=codes)
+        again = segment_attention(q, k, v, scale=scale, mask=mask, codes=codes, means=means)
     torch.testing.assert_close(again[0][seen].double(), wanted[0][seen], rtol=1e-4, atol=1e-4)
 
 

@@ -87,7 +87,14 @@ log2(e) and sum of the weights relative to it, both (batch, q_heads, 1, 1)."""
 
 
 def segment_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, codes: tuple[Codes, Codes] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None,
+    codes: tuple[Codes, Codes] | None = None,
+    means: tuple[Tensor, Tensor] | None = None,
 ) -> Part:
     """Attend with one query per sequence to one segment of its context; `merged` then joins the segments.
 
@@ -98,17 +105,24 @@ def segment_attention(
         scale: Logit multiplier.
         mask: True where a query may look; None is everywhere.
         codes: What rows of keys and values are, if not numbers.
+        means: What was taken from all keys and values before they became codes, (heads, 1, d_qk) and (heads, 1, d_vo).
     """
     if torch.compiler.is_compiling() and (codes is not None or own_kernel(q, k, v, mask) is not None):
         groups = ([], []) if codes is None else ([n for pair in x.groups for n in pair] for x in codes)
-        return _opaque_segment(q, k, v, scale, mask, *groups)
-    return _segment(q, k, v, scale, mask, codes)
+        return _with_means(_opaque_segment(q, k, v, scale, mask, *groups), q, means, scale)
+    if codes is not None:
+        return _coded_segment(q, k, v, scale, mask, codes, means)
+    return _segment(q, k, v, scale, mask)
 
 
-def merged(near: Part, far: Part) -> Float[Tensor, "batch q_heads 1 d_vo"]:
-    """The attention over two segments under one softmax, from what each gave alone."""
+def merged(
+    near: Part, far: Part, far_bias: Float[Tensor, "q_heads 1"] | None = None
+) -> Float[Tensor, "batch q_heads 1 d_vo"]:
+    """The attention over two segments under one softmax, from what each gave alone; `far_bias` is added to far logits."""
     (out, top, weight), (far_out, far_top, far_weight) = near, far
-    share = torch.sigmoid((far_top - top) * math.log(2) + (far_weight / weight).log()).nan_to_num(0.0)  # of nothing, 0
+    odds = (far_top - top) * math.log(2) + (far_weight / weight).log()
+    odds = odds if far_bias is None else odds + far_bias[:, None]
+    share = torch.sigmoid(odds).nan_to_num(0.0)  # of nothing, 0
     return torch.lerp(out.to(share.dtype), far_out.to(share.dtype), share).to(out.dtype)
 
 
@@ -123,11 +137,7 @@ def merged_parts(parts: Sequence[Part]) -> Part:
     return out.to(parts[0][0].dtype), top, total
 
 
-def _segment(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, codes: tuple[Codes, Codes] | None = None
-) -> Part:
-    if codes is not None:
-        return _coded_segment(q, k, v, scale, mask, codes)
+def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Part:
     own = own_kernel(q, k, v, mask)
     if own is not None and own[1].available():
         return own[1].decode_segment(q, k, v, scale=scale, mask=mask)
@@ -147,12 +157,20 @@ def _segment(
 
 
 def _coded_segment(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, codes: tuple[Codes, Codes]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    codes: tuple[Codes, Codes],
+    means: tuple[Tensor, Tensor] | None = None,
 ) -> Part:
     """Read by a kernel as they are, or as numbers of a few tokens at a time."""
     own = own_kernel(q, q, q, mask)
     if own is not None and own[1].available():
-        return own[1].decode_segment(q, k, v, scale=scale, mask=mask, codes=codes)
+        if own[1] is cpu_decode:
+            return cpu_decode.decode_segment(q, k, v, scale=scale, mask=mask, codes=codes, means=means)
+        return _with_means(own[1].decode_segment(q, k, v, scale=scale, mask=mask, codes=codes), q, means, scale)
     parts = []
     for start in range(0, max(1, k.shape[2]), READ_AT_ONCE):
         keys, values = (
@@ -161,7 +179,19 @@ def _coded_segment(
         parts.append(
             _segment(q, keys, values, scale, None if mask is None else mask[..., start : start + READ_AT_ONCE])
         )
-    return merged_parts(parts)
+    return _with_means(merged_parts(parts), q, means, scale)
+
+
+def _with_means(part: Part, q: Tensor, means: tuple[Tensor, Tensor] | None, scale: float) -> Part:
+    """What codes leave out: a query's product with the mean key in all logits, the mean value in the output."""
+    if means is None:
+        return part
+    out, largest, weight = part
+    by_latent = q.unflatten(1, (means[0].shape[0], -1)).flatten(2, 3)  # (batch, latents, group, latent)
+    beside = (by_latent @ means[0].mT).view_as(largest)
+    largest = largest + beside.to(largest.dtype) * (scale * math.log2(math.e))
+    out = (out.reshape(*by_latent.shape[:3], -1) + means[1]).view_as(out)
+    return out, largest, weight
 
 
 @torch.library.custom_op(
@@ -174,7 +204,9 @@ def _opaque_segment(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, k_groups: list[int], v_groups: list[int]
 ) -> Part:
     """A segment's decode kernel as one node of a graph that torch.compile makes; groups are dims and bits in turns."""
-    out, largest, weight = _segment(q, k, v, scale, mask, _codes_of(k_groups, v_groups))
+    codes = _codes_of(k_groups, v_groups)
+    part = _segment(q, k, v, scale, mask) if codes is None else _coded_segment(q, k, v, scale, mask, codes)
+    out, largest, weight = part
     return out, largest.clone(), weight.clone()  # kernels give both in one tensor, which a node must not
 
 

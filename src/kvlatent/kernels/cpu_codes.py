@@ -35,10 +35,10 @@ class Vectors(NamedTuple):
     least: Tensor
     """What code 0 stands for, in root mean squares; (width,) float32."""
 
-    def fields(self) -> tuple[int, ...]:
-        """What a call passes, as `cpu_codes_kernel.OF_SIDE` names it."""
-        counts = len(self.slots), len(self.bytes), self.eights, self.fours
-        return *counts, *(x.data_ptr() for x in (self.bytes, self.masks, self.slots, self.scales, self.least))
+    lanes: int
+    """Of all vectors."""
+    fields: tuple[int, ...]
+    """Dims, vectors, eights and fours, and the addresses of the tables, as a call passes them."""
 
 
 @cache
@@ -69,15 +69,16 @@ def vectors_of(layout: Layout) -> Vectors:
     for i, (_, _, _, places) in enumerate(found):
         for dim, lane in places:
             slots[dim] = LANES * i + lane
-    return Vectors(
-        eights=sum(word == 8 for word, *_ in found),
-        fours=sum(word >= 4 for word, *_ in found),
-        bytes=torch.tensor([begin for _, begin, _, _ in found], dtype=torch.int32),
-        masks=torch.tensor([masks for _, _, masks, _ in found], dtype=torch.int32),
-        slots=torch.tensor(slots, dtype=torch.int32),
-        scales=torch.tensor(scales),
-        least=torch.tensor(least),
+    eights, fours = (sum(word >= least_word for word, *_ in found) for least_word in (8, 4))
+    tables = (
+        torch.tensor([begin for _, begin, _, _ in found], dtype=torch.int32),
+        torch.tensor([masks for _, _, masks, _ in found], dtype=torch.int32),
+        torch.tensor(slots, dtype=torch.int32),
+        torch.tensor(scales),
+        torch.tensor(least),
     )
+    fields = first_dim, len(found), eights, fours, *(table.data_ptr() for table in tables)
+    return Vectors(eights, fours, *tables, lanes=LANES * len(found), fields=fields)
 
 
 def _words(each: int) -> list[tuple[int, int]]:

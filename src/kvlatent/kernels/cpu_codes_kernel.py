@@ -20,8 +20,13 @@ from kvlatent.kernels.layout import GREATEST_SIZE, LEAST_SIZE, SIZE_SHIFT
 
 WORDS = 8, 4, 2
 """Bytes that a vector's dims are in; of less than eight, lanes hold several planes."""
-OF_SIDE = ("width", "vectors", "eights", "fours", "bytes", "masks", "slots", "scales", "least")
-"""What a call passes of the layouts of keys and of values: `cpu_codes.Vectors`, the first four as numbers."""
+OF_SIDE = ("mean", "width", "vectors", "eights", "fours", "bytes", "masks", "slots", "scales", "least")
+"""What a call passes of keys and of values: the address of their mean, then `cpu_codes.Vectors.fields`."""
+OF_HEAD = ("beside", "shift", "top", "weight", "sized", "shrink")
+"""Of a query: its product with what codes 0 stand for, and with the mean key; the largest logit so far; the sums of
+weights, and of these times the sizes of values; and what the last block made of all before it."""
+LANES_OF_HEAD = 8
+"""Numbers that `OF_HEAD` takes, up to a whole vector."""
 
 
 @cache
@@ -42,14 +47,6 @@ class CodeKernel(Kernel):
         *("heads", "length", "parts", "part", "items", "scratch", "out", "sums", "next"),
     )
     """Addresses, strides in bytes, and sizes."""
-    OF_HEAD = ("beside", "top", "weight", "sized", "shrink")
-    """A query's product with what codes 0 stand for; the largest logit; the sum of weights, and of these times the
-    sizes of values; and what the last block made of all before it."""
-
-    @classmethod
-    def of_heads(cls, group_size: int) -> int:
-        """Numbers of `OF_HEAD` of all heads, up to whole vectors."""
-        return -(-len(cls.OF_HEAD) * group_size // WIDEST) * WIDEST
 
     def __init__(self, group_size: int) -> None:
         Writer.__init__(self)
@@ -66,8 +63,8 @@ class CodeKernel(Kernel):
     # --- an item's scratch memory
 
     def _scratch_size(self, field: Callable[[str], ir.Value]) -> ir.Value:
-        vectors = self.b.mul(self.b.add(field("k_vectors"), field("v_vectors")), LONG(WIDEST * self.group_size))
-        return self.b.add(vectors, LONG(self.of_heads(self.group_size)))
+        lanes = self.b.mul(self.b.add(field("k_vectors"), field("v_vectors")), LONG(WIDEST))
+        return self.b.mul(self.b.add(lanes, LONG(LANES_OF_HEAD)), LONG(self.group_size))
 
     def _scratch(self, item: ir.Value, field: Callable[[str], ir.Value]) -> dict[str, ir.Value]:
         """Pointers to the queries, the outputs and the numbers of heads of an item."""
@@ -76,7 +73,7 @@ class CodeKernel(Kernel):
         outputs = b.gep(start, [b.mul(field("k_vectors"), LONG(WIDEST * self.group_size))])
         heads = b.gep(outputs, [b.mul(field("v_vectors"), LONG(WIDEST * self.group_size))])
         found = {"queries": start, "outputs": outputs}
-        for i, name in enumerate(self.OF_HEAD):
+        for i, name in enumerate(OF_HEAD):
             found[name] = b.gep(heads, [LONG(i * self.group_size)])
         return found
 
@@ -116,13 +113,20 @@ class CodeKernel(Kernel):
         with self._loop(LONG(0), group_size) as (g, _, _):
             row = b.mul(b.add(b.mul(pair, group_size), g), fields["k_width"])
             query = self._at(fields["q"], row, FLOAT)
-            with self._loop(LONG(0), fields["k_width"], sums=[FLOAT(0.0)]) as (dim, (beside,), hand):
+            head = b.srem(pair, fields["heads"])
+            mean = self._at(fields["k_mean"], b.mul(head, fields["k_width"]), FLOAT)
+            with self._loop(LONG(0), fields["k_width"], sums=[FLOAT(0.0)] * 2) as (dim, (beside, shift), hand):
                 number = b.load(b.gep(query, [dim]))
                 place = b.gep(scratch["queries"], [self._slot(dim, g, "k", fields)])
                 b.store(b.fmul(number, b.load(self._at(fields["k_scales"], dim, FLOAT))), place)
-                hand([self._multiply_add(number, b.load(self._at(fields["k_least"], dim, FLOAT)), beside)])
+                least = b.load(self._at(fields["k_least"], dim, FLOAT))
+                hand([
+                    self._multiply_add(number, other, total)
+                    for other, total in ((least, beside), (b.load(b.gep(mean, [dim])), shift))
+                ])  # fmt: skip
             for name, value in {
                 "beside": beside,
+                "shift": shift,
                 "top": FLOAT(LOWEST),
                 "weight": FLOAT(0.0),
                 "sized": FLOAT(0.0),
@@ -288,7 +292,7 @@ class CodeKernel(Kernel):
 
             def of_part(part: ir.Value) -> dict[str, ir.Value]:
                 found = self._scratch(b.add(b.mul(pair, parts), part), fields.__getitem__)
-                found |= {name: b.gep(found[name], [g]) for name in self.OF_HEAD}
+                found |= {name: b.gep(found[name], [g]) for name in OF_HEAD}
                 return found | {"outputs": b.gep(found["outputs"], [b.mul(g, LONG(WIDEST))])}
 
             with self._loop(LONG(0), parts, sums=[FLOAT(LOWEST)]) as (part, (top,), hand):
@@ -311,15 +315,16 @@ class CodeKernel(Kernel):
                     hand([self._multiply_add(values, self._splat(b.load(found["shrink"]), WIDEST), total)])
                 self._store(total, self._eight(b.gep(merged, [at])))
             kept = self._at(fields["sums"], b.mul(r, LONG(2)), FLOAT)
-            b.store(top, kept)
+            b.store(b.fadd(top, b.load(of_part(LONG(0))["shift"])), kept)
             b.store(weight, b.gep(kept, [LONG(1)]))
             safe = b.select(b.fcmp_ordered(">", weight, zero), b.fdiv(FLOAT(1.0), weight), zero)
             out = self._at(fields["out"], b.mul(r, fields["v_width"]), FLOAT)
+            mean = self._at(fields["v_mean"], b.mul(b.srem(pair, fields["heads"]), fields["v_width"]), FLOAT)
             with self._loop(LONG(0), fields["v_width"]) as (dim, _, _):
                 number = b.load(b.gep(merged, [self._slot(dim, LONG(0), "v", fields)]))
                 scale, least = (b.load(self._at(fields[f"v_{name}"], dim, FLOAT)) for name in ("scales", "least"))
                 number = self._multiply_add(number, scale, b.fmul(sized, least))
-                b.store(b.fmul(number, safe), b.gep(out, [dim]))
+                b.store(self._multiply_add(number, safe, b.load(b.gep(mean, [dim]))), b.gep(out, [dim]))
 
 
 def _number_of(b: ir.IRBuilder, size: ir.Value) -> ir.Value:

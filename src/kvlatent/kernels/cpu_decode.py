@@ -64,6 +64,7 @@ def decode_segment(
     scale: float,
     mask: Bool[Tensor, "mask_batch 1 1 kv_len"] | None = None,
     codes: tuple[Codes, Codes] | None = None,
+    means: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[
     Float[Tensor, "batch q_heads 1 d_vo"], Float[Tensor, "batch q_heads 1 1"], Float[Tensor, "batch q_heads 1 1"]
 ]:
@@ -80,6 +81,7 @@ def decode_segment(
         mask: True where a query may look, one row per sequence or for all. Blocks of keys that a sequence doesn't see
             aren't read. A query that sees nothing gets zeros.
         codes: What rows of keys and values are, if not numbers.
+        means: What was taken from all keys and values before they became codes, (kv_heads, 1, d_qk) and likewise.
 
     Returns:
         The output; the largest logit, times log2(e); and the sum of the weights relative to that: by the last two,
@@ -91,14 +93,16 @@ def decode_segment(
     _, kv_heads, length, d_vo = v.shape
     group_size = q_heads // kv_heads
     if codes is None:
-        run, layouts = build(d_qk, d_vo, group_size, STORED[k.dtype], STORED[v.dtype]), list[int]()
+        run, layouts = build(d_qk, d_vo, group_size, STORED[k.dtype], STORED[v.dtype]), []
         scratch = group_size * (d_vo + 2)
     else:
-        from kvlatent.kernels.cpu_codes_kernel import CodeKernel, build_attention
+        from kvlatent.kernels.cpu_codes_kernel import LANES_OF_HEAD, build_attention
 
-        run, vectors = build_attention(group_size), [vectors_of(x) for x in codes]
-        layouts, d_vo = [number for x in vectors for number in x.fields()], codes[1].width
-        scratch = group_size * sum(x.masks.numel() for x in vectors) + CodeKernel.of_heads(group_size)
+        run, d_vo, vectors = build_attention(group_size), codes[1].width, [vectors_of(x) for x in codes]
+        nothing = [torch.zeros(kv_heads, x.width) for x in codes] if means is None else ()
+        held = [x.float().contiguous() for x in means or nothing]
+        layouts = [number for x, mean in zip(vectors, held, strict=True) for number in (mean.data_ptr(), *x.fields)]
+        scratch = group_size * (sum(x.lanes for x in vectors) + LANES_OF_HEAD)
     rows = (q.float() * (scale * math.log2(math.e))).contiguous()
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     pairs = batch * kv_heads
@@ -116,5 +120,4 @@ def decode_segment(
         kv_heads, length, parts, part, pairs * parts, partial.data_ptr(), out.data_ptr(), sums.data_ptr(), 0,
     )  # fmt: skip
     run((ctypes.c_int64 * len(call))(*call), threads)
-    largest, weight = sums.split(1, dim=-1)
-    return out.to(q.dtype), largest, weight
+    return out.to(q.dtype), sums.narrow(-1, 0, 1), sums.narrow(-1, 1, 1)

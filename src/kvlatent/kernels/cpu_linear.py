@@ -101,7 +101,7 @@ def few_rows(x: Float[Tensor, "*rows inputs"], *layers: nn.Linear) -> list[Float
     wide = x.float().contiguous()
     threads = torch.get_num_threads()
     row_bytes = inputs * dtype.itemsize
-    outputs = [len(layer.weight) for layer in layers]
+    outputs = [layer.weight.shape[0] for layer in layers]
     part = min(PART_BYTES // row_bytes, sum(outputs) // (PARTS_PER_THREAD * threads)) // TILE * TILE or TILE
     ahead = TILE * inputs if TILE * row_bytes <= AHEAD_BYTES else 256
     made, fields, parts = list[Tensor](), [wide.data_ptr(), inputs, ahead, part], 0

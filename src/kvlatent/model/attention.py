@@ -15,7 +15,7 @@ from kvlatent.kernels.cpu_linear import linear_outputs
 from kvlatent.model.compatibility import WITHOUT_EFFECT, refuse_unknown
 from kvlatent.model.rope import query_growth, rotate
 from kvlatent.model.spec import SLIDING, LatentSpec
-from kvlatent.model.window import Far, FarMaps, Segment, Whole, decode, joined, sinks_of, windowed_attention
+from kvlatent.model.window import Far, FarMaps, Segment, Whole, decode, joined, mapped, sinks_of, windowed_attention
 
 
 class LatentAttention(nn.Module):
@@ -266,10 +266,7 @@ def _reduced(
     x: Float[Tensor, "batch heads seq dim"], reduction: Float[Tensor, "maps joined d_qk"]
 ) -> Float[Tensor, "batch maps seq d_qk"]:
     """Every head's rows times its own map; heads that share a map are put side by side."""
-    x, reduction = side_by_side(x, x.shape[1] // len(reduction)), reduction.to(x.dtype)
-    if x.shape[2] > 1:
-        return x @ reduction
-    return torch.bmm(x[:, :, 0].transpose(0, 1), reduction).transpose(0, 1)[:, :, None]  # `@` copies a map per sequence
+    return mapped(side_by_side(x, x.shape[1] // len(reduction)), reduction.to(x.dtype))
 
 
 def taking_back_pays(back: Tensor | None, queries: int) -> bool:

@@ -9,7 +9,6 @@ included, which distances don't see.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -74,7 +73,7 @@ class FarMaps(NamedTuple):
 
     def reduced(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Latents of whole keys and values, (batch, kv_heads, seq, head_dim) → (batch, latents, seq, latent)."""
-        return joined(k, len(self.k)) @ self.k, joined(v, len(self.v)) @ self.v
+        return mapped(joined(k, self.k.shape[0]), self.k), mapped(joined(v, self.v.shape[0]), self.v)
 
     def stored(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """What a cache holds of whole keys and values: latents, or rows of codes."""
@@ -105,10 +104,21 @@ class FarMaps(NamedTuple):
         return keys, values
 
 
+def mapped(
+    x: Float[Tensor, "batch maps seq inputs"], maps: Float[Tensor, "maps inputs outputs"]
+) -> Float[Tensor, "batch maps seq outputs"]:
+    """Every head's rows times its own map."""
+    if x.shape[2] != 1 or x.shape[0] == 1:
+        return x @ maps
+    return torch.bmm(x[:, :, 0].transpose(0, 1), maps).transpose(0, 1)[:, :, None]  # `@` copies a map per sequence
+
+
 def joined(x: Float[Tensor, "batch heads seq dim"], latents: int) -> Float[Tensor, "batch latents seq joined"]:
     """Keys or values of the heads that share a latent, side by side."""
     if x.shape[1] == latents:
         return x
+    if x.shape[2] == 1:
+        return x.reshape(x.shape[0], latents, 1, -1)
     return x.unflatten(1, (latents, -1)).transpose(2, 3).flatten(3)
 
 
@@ -348,13 +358,9 @@ def decode(
     whole = segment_attention(q, near.k, near.v, scale=scale, mask=near.mask)
     if far.k.shape[2] == 0:
         return whole[0]
-    absorbed = q @ maps.q
-    out, largest, weight = segment_attention(absorbed, far.k, far.v, scale=scale, mask=far.mask, codes=maps.codes)
-    if maps.k_mean is not None and maps.v_mean is not None:  # what codes leave out
-        by_latent = absorbed.unflatten(1, (len(maps.k_mean), -1)).flatten(2, 3)  # (batch, latents, group, latent)
-        beside = (by_latent @ maps.k_mean.mT).view_as(largest)
-        largest = largest + beside.to(largest.dtype) * (scale * math.log2(math.e))
-        out = (out.view(*by_latent.shape[:3], -1) + maps.v_mean).view_as(out)
-    if maps.bias is not None:
-        largest = largest + maps.bias[:, None].to(largest.dtype) * math.log2(math.e)
-    return merged(whole, (out @ maps.o, largest, weight))
+    absorbed = mapped(q, maps.q)
+    means = None if maps.k_mean is None or maps.v_mean is None else (maps.k_mean, maps.v_mean)
+    out, largest, weight = segment_attention(
+        absorbed, far.k, far.v, scale=scale, mask=far.mask, codes=maps.codes, means=means
+    )
+    return merged(whole, (mapped(out, maps.o), largest, weight), maps.bias)

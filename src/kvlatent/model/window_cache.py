@@ -196,11 +196,14 @@ class WindowLayer(Buffered, DynamicLayer):
         """Take in whole keys and values that have left the window, `column` the first of them; return all latents."""
         count = parts[0].shape[2]
         end = column + count
-        kept = torch.arange(max(column, end - SLACK), end, device=self.device)
+        kept = torch.arange(max(column, end - SLACK), end, device=self.device) if count > 1 else None
         self.left_from = max(self.left_from, end - SLACK)
         for whole, left, x in zip(self.whole, self.left, parts, strict=True):
             x = x.detach()
-            left.index_copy_(2, kept % SLACK, x[:, :, kept - column])
+            if kept is None:
+                left.narrow(2, column % SLACK, count).copy_(x)
+            else:
+                left.index_copy_(2, kept % SLACK, x[:, :, kept - column])
             if self.sink_at is not None and count:
                 columns = self._sink_columns()
                 hit = ((columns >= column) & (columns < end))[:, None, :, None]
