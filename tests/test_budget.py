@@ -1,5 +1,6 @@
 """Budgets are met to the byte, spent where brute force would spend them, and never make a plan worse by growing."""
 
+import gc
 import itertools
 from collections.abc import Callable
 
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 from windowless import convert
 
 from kvlatent.compress import budget
@@ -132,6 +133,28 @@ def test_probes_are_the_kl_of_models_with_one_narrow_part(
             wanted, got = (model(ids[:2]).logits.double().log_softmax(-1) for model in (teacher, student))
         kl = (wanted.exp() * (wanted - got)).sum(-1).flip(1)[:, :: budget.PROBE_STRIDE].mean()
         assert float(measured) == pytest.approx(float(kl), rel=1e-3, abs=1e-6)
+
+
+def test_probing_holds_one_hidden_state_for_each_probe(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor
+) -> None:
+    config = tiny_teacher("llama").config
+    config.num_hidden_layers = 6
+    teacher, text = LlamaForCausalLM(config).eval(), ids[:2].repeat(40, 1)  # a shape that nothing else has
+    statistics, shape, held = calibrate(teacher, ids, about={}), (*text.shape, config.hidden_size), list[int]()
+
+    def count(module: torch.nn.Module, *_: object) -> None:
+        if type(module).__name__ == "LlamaDecoderLayer":
+            seen = {x.untyped_storage().data_ptr() for x in gc.get_objects() if type(x) is Tensor and x.shape == shape}
+            held.append(len(seen))
+
+    hook = torch.nn.modules.module.register_module_forward_hook(count)
+    try:
+        budget.probe(teacher, statistics, text)
+    finally:
+        hook.remove()
+    # Ten in the last layer, beside the teacher's, what becomes of both, and what a layer makes.
+    assert len(held) == sum(2 * layer + 3 for layer in range(6)) and 10 < max(held) < 16, held
 
 
 def test_curves_pass_through_the_probes_and_end_at_zero(

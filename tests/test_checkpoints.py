@@ -282,6 +282,24 @@ def test_a_replaced_gguf_file_is_another_model_whatever_its_name_and_size(
     assert len(list(cache.iterdir())) == 2
 
 
+def test_a_gguf_file_is_not_that_of_the_same_name_in_the_current_folder(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    ids: Tensor,
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here, there = tiny_teacher("llama"), tiny_teacher("llama")
+    there.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    (tmp_path / "there").mkdir()
+    write_gguf(here, tmp_path / "model.gguf")
+    write_gguf(there, tmp_path / "there" / "model.gguf")
+    monkeypatch.chdir(tmp_path)
+    for file, teacher in (("there/model.gguf", there), ("model.gguf", here)):
+        loaded, _ = load_model(file, device="cpu")
+        torch.testing.assert_close(logits(loaded, ids), logits(teacher, ids), rtol=0, atol=1e-4)
+
+
 def test_damage_in_the_cache_is_noticed_and_mended(
     tiny_teacher: Callable[[str], PreTrainedModel], tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,9 @@ from kvlatent.serving import guard
 from kvlatent.serving.guard import Guard, guarded
 
 HELLO = b"HTTP/1.1 200 OK\r\nConnection: keep-alive\r\nAccess-Control-Allow-Origin: *\r\nContent-Length: 2\r\n\r\nhi"
+CONTEXT = 256
+LARGEST = 2**16 + 32 * CONTEXT
+"""Bytes of a body for that context."""
 
 
 class Engine:
@@ -60,7 +63,7 @@ def listener() -> socket.socket:
 
 @pytest.fixture
 def door(engine: Engine, listener: socket.socket, tmp_path: Path) -> Iterator[Guard]:
-    with guarded(listener, host="my-own-name", engine=tmp_path / "e.sock") as made:
+    with guarded(listener, host="my-own-name", engine=tmp_path / "e.sock", context=CONTEXT) as made:
         yield made
 
 
@@ -96,13 +99,13 @@ def status(answer: bytes) -> int:
 
 
 def test_a_request_arrives_and_its_answer_lets_no_other_origin_read(client: socket.socket, engine: Engine) -> None:
-    client.sendall(request("Content-Length: 4", "Connection: keep-alive", "X-Own: a b", "Expect: 100-continue"))
+    client.sendall(request("Content-Length: 2", "Connection: keep-alive", "X-Own: a b", "Expect: 100-continue"))
     assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
-    client.sendall(b"body")
+    client.sendall(b"{}")
     assert everything(client) == b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi"
     [received] = engine.requests
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\nX-Own: a b\r\nConnection: close"
-    assert received == head + b"\r\n\r\nbody"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nX-Own: a b\r\nConnection: close"
+    assert received == head + b"\r\n\r\n{}"
 
 
 def test_each_part_of_an_answer_comes_at_once(client: socket.socket, engine: Engine) -> None:
@@ -145,7 +148,7 @@ LONG = "x" * guard.LARGEST_HEAD
         (request("Origin: https://evil.example"), 403),
         (request("Origin: null"), 403),
         (request("Origin: http://127.0.0.1:80@evil.example"), 403),
-        (request(f"Content-Length: {guard.LARGEST_BODY + 1}"), 413),
+        (request(f"Content-Length: {LARGEST + 1}"), 413),
         (request("Transfer-Encoding: chunked"), 411),
         (request("Content-Length: 1", "Content-Length: 2"), 400),
         (request("Content-Length: -1"), 400),
@@ -168,6 +171,13 @@ def test_what_an_engine_should_not_get_is_refused(
     assert engine.requests == []
 
 
+def test_a_body_that_would_kill_an_engine_is_refused(client: socket.socket, engine: Engine) -> None:
+    body = b'{"chat_template_kwargs":%s%s}' % (b"[" * 30_000, b"]" * 30_000)
+    client.sendall(request(f"Content-Length: {len(body)}") + body)
+    assert status(everything(client)) == 400
+    assert engine.requests == []
+
+
 def test_whoever_sends_a_long_body_anyway_reads_why_it_is_refused(client: socket.socket, engine: Engine) -> None:
     client.sendall(request("Content-Length: 60000000"))
     client.sendall(bytes(60_000_000))
@@ -176,7 +186,7 @@ def test_whoever_sends_a_long_body_anyway_reads_why_it_is_refused(client: socket
 
 
 def test_a_body_of_the_largest_size_passes(client: socket.socket, engine: Engine) -> None:
-    body = bytes(guard.LARGEST_BODY)
+    body = b'{"prompt":"%s"}' % (b"x" * (LARGEST - 13))
     client.sendall(request(f"Content-Length: {len(body)}") + body)
     assert everything(client).endswith(b"hi")
     assert engine.requests[0].endswith(b"\r\n\r\n" + body)
@@ -186,16 +196,17 @@ def test_long_bodies_wait_for_each_other(
     client: socket.socket, engine: Engine, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guard, "LARGEST_BODIES", 100)
+    first, second = (b'{"prompt":"%s"}' % (each * 47) for each in (b"1", b"2"))
     client.sendall(request("Content-Length: 60"))
     time.sleep(0.2)
     with socket.create_connection(listener.getsockname(), timeout=20) as other:
-        other.sendall(request("Content-Length: 60") + b"2" * 60)
+        other.sendall(request("Content-Length: 60") + second)
         time.sleep(0.2)
         assert engine.requests == []
-        client.sendall(b"1" * 60)
+        client.sendall(first)
         assert everything(client).endswith(b"hi")
         assert everything(other).endswith(b"hi")
-    assert [each[-60:] for each in engine.requests] == [b"1" * 60, b"2" * 60]
+    assert [each[-60:] for each in engine.requests] == [first, second]
 
 
 def test_too_many_clients_are_refused(
@@ -252,7 +263,7 @@ def test_an_engine_that_is_not_there_or_breaks_off_is_an_answer_too(
 def test_other_addresses_than_loopback_go_by_any_name(engine: Engine, tmp_path: Path) -> None:
     listener = socket.socket()
     listener.bind(("0.0.0.0", 0))
-    with guarded(listener, host="0.0.0.0", engine=tmp_path / "e.sock"):
+    with guarded(listener, host="0.0.0.0", engine=tmp_path / "e.sock", context=CONTEXT):
         time.sleep(0.2)
         with socket.create_connection(("127.0.0.1", listener.getsockname()[1]), timeout=20) as client:
             client.sendall(request("Origin: http://box.example", host="box.example"))

@@ -74,7 +74,7 @@ def fake(tmp_path: Path, kind: str) -> list[str]:
 @pytest.fixture
 def run(tmp_path: Path, port: int) -> Run:
     """`run_server` with a fake engine."""
-    where: dict[str, Any] = {"host": "127.0.0.1", "port": port, "engine": tmp_path / "e.sock"}
+    where: dict[str, Any] = {"host": "127.0.0.1", "port": port, "engine": tmp_path / "e.sock", "context": 256}
     return lambda kind, announce: launch.run_server(fake(tmp_path, kind), **where, announce=announce)
 
 
@@ -182,7 +182,8 @@ def test_an_interrupt_while_the_engine_starts_ends_it(run: Run, tmp_path: Path) 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of their parent's death")
 def test_an_engine_ends_with_the_process_that_started_it(port: int, tmp_path: Path) -> None:
     code = "import sys, pathlib; from kvlatent.serving import launch; launch.run_server(sys.argv[1:], host='127.0.0.1',"
-    code += f" port={port}, engine=pathlib.Path('{tmp_path}/e.sock'), announce=lambda url: print(url, flush=True))"
+    code += f" port={port}, engine=pathlib.Path('{tmp_path}/e.sock'), context=256,"
+    code += " announce=lambda url: print(url, flush=True))"
     command = [sys.executable, "-c", code, *fake(tmp_path, "polite")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline()
@@ -430,21 +431,36 @@ def test_llama_cpp_serves_from_a_quantized_cache(
         ServeConfig(model=str(folder), engine="vllm", cache_type="q8_0")
 
 
+def asked(port: int, path: str, body: bytes) -> tuple[int, Any]:
+    """Status and content of the answer."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_hostile_bodies_take_llama_cpp_little_memory(folder: Path, port: int, tmp_path: Path) -> None:
-    """As many values as fit into the largest body, from four clients at once."""
+    """As much as fits into the largest body, from four clients at once; each is refused, and afterwards one is not."""
     pytest.importorskip("xllamacpp")
+    shape = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": 2**16}))
     room = guard.LARGEST_BODY - 100
-    bodies = [f'{{"prompt":[{each * (room // len(each))}0]}}' for each in ("[", "0,", "[],", '"a",')]
+    lists = [f'{{"prompt":[{each * (room // len(each))}0]}}' for each in ("[", "0,", "[],", '"a",')]
+    requests = [("/v1/completions", body) for body in lists]
+    user = '{"role":"user","content":"a"},'
+    for messages, more in (
+        (user * (room // len(user)) + user[:-1], ""),
+        (f'{{"role":"user","content":"{"a" * (room - 100)}"}}', ""),
+        (f'{{"role":"{"a" * (room - 100)}","content":""}}', ""),
+        (user[:-1], f',"chat_template_kwargs":{{"a":{"[" * 900_000}{"]" * 900_000}}}'),
+        (user[:-1], f',"grammar":"root ::= {"(" * 100_000}0{")" * 100_000}"'),
+    ):
+        requests.append(("/v1/chat/completions", f'{{"messages":[{messages}],"max_tokens":4{more}}}'))
     command = [sys.executable, "-m", "kvlatent", "serve", str(folder), "--engine", "llama.cpp", "--port", str(port)]
-
-    def refused(body: str) -> bool:
-        url, json_type = f"http://127.0.0.1:{port}/v1/completions", {"Content-Type": "application/json"}
-        with pytest.raises(urllib.error.HTTPError) as caught:
-            urllib.request.urlopen(urllib.request.Request(url, body.encode(), json_type), timeout=300)
-        return caught.value.code == 400
-
     with started(command, tmp_path / "log", "is served by llama.cpp") as process:
         (engine,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
 
@@ -452,11 +468,14 @@ def test_hostile_bodies_take_llama_cpp_little_memory(folder: Path, port: int, tm
             return int(re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{engine}/status").read_text())[0]) * 1024
 
         before = most()
-        for body in bodies:
+        for path, body in requests:
             with ThreadPoolExecutor(4) as pool:
-                assert all(pool.map(refused, [body] * 4))
-            print(f"{body[:20]}…: {before / 1e6:.0f} MB, then {most() / 1e6:.0f} MB")
+                answers = list(pool.map(lambda request: asked(port, *request), [(path, body.encode())] * 4))
+            assert all(code == answer["error"]["code"] == 400 for code, answer in answers)
+            print(f"{body[:40]}…: {before / 1e6:.0f} MB, then {most() / 1e6:.0f} MB")
         assert most() - before < 300e6
+        status, answer = asked(port, "/v1/completions", b'{"prompt":"a","max_tokens":4}')
+        assert status == 200 and answer["usage"]["completion_tokens"] > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

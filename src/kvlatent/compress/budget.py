@@ -286,7 +286,8 @@ def probe(
         layer, stats = layers[index], statistics.layers[index]
         attention = layer.self_attn
         with nullcontext() if offloaded is None else offloaded.visiting(layer, index):
-            probes = [layer(probe, **kwargs) for probe in probes]
+            for at, hidden in enumerate(probes):  # each in its place, since together they weigh as much as a model
+                probes[at] = layer(hidden, **kwargs)
             unchanged = layer(state, **kwargs)
             for plan in plans if index in kept else ():
                 reduced = LatentAttention(student.config, index, attention, plan.spec)

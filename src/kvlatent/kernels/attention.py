@@ -118,7 +118,7 @@ def segment_attention(
 def merged(
     near: Part, far: Part, far_bias: Float[Tensor, "q_heads 1"] | None = None
 ) -> Float[Tensor, "batch q_heads 1 d_vo"]:
-    """The attention over two segments under one softmax, from what each gave alone; `far_bias` is added to far logits."""
+    """The attention over two segments under one softmax, from what each gave alone; the bias is of far logits."""
     (out, top, weight), (far_out, far_top, far_weight) = near, far
     odds = (far_top - top) * math.log(2) + (far_weight / weight).log()
     odds = odds if far_bias is None else odds + far_bias[:, None]

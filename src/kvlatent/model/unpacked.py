@@ -92,7 +92,7 @@ def _hash(path: Path, size: int, mtime_ns: int, kind: Callable[[], Any]) -> str:
 
 def _read(file: Path) -> tuple[Any, Any]:
     """Model in float32 and tokenizer of a GGUF file."""
-    where = {"gguf_file": file.name}
+    where = {"gguf_file": str(file.absolute())}  # by name alone, one in the current folder would come first
     config = read_config(str(file.parent), **where)
     reader = gguf.GGUFReader(file)
     _check_rope(reader, file)

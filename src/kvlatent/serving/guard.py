@@ -19,10 +19,15 @@ from contextlib import asynccontextmanager, contextmanager
 from http import HTTPStatus
 from pathlib import Path
 
+from kvlatent.errors import UserError
+from kvlatent.serving.bodies import check_body
+
 LARGEST_HEAD = 16 * 2**10
 """Bytes of a request's line and headers."""
 LARGEST_BODY = 2 * 2**20
 """Bytes of a request's body; a prompt of 128k tokens has about 0.5 MB."""
+BODY_BYTES, BODY_BYTES_PER_TOKEN = 2**16, 32
+"""What a body may have for its form and for each token of the context, some five times what prompts have."""
 LARGEST_BODIES = 2 * 2**20
 """Bytes of the bodies of all requests in flight; others wait, since llama.cpp takes 80 times as much to read them."""
 MOST_CONNECTIONS = 256
@@ -54,8 +59,9 @@ class _Refused(Exception):
 class Guard:
     """A guard at its door; made by `guarded`."""
 
-    def __init__(self, listener: socket.socket, host: str, engine: Path) -> None:
+    def __init__(self, listener: socket.socket, host: str, engine: Path, context: int) -> None:
         self._listener, self._engine = listener, engine
+        self._largest_body = min(LARGEST_BODY, BODY_BYTES + BODY_BYTES_PER_TOKEN * context)
         self._names = {host.lower()} if ipaddress.ip_address(listener.getsockname()[0]).is_loopback else None
         self._stopping = asyncio.Event()
         self._closed = asyncio.Event()
@@ -133,7 +139,7 @@ class Guard:
         except asyncio.TimeoutError:
             raise _Refused(HTTPStatus.REQUEST_TIMEOUT, f"no headers in {HEAD_SECONDS:.0f} seconds") from None
         self._check_sender(headers)
-        length = _length(headers)
+        length = _length(headers, self._largest_body)
         if self._stopping.is_set():
             raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the server is ending")
         self._in_flight += 1
@@ -145,6 +151,7 @@ class Guard:
                     body = await asyncio.wait_for(reader.readexactly(length), STALLED_SECONDS)
                 except asyncio.TimeoutError:
                     raise _Refused(HTTPStatus.REQUEST_TIMEOUT, f"no body in {STALLED_SECONDS:.0f} seconds") from None
+                _check(line, body)
                 kept = [(name, value) for name, value in headers if name.lower() not in _HOP_BY_HOP]
                 await self._hand_on(_joined(line, kept) + body, reader, writer)
         finally:
@@ -254,8 +261,8 @@ def _values(headers: Headers, wanted: str) -> list[str]:
     return [value for name, value in headers if name.lower() == wanted]
 
 
-def _length(headers: Headers) -> int:
-    """Bytes of the body.
+def _length(headers: Headers, most: int) -> int:
+    """Bytes of the body, which may have so many.
 
     Raises:
         _Refused: Too many, or the request doesn't say how many.
@@ -265,10 +272,18 @@ def _length(headers: Headers) -> int:
     lengths = _values(headers, "content-length") or ["0"]
     if len(lengths) != 1 or not re.fullmatch(r"[0-9]{1,18}", lengths[0]):
         raise _Refused(HTTPStatus.BAD_REQUEST, "Content-Length is one number")
-    if int(lengths[0]) > LARGEST_BODY:
-        why = f"the body has more than {LARGEST_BODY} bytes"
+    if int(lengths[0]) > most:
+        why = f"the body has more than {most} bytes"
         raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, why)
     return int(lengths[0])
+
+
+def _check(line: str, body: bytes) -> None:
+    if body:
+        try:
+            check_body(line.split(" ")[1], body)
+        except UserError as error:
+            raise _Refused(HTTPStatus.BAD_REQUEST, str(error)) from None
 
 
 def _refusal(refused: _Refused) -> bytes:
@@ -280,15 +295,16 @@ def _refusal(refused: _Refused) -> bytes:
 
 
 @contextmanager
-def guarded(listener: socket.socket, *, host: str, engine: Path) -> Iterator[Guard]:
+def guarded(listener: socket.socket, *, host: str, engine: Path, context: int) -> Iterator[Guard]:
     """Stand guard, in a thread, until the block ends.
 
     Args:
         listener: Bound to the address that clients are told; closed at the end.
         host: What clients call it.
         engine: The Unix socket of the engine, which may not be there yet.
+        context: Most tokens of a request.
     """
-    guard = Guard(listener, host, engine)
+    guard = Guard(listener, host, engine, context)
     thread = threading.Thread(target=guard._run, name="guard", daemon=True)
     thread.start()
     try:

@@ -140,6 +140,7 @@ def run_server(
     host: str,
     port: int,
     engine: Path,
+    context: int,
     environment: Mapping[str, str] | None = None,
     announce: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -153,6 +154,7 @@ def run_server(
         host: Where the guard listens.
         port: Likewise.
         engine: The Unix socket where the engine does.
+        context: Most tokens of a request.
         environment: Variables for it that are not set already.
         announce: Called with the URL once the engine answers.
 
@@ -164,7 +166,10 @@ def run_server(
     """
     url = f"http://{_reachable(host)}:{port}"
     began, ready = time.monotonic(), None
-    with interruptible(FORWARDED) as stop, guarded(bound(host, port), host=host, engine=engine) as guard:
+    with (
+        interruptible(FORWARDED) as stop,
+        guarded(bound(host, port), host=host, engine=engine, context=context) as guard,
+    ):
         process = subprocess.Popen(
             command,
             env={**(environment or {}), **os.environ},
@@ -284,7 +289,8 @@ def serve(config: ServeConfig, *, dtype: str = "auto", seed: int = 0) -> dict[st
     def announce(url: str) -> None:
         print(f"{name} is served by {chosen} at {url}; stop with ^C", file=sys.stderr, flush=True)
 
-    options: dict[str, Any] = {"host": config.host, "port": config.port, "announce": announce}
+    context = config.context or (window_of(shape) if chosen == "llama.cpp" else None) or positions
+    options: dict[str, Any] = {"host": config.host, "port": config.port, "context": context, "announce": announce}
     with contextlib.ExitStack() as stack:
         options["engine"] = engine = engine_socket(stack.enter_context(scratch_folder()))
         where: dict[str, Any] = {"name": name, "engine": engine, "context": config.context, "seed": seed}
@@ -295,7 +301,7 @@ def serve(config: ServeConfig, *, dtype: str = "auto", seed: int = 0) -> dict[st
             command = vllm_command(source, dtype=kind, eager=eager, **where)
             options["environment"] = VLLM_ENVIRONMENT
         else:
-            where["context"] = config.context or window_of(shape) or positions
+            where["context"] = context
             gguf = stack.enter_context(gguf_of(source, dtype=dtype))
             command = llama_cpp_command(gguf, cache_type=config.cache_type, **where)
             options["environment"] = LLAMA_CPP_ENVIRONMENT

@@ -1,0 +1,99 @@
+"""What the body of a request may hold, checked before an engine reads it: it dies of nesting and slows down of size.
+
+llama.cpp overflows its stack on deeply nested values and grammars, and takes minutes for tens of thousands of messages.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kvlatent.errors import UserError, first_error
+
+DEEPEST = 64
+"""Lists and objects within each other."""
+MOST_VALUES = 2**13
+"""Lists, objects and texts in all; of numbers a prompt has as many as tokens."""
+MOST_NAMES = 512
+"""Entries of an object; of a schema's properties llama.cpp makes a grammar in the square of their number."""
+MOST_MESSAGES = 2048
+"""Messages of a chat, and parts of a message."""
+
+
+class _Text(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class _Message(BaseModel):
+    role: str
+    content: Annotated[list[_Text], Field(max_length=MOST_MESSAGES)] | str | None = None
+
+
+class _Chat(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    messages: Annotated[list[_Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    tools: list[dict[str, Any]] | None = None
+
+
+def check_body(path: str, body: bytes) -> None:
+    """Check a request's body as far as an engine needs it; what else is wrong it says itself.
+
+    Raises:
+        UserError: The body is no JSON object, nested too deeply or holds too much, has a grammar of llama.cpp's own or,
+            for a chat, messages that aren't text.
+    """
+    try:
+        request = json.loads(body, object_pairs_hook=_object, parse_constant=_no_number)
+    except UserError:
+        raise
+    except RecursionError:
+        raise UserError(f"the body is nested more than {DEEPEST} levels deep") from None
+    except ValueError as error:  # that it is no UTF-8, too
+        raise UserError(f"the body is no JSON: {' '.join(str(error).split())[:100]}") from None
+    if not isinstance(request, dict):
+        raise UserError("the body is a JSON object")
+    _check_size(request)
+    if "grammar" in request:
+        raise UserError("grammar is not supported; response_format takes a JSON schema")
+    if path.partition("?")[0].endswith("/chat/completions"):
+        try:
+            _Chat.model_validate(request)
+        except ValidationError as error:
+            raise UserError(first_error(error)) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names are different: of two values an engine might take the other one."""
+    if len(pairs) > MOST_NAMES:
+        raise UserError(f"the body has an object of more than {MOST_NAMES} entries")
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("an object has a name twice")
+    return made
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _check_size(request: dict[str, Any]) -> None:
+    level: list[Any] = [request]
+    count = 0
+    for _ in range(DEEPEST):
+        count += len(level)
+        if count > MOST_VALUES:
+            raise UserError(f"the body holds more than {MOST_VALUES} lists, objects and texts")
+        level = [
+            value
+            for each in level
+            if not isinstance(each, str)
+            for value in (each.values() if isinstance(each, dict) else each)
+            if isinstance(value, dict | list | str)
+        ]
+        if not level:
+            return
+    raise UserError(f"the body is nested more than {DEEPEST} levels deep")
