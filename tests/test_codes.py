@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kvlatent.compress import budget
-from kvlatent.compress.bits import chunk_of, full_axes, share_bits
+from kvlatent.compress.bits import chunk_of, full_axes, share_bits, total_bits
 from kvlatent.compress.codes import Axes, LayerAxes
 from kvlatent.compress.convert import convert
 from kvlatent.compress.statistics import calibrate
@@ -287,6 +287,12 @@ def test_no_buffer_of_the_contexts_length_holds_numbers(
             student(text[:, tokens:], attention_mask=mask, past_key_values=cache)
     weights = student.config.vocab_size * student.config.hidden_size  # the largest, of which views are made
     assert largest.numbers <= weights < 32 * tokens / 3
+
+
+def test_numbers_pay_for_no_sizes(tiny_teacher: Callable[[str], PreTrainedModel]) -> None:
+    config = tiny_teacher("llama").config  # 2 layers of 2 KV heads of 16 dims
+    assert total_bits(config, 2, 0.5, (16,)) == 2 * 2 * 0.5 * 16 * 32
+    assert total_bits(config, 2, 0.5, (4, 8)) == 2 * 2 * (0.5 * 16 * 32 - 8)
 
 
 def test_in_order_and_back_from_disk(
