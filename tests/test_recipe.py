@@ -209,6 +209,21 @@ def test_long_blocks_are_judged_by_far_text_too(
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
+def test_text_for_healing_reaches_beyond_the_window(recipe: dict[str, Any], tmp_path: Path) -> None:
+    short = changed(changed(recipe, "students.best.window", 16), "training.block_size", 16)
+    with pytest.raises(UserError, match="best: blocks of 16 tokens hold nothing beyond a window of 16"):
+        pipeline.run(write(short, tmp_path / "short.yaml"), tmp_path / "run")
+
+
+def test_memory_is_checked_before_the_first_step(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "memory_of", lambda _: 100_000)
+    with pytest.raises(UserError, match=r"convert: the teacher's float32 weights take 0\.0 GB"):
+        pipeline.run(write(recipe, tmp_path / "large.yaml"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def changed(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     copy = json.loads(json.dumps(recipe))
     *parents, last = path.split(".")
@@ -253,6 +268,11 @@ def changed(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("generate.max_new_tokens", 10**400, "generate.max_new_tokens"),
         ("bench.context", 256, "exceed the 256 positions"),
         ("bench.batch", 10**12, "exceeds the memory"),
+        ("held_out.block_size", 257, "held_out: blocks: 257 tokens exceed the 256 positions"),
+        ("training.block_size", 512, "training: blocks: 512 tokens exceed the 256 positions"),
+        ("held_out.tokens", 31, "held_out: tokens must be at least one block of 32; got 31"),
+        ("students.best.window", 32, "blocks of 32 tokens hold nothing beyond a window of 32"),
+        ("students.best.budget", 0.01, "give at least 0.125"),
         ("seed", -1, "seed"),
         ("seed", 2**32, "seed"),
         ("seed", True, "seed: Input should be a valid integer"),

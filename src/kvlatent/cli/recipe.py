@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ import yaml
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvlatent.cli.recipe_file import Recipe, Sources, healing_settings, read_recipe
+from kvlatent.cli.recipe_sizes import check_sizes
 from kvlatent.cli.run_folder import commit, read_json, read_score, write_json, write_text
 from kvlatent.compress.checkpoints import Target, convert_loaded, target_of
-from kvlatent.data.blocks import TokenBlocks, batch_size_for, check_held_out, check_ids, load_blocks, save_blocks
+from kvlatent.data.blocks import TokenBlocks, batch_size_for, check_held_out, load_blocks, save_blocks
 from kvlatent.data.positions import context_of
 from kvlatent.data.sources import read_text
 from kvlatent.errors import UserError
@@ -46,7 +47,6 @@ from kvlatent.model.checkpoints import (
     record_of,
 )
 from kvlatent.model.loading import load_config, load_tokenizer, stored_dtype
-from kvlatent.model.sizes import whole_token_bytes
 from kvlatent.model.spec import Preset
 
 
@@ -86,13 +86,11 @@ def run(
     config = load_config(wanted.model)
     context_of(config, wanted.context)
     targets = {preset: target_of(config, wanted.conversion(preset)) for preset in wanted.students}
-    for preset, student in wanted.students.items():
-        if student.heal is not None:
-            healing_settings(wanted, preset, config)
     first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that writes
     with sole_writer(out) if first else nullcontext():
         begun = _Run(wanted, out, config, targets, device, dtype)
-        begun.check_measurements()
+        memory, element = memory_of(pick_device(device)), getattr(torch, begun.dtype).itemsize
+        check_sizes(wanted, config, begun.tokenizer, targets, memory=memory, element_size=element)
         if first:
             _prepare_folder(wanted, out)
             begun.forget_finished()
@@ -157,36 +155,21 @@ class _Run:
         self.group = processes(pick_device(device))
         self.dtype = str(pick_dtype(dtype, pick_device(device))).removeprefix("torch.")
         self.tokenizer = load_tokenizer(recipe.model)
-        self.load = lru_cache(maxsize=1)(self._load)
+        self.kept: tuple[tuple[str, str], PreTrainedModel] | None = None
 
     def _load(self, model: str, dtype: str) -> PreTrainedModel:
         return load_model(model, device=self.device, dtype=dtype)[0]
 
+    def load(self, model: str, dtype: str) -> PreTrainedModel:
+        """A model, kept until another one or another dtype is needed, which then finds its memory free."""
+        if self.kept is None or self.kept[0] != (model, dtype):
+            self.kept = None
+            self.kept = (model, dtype), self._load(model, dtype)
+        return self.kept[1]
+
     def teacher(self, dtype: str = "float32") -> PreTrainedModel:
-        """The teacher, kept until it is needed in another dtype."""
+        """The teacher, as `load` keeps it."""
         return self.load(self.recipe.model, dtype)
-
-    def check_measurements(self) -> None:
-        """Check what comes after the training before it.
-
-        Raises:
-            UserError: The benchmark or a continuation doesn't fit into the model's positions or the memory.
-        """
-        positions, bench, wanted = self.config.max_position_embeddings, self.recipe.bench, self.recipe.generate
-        lengths = {"bench": bench.context + bench.new_tokens}
-        for prompt in wanted.prompts:
-            tokens = len(check_ids(self.tokenizer(prompt)["input_ids"], self.config.vocab_size))
-            if not tokens:
-                raise UserError(f"generate: the prompt {prompt!r} has no tokens")
-            lengths[f"generate: {prompt[:20]!r}"] = tokens + wanted.max_new_tokens
-        for what, length in lengths.items():
-            if length > positions:
-                raise UserError(f"{what}: {length:,} tokens exceed the {positions:,} positions of {self.recipe.model}")
-        element = getattr(torch, self.dtype).itemsize
-        per_token = whole_token_bytes(self.config, element)
-        needed, there = bench.batch * lengths["bench"] * per_token, memory_of(pick_device(self.device))
-        if needed > there:
-            raise UserError(f"bench: a cache of {needed / 1e9:,.1f} GB exceeds the memory of {there / 1e9:,.1f} GB")
 
     def forget_finished(self) -> None:
         """Remove the work folders of healings that are done; a kill may have come before that."""
@@ -310,7 +293,7 @@ class _Run:
         return [preset for preset, student in self.recipe.students.items() if student.heal is not None]
 
     def _settings(self, preset: Preset) -> HealConfig:
-        return healing_settings(self.recipe, preset, self.config)
+        return healing_settings(self.recipe, preset, self.config, coded=self.targets[preset].coded)
 
     def _blocks(self, name: str) -> TokenBlocks:
         return load_blocks(self.out / "text" / f"{name}.safetensors")
@@ -331,20 +314,16 @@ class _Run:
             device=self.device, dtype=stored_dtype(self.config, "auto"),
         )  # fmt: skip
 
-    def _model(self, model: str) -> PreTrainedModel:
-        """A model for measuring; the teacher is shared, a student is read from its folder."""
-        return self.teacher(self.dtype) if model == self.recipe.model else self._load(model, self.dtype)
-
     def _evaluate(self, model: str, out: Path, *, measure: Callable[..., Perplexity] = perplexity) -> None:
         held_out = self._blocks("held_out")
         check_held_out(record_of(model).get("fingerprints", ()), held_out)
         size = batch_size_for(held_out.ids.shape[1])
-        score = measure(self._model(model), held_out.ids, text_bytes=held_out.bytes, batch_size=size)
+        score = measure(self.load(model, self.dtype), held_out.ids, text_bytes=held_out.bytes, batch_size=size)
         write_json(out, {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in vars(score).items()})
 
     def _pair(self) -> dict[str, PreTrainedModel]:
         student = self.final(next(iter(self.recipe.students)))
-        return {"teacher": self._model(self.recipe.model), "student": self._model(str(student))}
+        return {"teacher": self.teacher(self.dtype), "student": self._load(str(student), self.dtype)}
 
     def _bench(self, out: Path) -> None:
         write_json(out, benchmark(self._pair(), **self.recipe.bench.model_dump(), seed=self.recipe.seed))

@@ -182,12 +182,18 @@ def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def healing_settings(recipe: Recipe, preset: Preset, config: PreTrainedConfig) -> HealConfig:
+def healing_settings(recipe: Recipe, preset: Preset, config: PreTrainedConfig, *, coded: bool) -> HealConfig:
     """The settings of a student's healing, in the recipe's context unless they name their own.
+
+    Args:
+        recipe: The recipe.
+        preset: The student's.
+        config: The teacher's.
+        coded: Whether the student's far tokens are codes.
 
     Raises:
         UserError: A number that can't be.
     """
     changes = recipe.students[preset].heal
     assert changes is not None
-    return settings_for(preset, changes, config, context=recipe.context, seed=recipe.seed)
+    return settings_for(preset, changes, config, coded=coded, context=recipe.context, seed=recipe.seed)

@@ -260,7 +260,7 @@ def probe(
         ids: Token blocks.
         offloaded: From `offload.open_offloaded`, with its teacher.
     """
-    student, left = graft(teacher), left_whole(teacher.config)
+    student, left = graft(teacher, share=True), left_whole(teacher.config)
     head_dim, layers = head_dim_of(teacher.config), student.model.layers
     kept = [index for index in range(len(layers)) if index not in left]
     narrow = probe_dims(head_dim)

@@ -180,6 +180,12 @@ class Target:
     context: int
     """Positions that blocks are spread over."""
 
+    @property
+    def coded(self) -> bool:
+        """Whether far tokens of the student become codes."""
+        bits = self.asked.bits if self.budgeted else self.asked.bits or 16
+        return budgets.as_codes(bits, self.request.near)
+
 
 def target_of(config: PreTrainedConfig, asked: ConvertConfig, statistics: Statistics | None = None) -> Target:
     """Check all settings of a conversion, once, before anything is loaded.
@@ -271,10 +277,10 @@ def convert_loaded(
         )  # fmt: skip
     began = time.monotonic()
     if blocks is None:
-        student = convert_as(request, teacher, statistics=statistics)
+        student = convert_as(request, teacher, statistics=statistics, share=True)
     else:
         size = batch_size_for(blocks.ids.shape[1])
-        student = convert_as(request, teacher, ids=blocks.ids, batch_size=size, context=target.context)
+        student = convert_as(request, teacher, ids=blocks.ids, batch_size=size, context=target.context, share=True)
     spec = spec_of(student)
     assert spec is not None
     by_layer = target.budgeted
@@ -304,7 +310,8 @@ def convert_loaded(
         "fingerprints": sorted({*fingerprints, *record_of(name).get("fingerprints", ())}),  # the teacher may be ours
         "steps": [step | {"config": target.asked.to_dict(), "record": environment()}],
     }
-    save_checkpoint(student.to(dtype), tokenizer, out, record=record, card=unmeasured_card(record, spec.to_dict()))
+    student = student.to("cpu", dtype)  # beside the teacher there may be no room for it
+    save_checkpoint(student, tokenizer, out, record=record, card=unmeasured_card(record, spec.to_dict()))
     kv_heads = teacher.config.num_key_value_heads
     return {
         "out": str(out),

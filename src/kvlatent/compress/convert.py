@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlatent.compress.fill import fill
-from kvlatent.compress.in_order import convert_in_order
+from kvlatent.compress.in_order import convert_in_order, refits_weights
 from kvlatent.compress.planning import Plan, Request, check_source, plan_reduction, reductions, requested
 from kvlatent.compress.statistics import Statistics, calibrate, check_far_tokens
 from kvlatent.errors import UserError
@@ -82,8 +82,12 @@ def convert_as(
     ids: Int[Tensor, "blocks block_size"] | None = None,
     batch_size: int = 4,
     context: int | None = None,
+    share: bool = False,
 ) -> PreTrainedModel:
-    """`convert` for a request that is checked already."""
+    """`convert` for a request that is checked already.
+
+    With `share` the student holds the teacher's own tensors where conversion leaves them, for one that is only saved.
+    """
     check_source(request, given=statistics is not None or ids is not None)
     if ids is not None:
         check_far_tokens(request.near, ids.shape[1])
@@ -101,13 +105,13 @@ def convert_as(
         )
     plan = plan_reduction(teacher, request, statistics)
     if ids is None or not request.recipe.calibrated:
-        return _one_shot(teacher, plan, statistics)
-    return convert_in_order(graft(teacher), teacher, plan, ids, batch_size, context)
+        return _one_shot(graft(teacher, share=share), plan, statistics)
+    student = graft(teacher, share=share and not refits_weights(teacher.config, plan.spec))
+    return convert_in_order(student, teacher, plan, ids, batch_size, context)
 
 
-def _one_shot(teacher: PreTrainedModel, plan: Plan, statistics: Statistics | None) -> PreTrainedModel:
+def _one_shot(student: PreTrainedModel, plan: Plan, statistics: Statistics | None) -> PreTrainedModel:
     """Reduce every layer by the teacher's own statistics, or by none; nothing is refitted."""
-    student = graft(teacher)
     whole = [layer.self_attn for layer in student.model.layers]
     set_spec(student, plan.spec)
     for index, layer in enumerate(student.model.layers):

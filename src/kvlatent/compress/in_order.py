@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvlatent.compress.fill import fill
 from kvlatent.compress.maps import rescaled
@@ -21,6 +21,7 @@ from kvlatent.model.attention import LatentAttention
 from kvlatent.model.families import family_of
 from kvlatent.model.layers import attention_input, embedded, input_and_output, input_of, layer_arguments
 from kvlatent.model.rope import LatentRotaryEmbedding
+from kvlatent.model.spec import LatentSpec
 from kvlatent.model.window import Near
 
 RIDGE = 3.0
@@ -43,6 +44,14 @@ def turning(position_embeddings: tuple[Tensor, Tensor], freq_index: Tensor | Non
         return cos, sin
     cos, sin = (x[0][:, freq_index.to(x.device)].transpose(0, 1) for x in (cos, sin))
     return cos, sin
+
+
+def refits_weights(config: PreTrainedConfig, spec: LatentSpec) -> bool:
+    """Whether W_O and the FFN are refitted to the teacher's residual stream.
+
+    They stay the teacher's where near tokens need them, and where a norm stands before that stream.
+    """
+    return not (spec.window or family_of(config).post_norm)
 
 
 @torch.no_grad()
@@ -106,9 +115,7 @@ def convert_in_order(
             if layer.self_attn.far_bias is not None:
                 layer.self_attn.far_bias.copy_(far_bias(samples, layer.self_attn.far_maps(), scale=spec.scale))
 
-        # W_O and the FFN stay the teacher's where near tokens need them, and where a norm stands before the stream that
-        # they would be refitted to.
-        if near.window or family_of(student.config).post_norm:
+        if not refits_weights(teacher.config, spec):
             for b, state in enumerate(student_states):
                 student_states[b] = layer(state.to(device), **reduced[b]).cpu()
             continue

@@ -361,7 +361,7 @@ def calibrate(
         UserError: Activations aren't finite, or the blocks hold nothing far.
     """
     check_far_tokens(near, ids.shape[1])
-    model, grouped = graft(teacher), heads_per_latent_of(teacher.config, heads_per_latent)
+    model, grouped = graft(teacher, share=True), heads_per_latent_of(teacher.config, heads_per_latent)
     layers = model.model.layers
     statistics = [LayerStatistics() for _ in layers]
     starts = block_starts(len(ids), ids.shape[1], context).split(batch_size)

@@ -91,7 +91,7 @@ def heal_checkpoint(
                     f"its {field} is {getattr(original, field)}, not {getattr(config, field)}"
                 )
         assert spec.preset != "none"
-        settings = settings_for(spec.preset, changes, config, context=None, seed=seed)
+        settings = settings_for(spec.preset, changes, config, coded=bool(spec.k_codes), context=None, seed=seed)
         tokenizer = load_tokenizer(start)
 
         if not 0 < inputs.top_k <= config.vocab_size:
@@ -148,14 +148,15 @@ CODED_LEARNING_RATE = 2e-5
 
 
 def settings_for(
-    preset: Preset, changes: HealChanges, student: PreTrainedConfig, *, context: int | None, seed: int
+    preset: Preset, changes: HealChanges, model: PreTrainedConfig, *, coded: bool, context: int | None, seed: int
 ) -> HealConfig:
     """The settings of a healing that somebody asked for: the preset's, with the changes that were given.
 
     Args:
         preset: The student's.
         changes: What is to be different.
-        student: Its config, which bounds the context and the rank.
+        model: The config of the student or its teacher, which bounds the context and the rank.
+        coded: Whether the student's far tokens are codes.
         context: Positions where the changes name none; None is all of the model's.
         seed: Random seed.
 
@@ -163,11 +164,11 @@ def settings_for(
         UserError: A number that can't be, or no tokens at all.
     """
     asked = given(changes)
-    asked |= {"context": context_of(student, asked.get("context", context)), "seed": seed}
-    if (spec := spec_in(student)) is not None and spec.k_codes:
+    asked |= {"context": context_of(model, asked.get("context", context)), "seed": seed}
+    if coded:
         asked.setdefault("learning_rate", CODED_LEARNING_RATE)
     settings = HealConfig.for_preset(asked.pop("like", preset), **asked)
-    if settings.lora_rank > (most := min(student.hidden_size, student.intermediate_size)):
+    if settings.lora_rank > (most := min(model.hidden_size, model.intermediate_size)):
         raise UserError(f"lora_rank must be at most the {most} dims of the FFN; got {settings.lora_rank}")
     if settings.stage1_tokens + settings.stage2_tokens == 0:
         raise UserError("healing needs tokens for stage 1, stage 2 or both; got 0 and 0")

@@ -1,0 +1,86 @@
+"""The sizes that a recipe asks for, checked before its first step: what doesn't fit is said before hours of work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from kvlatent.cli.recipe_file import Recipe, healing_settings
+from kvlatent.compress.checkpoints import Target
+from kvlatent.compress.statistics import check_far_tokens
+from kvlatent.data.blocks import check_ids, whole_blocks
+from kvlatent.errors import UserError
+from kvlatent.model.loading import bare_model
+from kvlatent.model.sizes import predicted_cache_bytes
+from kvlatent.model.spec import Preset
+
+
+def check_sizes(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    targets: Mapping[Preset, Target],
+    *,
+    memory: int,
+    element_size: int,
+) -> None:
+    """Check the sizes of all steps of a recipe.
+
+    Args:
+        recipe: The recipe.
+        config: The teacher's.
+        tokenizer: Likewise.
+        targets: How each student is converted.
+        memory: Bytes of the device.
+        element_size: Bytes per number in evaluation and benchmark.
+
+    Raises:
+        UserError: Healing's settings can't be, or text, the benchmark or a continuation doesn't fit into the model's
+            positions, the student's window or the memory.
+    """
+    _check_positions(recipe, config, tokenizer)
+    for name, text in (("calibration", recipe.calibration), ("held_out", recipe.held_out)):
+        with _named(name):
+            whole_blocks(text.tokens, text.block_size or recipe.block_size)
+    for preset, student in recipe.students.items():
+        if student.heal is not None:
+            assert recipe.training is not None
+            with _named(preset):
+                healing_settings(recipe, preset, config, coded=targets[preset].coded)
+                check_far_tokens(targets[preset].request.near, recipe.training.block_size or recipe.block_size)
+    weights, bench = bare_model(config, recipe.model).num_parameters(), recipe.bench
+    sizes = {"batch": bench.batch, "tokens": bench.context + bench.new_tokens, "element_size": element_size}
+    cache = predicted_cache_bytes(config, **sizes)
+    needed = {  # beside what comes and goes
+        "convert: the teacher's float32 weights": 4 * weights,
+        "bench: the teacher's cache and the weights of two models": cache + 2 * weights * element_size,
+    }
+    for what, size in needed.items():
+        if size > memory:
+            raise UserError(f"{what} take {size / 1e9:,.1f} GB, which exceeds the memory of {memory / 1e9:,.1f} GB")
+
+
+def _check_positions(recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = {"calibration": recipe.calibration, "training": recipe.training, "held_out": recipe.held_out}
+    lengths = {f"{name}: blocks": x.block_size or recipe.block_size for name, x in texts.items() if x is not None}
+    lengths["bench"] = recipe.bench.context + recipe.bench.new_tokens
+    for prompt in recipe.generate.prompts:
+        tokens = len(check_ids(tokenizer(prompt)["input_ids"], config.vocab_size))
+        if not tokens:
+            raise UserError(f"generate: the prompt {prompt!r} has no tokens")
+        lengths[f"generate: {prompt[:20]!r}"] = tokens + recipe.generate.max_new_tokens
+    positions = config.max_position_embeddings
+    for what, length in lengths.items():
+        if length > positions:
+            raise UserError(f"{what}: {length:,} tokens exceed the {positions:,} positions of {recipe.model}")
+
+
+@contextmanager
+def _named(entry: str) -> Iterator[None]:
+    """Let what is refused in the body begin with the recipe's entry."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{entry}: {error}") from None
