@@ -318,6 +318,7 @@ def test_changed_recipe_needs_another_folder(
         pipeline.run(write(recipe, tmp_path / "same.yaml"), done[0], seed=7)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("keep me")
+    os.mkfifo(tmp_path / "mine" / "pipe")  # which shows that nothing below another's folder is looked at
     with pytest.raises(UserError, match="not a run folder"):
         pipeline.run(other, tmp_path / "mine")
 

@@ -145,7 +145,17 @@ def test_a_template_that_writes_the_first_token_itself_gives_one(
     assert byte_tokenizer.decode([token for token, answer in zip(ids, answers, strict=True) if answer]) == "ho"
 
 
-@pytest.mark.parametrize("about", [{}, {"bytes": "x", "sources": [], "fingerprints": []}, [], "x"])
+@pytest.mark.parametrize(
+    "about",
+    [
+        {},
+        [],
+        "x",
+        {"bytes": "x", "sources": [], "fingerprints": []},
+        {"bytes": 1, "sources": ["x"], "fingerprints": ["x", None]},
+        {"bytes": 1, "sources": [1], "fingerprints": []},
+    ],
+)
 def test_damaged_blocks_are_one_line(about: Any, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -34,7 +34,7 @@ from kvlatent.evaluation.perplexity import Perplexity, perplexity
 from kvlatent.evaluation.report.page import write_report
 from kvlatent.evaluation.report.text import model_card
 from kvlatent.fields import given
-from kvlatent.files import check_regular, discard, sole_writer, sweep
+from kvlatent.files import LEFTOVER, check_regular, discard, sole_writer, sweep
 from kvlatent.healing.checkpoint import forget_finished, heal_student, teacher_dtype
 from kvlatent.healing.config import HealConfig
 from kvlatent.model.checkpoints import (
@@ -114,13 +114,14 @@ def _prepare_folder(recipe: Recipe, out: Path) -> None:
     Raises:
         UserError: It belongs to something else.
     """
+    stored = out / "recipe.yaml"
+    begun = stored.is_file() or (out.is_dir() and all(LEFTOVER.fullmatch(path.name) for path in out.iterdir()))
+    if out.exists() and not begun:  # asked before all that is in it is, which may be a home directory
+        raise UserError(f"{out} exists and is not a run folder; choose another --out, or remove it")
     if out.is_dir():
         sweep(out)
         check_regular(out)
-    stored = out / "recipe.yaml"
     if not stored.is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} exists and is not a run folder; choose another --out, or remove it")
         return
     before = read_recipe(stored)
     changed = [name for name in Recipe.model_fields if getattr(before, name) != getattr(recipe, name)]

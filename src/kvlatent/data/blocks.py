@@ -186,6 +186,8 @@ def load_blocks(path: Path) -> TokenBlocks:
         size, sources, marks = about["bytes"], tuple(about["sources"]), frozenset(about["fingerprints"])
         if ids.ndim != 2 or ids.dtype != torch.int64 or not ids.numel() or ids.min() < 0 or type(size) is not int:
             raise ValueError("not whole numbers in blocks")
+        if not all(isinstance(text, str) for text in (*sources, *marks)):
+            raise ValueError("sources or fingerprints that are no text")
         if answers is not None and (answers.shape != ids.shape or answers.dtype != torch.bool):
             raise ValueError("answers that don't fit the blocks")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
