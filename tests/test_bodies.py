@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from kvlatent.errors import UserError
-from kvlatent.serving.bodies import DEEPEST, MOST_MESSAGES, MOST_NAMES, MOST_VALUES, check_body
+from kvlatent.serving.bodies import DEEPEST, MOST_MESSAGES, MOST_NAMES, MOST_REPEATS, MOST_VALUES, check_body
 
 CHAT = "/v1/chat/completions"
 
@@ -14,6 +14,12 @@ CHAT = "/v1/chat/completions"
 def nested(levels: int) -> bytes:
     """A request with lists so deep within each other, itself the first level."""
     return b'{"extra":%s1%s}' % (b"[" * (levels - 1), b"]" * (levels - 1))
+
+
+def schema(**fields: Any) -> bytes:
+    """A request for an answer by a schema."""
+    wanted = {"type": "object", "properties": {"x": {"type": "string", **fields}}}
+    return json.dumps({"response_format": {"type": "json_schema", "json_schema": {"schema": wanted}}}).encode()
 
 
 def chat(messages: Any, **others: Any) -> bytes:
@@ -40,6 +46,10 @@ def chat(messages: Any, **others: Any) -> bytes:
             "an object of more than",
         ),
         (b'{"prompt":"a","grammar":"root ::= \\"a\\""}', "grammar is not supported; response_format takes"),
+        (schema(pattern="((a{0,50}){0,50}){0,50}"), f"a schema's pattern repeats something more than {MOST_REPEATS}"),
+        (schema(pattern="a{1,99999}"), f"a schema's pattern repeats something more than {MOST_REPEATS}"),
+        (schema(enum=["a"] * (MOST_NAMES + 1)), f"a schema has an enum of more than {MOST_NAMES} values"),
+        (schema(maxItems=1e9), f"a schema's maxItems is beyond {MOST_REPEATS}"),
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/completion"])
@@ -74,6 +84,7 @@ def test_chats_are_text_by_somebody(messages: Any, why: str) -> None:
 
 
 def test_ordinary_requests_pass() -> None:
+    check_body("/v1/completions", schema(pattern="^[a-z]{2,40}(-[0-9]{1,4})?$", enum=["a", "b"], maxLength=200))
     check_body("/v1/completions", b'{"prompt":[%s0]}' % (b"0," * 200_000))
     check_body("/v1/completions", nested(DEEPEST))
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}

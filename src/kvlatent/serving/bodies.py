@@ -6,6 +6,8 @@ llama.cpp overflows its stack on deeply nested values and grammars, and takes mi
 from __future__ import annotations
 
 import json
+import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,6 +22,11 @@ MOST_NAMES = 512
 """Entries of an object; of a schema's properties llama.cpp makes a grammar in the square of their number."""
 MOST_MESSAGES = 2048
 """Messages of a chat, and parts of a message."""
+MOST_REPEATS = 2000
+"""What the bounds of a schema's pattern, which multiply, may repeat, and lengths and counts of a schema's values."""
+SCHEMAS = ("response_format", "json_schema", "tools")
+"""Where a request has schemas, of which llama.cpp makes grammars."""
+COUNTS = ("minLength", "maxLength", "minItems", "maxItems")
 
 
 class _Text(BaseModel):
@@ -59,6 +66,8 @@ def check_body(path: str, body: bytes) -> None:
     _check_size(request)
     if "grammar" in request:
         raise UserError("grammar is not supported; response_format takes a JSON schema")
+    for name in SCHEMAS:
+        _check_schema(request.get(name))
     if path.partition("?")[0].endswith("/chat/completions"):
         try:
             _Chat.model_validate(request)
@@ -78,6 +87,27 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number")
+
+
+def _check_schema(value: Any) -> None:
+    """Refuse what takes llama.cpp's grammars more than a moment; `_check_size` has seen to the depth."""
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_schema(each)
+    if not isinstance(value, dict):
+        return
+    pattern, choices = value.get("pattern"), value.get("enum")
+    if isinstance(pattern, str):
+        bounds = re.findall(r"\{(\d*),?(\d*)\}", pattern)
+        if any(len(bound) > 4 for pair in bounds for bound in pair) or (
+            math.prod(max(1, *(int(bound or 1) for bound in pair)) for pair in bounds) > MOST_REPEATS
+        ):
+            raise UserError(f"a schema's pattern repeats something more than {MOST_REPEATS} times")
+    if isinstance(choices, list) and len(choices) > MOST_NAMES:
+        raise UserError(f"a schema has an enum of more than {MOST_NAMES} values")
+    for name in COUNTS:
+        count = value.get(name)
+        if isinstance(count, int | float) and not 0 <= count <= MOST_REPEATS:
+            raise UserError(f"a schema's {name} is beyond {MOST_REPEATS}")
 
 
 def _check_size(request: dict[str, Any]) -> None:
