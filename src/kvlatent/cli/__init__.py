@@ -27,6 +27,7 @@ from kvlatent.cli.info import Info
 from kvlatent.cli.options import Command
 from kvlatent.cli.plan import Plan
 from kvlatent.cli.report import Report
+from kvlatent.cli.rope_plot import RopePlot
 from kvlatent.cli.run import Run
 from kvlatent.cli.serve import Serve
 from kvlatent.errors import UserError
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "serve": Serve,
     "report": Report,
     "run": Run,
+    "rope-plot": RopePlot,
 }
 """Commands in the order of the work."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
@@ -111,6 +112,30 @@ class BenchConfig:
         if not (self.context and self.batch):
             raise UserError("give at least one --context and one --batch")
         check_memory(self.memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopePlotConfig:
+    """Which rotary frequencies are drawn."""
+
+    model: OtherModel = None
+    """A model, or its config.json, whose own frequencies and theta are drawn too."""
+    dims: Numbers = (128, 64, 32, 16)
+    """Dims per head of plain and frequency-aware RoPE."""
+    theta: Annotated[float, arg(metavar="X")] = 10000.0
+    """Base of the frequencies, where there is no model."""
+    distance: Number = 4096
+    """The largest distance, in tokens."""
+    out: Annotated[Path, arg(metavar="PLOT")] = Path("rope.png")
+    """The plot to write: .png, .svg or .pdf."""
+
+    def __post_init__(self) -> None:
+        if not self.dims or any(d < 4 or d % 4 for d in self.dims):
+            raise UserError(f"--dims are multiples of 4, since the paper's list has quarters; got {list(self.dims)}")
+        if not 1 < self.theta <= 10**12:
+            raise UserError(f"--theta must be above 1 and at most 1e12; got {self.theta}")
+        if not 1 <= self.distance <= 100_000:
+            raise UserError(f"--distance must be between 1 and 100,000; got {self.distance}")
 
 
 @dataclass(frozen=True, kw_only=True)
