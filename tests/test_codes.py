@@ -329,7 +329,7 @@ def test_what_can_not_be_is_refused(tiny_teacher: Callable[[str], PreTrainedMode
     teacher = tiny_teacher("llama")
     statistics = probed(teacher, ids)
     with pytest.raises(UserError, match="is too little for all layers"):
-        budget.plan(teacher, statistics, 0.06)
+        budget.plan(teacher, statistics, 0.04)
     with pytest.raises(UserError, match="bits are 16, 8, 4, 2, 1; got 3"):
         budget.plan(teacher, statistics, 0.5, bits=3)
     with pytest.raises(UserError, match="beside a window"):
