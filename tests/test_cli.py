@@ -273,7 +273,7 @@ def test_a_plan_of_a_config_alone_pays_for_no_more_than_all_dims(
 ) -> None:
     tiny_teacher("llama").config.save_pretrained(tmp_path)
     argv = ["plan", str(tmp_path), "--window", "4", "--sinks", "0", "--dtype", "bfloat16", "--budget"]
-    most = 2 * 2 * (2 + 32 * 8 // 8)  # 2 layers, keys and values of one latent: a float16 and 32 dims of 8 bits
+    most = 2 * 2 * (1 + 32 * 8 // 8)  # 2 layers, keys and values of one latent: a size and 32 dims of 8 bits
     assert answer(capsys, [*argv, "0.9"])["cache_bytes_per_token"] == most
     share = (0.25 * 256 - 4) / 252  # of 128 numbers a token
     assert answer(capsys, [*argv, "0.25"])["cache_bytes_per_token"] == round(share * 256)
@@ -648,7 +648,7 @@ LEAST = {
     "convert": ["m", "--out", "o"], "calibrate": ["m", "--out", "o"], "plan": ["m", "--out", "o", "--budget", "0.5"],
     "heal": ["m", "--out", "o", "--text", "t"], "eval": ["m", "--needle"], "generate": ["m", "--prompt", "x"],
     "export": ["m", "--to", "gguf", "--out", "o"], "report": ["run"], "run": ["a.yaml"],
-    "rope-plot": [],
+    "rope-plot": [], "compress-prompt": ["m", "--prompt", "x"],
 }  # fmt: skip
 """Arguments that a command can't do without, where they are more than a model."""
 

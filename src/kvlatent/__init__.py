@@ -87,6 +87,8 @@ __all__ = [
     "bench",
     "calibrate",
     "compare",
+    "compress_chat",
+    "compress_prompt",
     "convert",
     "evaluate",
     "export",
