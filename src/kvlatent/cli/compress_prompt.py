@@ -21,9 +21,9 @@ class CompressPrompt(Command):
     config: Annotated[PromptConfig, arg(name="")]
 
     def run(self) -> dict[str, Any]:
-        from kvlatent.compose.prompt import compress
+        from kvlatent.compose.prompt import compress_file
 
-        return compress(self.config, **self.common.place())
+        return compress_file(self.config, **self.common.place())
 
     def table(self, result: dict[str, Any]) -> str:
         return result["text"]

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from dataclasses import asdict, dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def compress_prompt(
             passage doesn't occur in it.
     """
     spans = _occurrences(text, protect)
-    return _compress(model, tokenizer, text, spans, keep=keep, stages=stages, spread=spread)
+    return _compress(model, tokenizer, text, spans, keep=keep, stages=stages, spread=spread)[0]
 
 
 def compress_chat(
@@ -106,13 +107,12 @@ def compress_chat(
         text += message["content"] + after
     edges = [0, *(edge for content in contents for edge in content), len(text)]
     spans = list(zip(edges[::2], edges[1::2], strict=True)) + _occurrences(text, protect)
-    found = _compress(model, tokenizer, text, spans, keep=keep, stages=stages, spread=spread)
-    stays = _characters(_encoded(tokenizer, text)[1], found.kept, len(text))
-    shorter = ["".join(c for c, s in zip(text[a:b], stays[a:b], strict=True) if s) for a, b in contents]
+    found, stays = _compress(model, tokenizer, text, spans, keep=keep, stages=stages, spread=spread)
+    shorter = ["".join(compress(text[a:b], stays[a:b])) for a, b in contents]
     return [dict(m, content=content) for m, content in zip(messages, shorter, strict=True)], found
 
 
-def compress(config: PromptConfig, *, device: str = "auto", dtype: str = "auto", seed: int = 0) -> dict[str, Any]:
+def compress_file(config: PromptConfig, *, device: str = "auto", dtype: str = "auto", seed: int = 0) -> dict[str, Any]:
     """Compress what a file holds.
 
     Raises:
@@ -121,12 +121,12 @@ def compress(config: PromptConfig, *, device: str = "auto", dtype: str = "auto",
     del seed  # nothing is random
     held = _read(config.prompt)
     model, tokenizer = load_model(config.model, device=device, dtype=dtype)
-    asked: dict[str, Any] = {"keep": config.keep, "stages": config.stages, "protect": config.protect}
+    asked: dict[str, Any] = {name: getattr(config, name) for name in ("keep", "stages", "protect", "spread")}
     result: dict[str, Any] = {}
     if isinstance(held, str):
-        found = compress_prompt(model, tokenizer, held, spread=config.spread, **asked)
+        found = compress_prompt(model, tokenizer, held, **asked)
     else:
-        result["messages"], found = compress_chat(model, tokenizer, held, spread=config.spread, **asked)
+        result["messages"], found = compress_chat(model, tokenizer, held, **asked)
     return asdict(config) | result | {"text": found.text, "tokens": found.tokens, "kept_tokens": len(found.kept)}
 
 
@@ -197,7 +197,8 @@ def _compress(
     keep: float,
     stages: int | None,
     spread: bool,
-) -> Compressed:
+) -> tuple[Compressed, list[bool]]:
+    """What is left of a text whose spans `whole` stay, and which of its characters that are."""
     tokens, spans = _encoded(tokenizer, text)
     ids = torch.tensor(check_ids(tokens, model.config.vocab_size))
     if len(ids) < 2:
@@ -219,9 +220,7 @@ def _compress(
             scores = importance(signals(model, ids[kept]))
             kept = kept[chosen(scores, stays[kept], left, spread=spread)]
     stay = _characters(spans, kept.tolist(), len(text))
-    return Compressed(
-        text="".join(c for c, s in zip(text, stay, strict=True) if s), kept=kept.tolist(), tokens=len(ids)
-    )
+    return Compressed(text="".join(compress(text, stay)), kept=kept.tolist(), tokens=len(ids)), stay
 
 
 def importance(found: Signals) -> Float[Tensor, "seq"]:

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from kvlatent.errors import UserError
+from kvlatent.model.graft import spec_in
 from kvlatent.model.layers import check_positions, evaluation_mode, token_nll
 
 NAME = "kvlatent_received"
@@ -64,7 +65,7 @@ def _summing(model: PreTrainedModel, seq: int) -> Iterator[Float[Tensor, "seq"]]
     token = _received.set(received)
     try:
         model.set_attn_implementation(NAME)
-        if getattr(model.config, "latent", None) is not None or model.config._attn_implementation != NAME:
+        if spec_in(model.config) is not None or model.config._attn_implementation != NAME:
             raise UserError(
                 f"{type(model).__name__} never forms attention; give an original model, such as its teacher"
             )

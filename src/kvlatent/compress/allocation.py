@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
 
 from kvlatent.compress.statistics import Statistics
 from kvlatent.errors import UserError
-from kvlatent.kernels.layout import Groups, Layout, bits_of
+from kvlatent.kernels.layout import Groups, bits_of
+from kvlatent.model.spec import side_bytes
 
 T = TypeVar("T")
 PROBE_SHARE = 0.5
@@ -45,14 +46,11 @@ class Allocation:
 
     def token_bytes(self, kv_heads: int, heads_per_latent: int, element_size: int) -> list[tuple[int, int]]:
         """Bytes of one far token's key and of its value by layer."""
-        numbers = kv_heads * element_size
+        heads: Any = {"kv_heads": kv_heads, "heads_per_latent": heads_per_latent, "element_size": element_size}
         none: tuple[Groups, ...] = ((),) * len(self.d_qk)
         keys, values = (
-            [
-                Layout(groups).row_bytes * (kv_heads // heads_per_latent) if groups else d * numbers
-                for groups, d in zip(codes or none, dims, strict=True)
-            ]
-            for codes, dims in ((self.k_codes, self.d_qk), (self.v_codes, self.d_vo))
+            [side_bytes(d, groups, **heads) for d, groups in zip(dims, codes or none, strict=True)]
+            for dims, codes in ((self.d_qk, self.k_codes), (self.d_vo, self.v_codes))
         )
         return list(zip(keys, values, strict=True))
 

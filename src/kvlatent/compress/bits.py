@@ -18,7 +18,7 @@ from kvlatent.compress.statistics import Statistics
 from kvlatent.errors import UserError
 from kvlatent.kernels.layout import BITS, DISTORTION, SIZE_BYTES, Groups, Layout
 from kvlatent.model.graft import graft, head_dim_of
-from kvlatent.model.sizes import left_whole
+from kvlatent.model.sizes import left_whole, reduced_layers
 
 CHUNKS = 16, 8
 """Dims of a latent get their bits so many at a time, the most that leaves eight chunks if any does; codes of 8 dims
@@ -42,11 +42,9 @@ def spend_bits(
     Raises:
         UserError: The share is too small, or the statistics were never probed.
     """
-    config, m, whole = teacher.config, statistics.heads_per_latent, left_whole(teacher.config)
-    every = range(config.num_hidden_layers)
-    kept = [index for index in every if index not in whole]
-    axes_of_all = full_axes(teacher, statistics)
-    found = [axes_of_all[index] for index in kept]
+    config, m = teacher.config, statistics.heads_per_latent
+    every, kept = range(config.num_hidden_layers), reduced_layers(config)
+    found = full_axes(teacher, statistics)
     narrow = probe_dims(head_dim_of(config)) * m
     dropped = torch.stack([torch.stack([side.dropped for side in layer]) for layer in found], dim=1)
     tails = dropped[..., narrow:].sum(-1)
@@ -70,7 +68,7 @@ def spend_bits(
         alternatives=others,
         k_codes=by_layer(kept, [layer[0] for layer in groups], every, ()),
         v_codes=by_layer(kept, [layer[1] for layer in groups], every, ()),
-        whole_layers=whole,
+        whole_layers=left_whole(config),
     )
 
 
@@ -81,8 +79,7 @@ def total_bits(config: PreTrainedConfig, heads_per_latent: int, share: float, ch
         UserError: They are less than every layer needs.
     """
     width = heads_per_latent * head_dim_of(config)
-    layers = config.num_hidden_layers - len(left_whole(config))
-    rows = 2 * layers * (config.num_key_value_heads // heads_per_latent)
+    rows = 2 * len(reduced_layers(config)) * (config.num_key_value_heads // heads_per_latent)
     size = 8 * SIZE_BYTES if min(choices) < 16 else 0  # numbers need none
     least = (min(choices) * chunk_of(width) + size) / (16 * width)
     if share < least:
@@ -91,7 +88,7 @@ def total_bits(config: PreTrainedConfig, heads_per_latent: int, share: float, ch
 
 
 def full_axes(teacher: PreTrainedModel, statistics: Statistics) -> list[LayerAxes]:
-    """The axes of every layer at full width."""
+    """The axes of every reduced layer at full width."""
     config = teacher.config
     whole = (head_dim_of(config),) * config.num_hidden_layers
     m = statistics.heads_per_latent
@@ -100,12 +97,13 @@ def full_axes(teacher: PreTrainedModel, statistics: Statistics) -> list[LayerAxe
         requested(config, preset="best", qk="project", d_qk=whole, d_vo=whole, heads_per_latent=m,
                   window=statistics.near.window, sinks=statistics.near.sinks),
     )  # fmt: skip
-    student = graft(teacher, share=True)
-    return [
-        layer_axes(stats, *reductions(plan, index, layer.self_attn, stats), layer.self_attn.o_proj.weight,
-                   kv_heads=config.num_key_value_heads)
-        for index, (layer, stats) in enumerate(zip(student.model.layers, statistics.layers, strict=True))
-    ]  # fmt: skip
+    layers = graft(teacher, share=True).model.layers
+    found = []
+    for index in reduced_layers(config):
+        attention, stats = layers[index].self_attn, statistics.layers[index]
+        maps = reductions(plan, index, attention, stats)
+        found.append(layer_axes(stats, *maps, attention.o_proj.weight, kv_heads=config.num_key_value_heads))
+    return found
 
 
 def chunk_of(dims: int) -> int:
@@ -146,10 +144,14 @@ def share_bits(
     spent = dict.fromkeys(curves, 0)
     heap: list[tuple[float, tuple[int, int, int], int]] = []
 
+    def cost(key: tuple[int, int, int], bits: int) -> int:
+        return (bits - spent[key]) * dims[key] * latents
+
     def offer(key: tuple[int, int, int]) -> None:
         """The step up that saves the most per bit, of those that can be paid."""
-        now, losses, most = spent[key], curves[key], spent[key] + left / (dims[key] * latents)
-        steps = [((losses[now] - losses[b]) / ((b - now) * dims[key]), b) for b in choices if now < b <= most]
+        now, losses = spent[key], curves[key]
+        paid = [b for b in choices if b > now and cost(key, b) <= left]
+        steps = [((losses[now] - losses[b]) / ((b - now) * dims[key]), b) for b in paid]
         if steps:
             gain, bits = max(steps)
             heapq.heappush(heap, (-gain, key, bits))
@@ -163,10 +165,9 @@ def share_bits(
         offer(key)
     while heap:
         gain, key, bits = heapq.heappop(heap)
-        cost = (bits - spent[key]) * dims[key] * latents
         if gain < 0:
-            if cost <= left:
-                left -= cost
+            if cost(key, bits) <= left:
+                left -= cost(key, bits)
                 spent[key] = bits
             offer(key)
     loss = torch.zeros_like(weights)

@@ -26,7 +26,7 @@ from kvlatent.model.attention import LatentAttention
 from kvlatent.model.graft import graft, head_dim_of
 from kvlatent.model.layers import before_head, embedded, layer_arguments
 from kvlatent.model.offload import OffloadedLayers
-from kvlatent.model.sizes import counted_context, layer_caches, left_whole
+from kvlatent.model.sizes import counted_context, layer_caches, left_whole, reduced_layers
 from kvlatent.model.window import ALL_FAR, Near
 
 PROBE_STRIDE = 4
@@ -91,7 +91,7 @@ def total_dims(config: PreTrainedConfig, budget: float, near: Near = ALL_FAR) ->
         UserError: The budget is not a share, or leaves less than a step per layer for keys and for values.
     """
     share = far_share(config, budget, near)
-    head_dim, layers = head_dim_of(config), config.num_hidden_layers - len(left_whole(config))
+    head_dim, layers = head_dim_of(config), len(reduced_layers(config))
     step = step_of(head_dim)
     total = int(share * 2 * head_dim * layers + 1e-9) // step * step
     if total < 2 * step * layers:
@@ -178,9 +178,8 @@ def spend(teacher: PreTrainedModel, statistics: Statistics, total: int) -> Alloc
     Raises:
         UserError: The statistics were never probed.
     """
-    config, whole = teacher.config, left_whole(teacher.config)
-    step, every = step_of(head_dim_of(config)), range(config.num_hidden_layers)
-    kept = [index for index in every if index not in whole]
+    config = teacher.config
+    step, every, kept = step_of(head_dim_of(config)), range(config.num_hidden_layers), reduced_layers(config)
     curves, layers = loss_curves(teacher, statistics)[:, kept], len(kept)  # (2, layers, head_dim + 1)
     steps = curves.flatten(0, 1)[:, ::step]
     spent = allocate(steps, total // step, floor=1)
@@ -191,7 +190,9 @@ def spend(teacher: PreTrainedModel, statistics: Statistics, total: int) -> Alloc
     d_qk, d_vo = (by_layer(kept, x, every, head_dim_of(config)) for x in (dims[:layers], dims[layers:]))
     qk_loss, vo_loss = (by_layer(kept, x, every, 0.0) for x in (losses[:layers], losses[layers:]))
     others = {"the same dims in every layer": float(alike.sum())}
-    return Allocation(d_qk=d_qk, d_vo=d_vo, qk_loss=qk_loss, vo_loss=vo_loss, alternatives=others, whole_layers=whole)
+    return Allocation(
+        d_qk=d_qk, d_vo=d_vo, qk_loss=qk_loss, vo_loss=vo_loss, alternatives=others, whole_layers=left_whole(config)
+    )
 
 
 def planning_statistics(
@@ -260,9 +261,8 @@ def probe(
         ids: Token blocks.
         offloaded: From `offload.open_offloaded`, with its teacher.
     """
-    student, left = graft(teacher, share=True), left_whole(teacher.config)
+    student, kept = graft(teacher, share=True), reduced_layers(teacher.config)
     head_dim, layers = head_dim_of(teacher.config), student.model.layers
-    kept = [index for index in range(len(layers)) if index not in left]
     narrow = probe_dims(head_dim)
     plans = [
         plan_reduction(

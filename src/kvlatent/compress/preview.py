@@ -19,7 +19,7 @@ from kvlatent.data.sources import read_text
 from kvlatent.errors import UserError, needs
 from kvlatent.fields import Fit
 from kvlatent.files import new_output
-from kvlatent.kernels.layout import BITS, SIZE_BYTES
+from kvlatent.kernels.layout import BITS, Layout
 from kvlatent.model.card import window_text
 from kvlatent.model.checkpoints import load_model
 from kvlatent.model.graft import check_teacher, head_dim_of
@@ -109,7 +109,7 @@ def _bytes_alone(model: str, asked: PlanConfig, *, dtype: str) -> dict[str, Any]
     number = size
     if budgets.as_codes(asked.bits, near):  # which are as long in every dtype, and no longer than all dims make them
         number, width = 2, grouped * head_dim_of(config)
-        share = min(share, ((asked.bits or max(BITS)) * width + 8 * SIZE_BYTES) / (16 * width))
+        share = min(share, Layout(((width, asked.bits or max(BITS)),)).row_bytes / (2 * width))
     of_token = [(share * layer.whole / 2,) * 2 for layer in layer_caches(config, number)]
     told = _bytes_told(config, near, of_token, asked.fit, element_size=size, grouped=grouped, model=model)
     for row in told["cache"]:

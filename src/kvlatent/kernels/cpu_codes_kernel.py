@@ -82,10 +82,7 @@ class CodeKernel(Kernel):
     def _part(self, item: ir.Value, fields: dict[str, ir.Value]) -> None:
         """One part of the context of one sequence and latent, all its query heads."""
         b = self.b
-        pair = b.sdiv(item, fields["parts"])
-        batch, head = b.sdiv(pair, fields["heads"]), b.srem(pair, fields["heads"])
-        start = b.mul(b.srem(item, fields["parts"]), fields["part"])
-        end = self._least(b.add(start, fields["part"]), fields["length"])
+        pair, batch, head, start, end = self._span(item, fields)
         rows = []
         for side in "kv":
             first = b.add(b.mul(batch, fields[f"{side}_batch"]), b.mul(head, fields[f"{side}_head"]))

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from kvlatent.kernels.codes import Codes
 from kvlatent.kernels.cpu_codes import vectors_of
+from kvlatent.kernels.layout import Layout
 
 STORED = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """Dtypes a cache may have here, by their names in the kernel."""
@@ -63,7 +63,7 @@ def decode_segment(
     *,
     scale: float,
     mask: Bool[Tensor, "mask_batch 1 1 kv_len"] | None = None,
-    codes: tuple[Codes, Codes] | None = None,
+    codes: tuple[Layout, Layout] | None = None,
     means: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[
     Float[Tensor, "batch q_heads 1 d_vo"], Float[Tensor, "batch q_heads 1 1"], Float[Tensor, "batch q_heads 1 1"]

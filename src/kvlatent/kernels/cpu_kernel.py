@@ -76,13 +76,19 @@ class Kernel(Writer):
         self.weights = self.b.alloca(FLOAT, self.group_size * self.block)
         self.weights.align = 64
 
-    def _part(self, item: ir.Value, fields: dict[str, ir.Value]) -> None:
-        """One part of the context of one sequence and key/value head, all its query heads."""
+    def _span(self, item: ir.Value, fields: dict[str, ir.Value]) -> tuple[ir.Value, ...]:
+        """Of an item: its sequence and head as one number, both apart, and where its part begins and ends."""
         b = self.b
         pair = b.sdiv(item, fields["parts"])
         batch, head = b.sdiv(pair, fields["heads"]), b.srem(pair, fields["heads"])
         start = b.mul(b.srem(item, fields["parts"]), fields["part"])
         end = self._least(b.add(start, fields["part"]), fields["length"])
+        return pair, batch, head, start, end
+
+    def _part(self, item: ir.Value, fields: dict[str, ir.Value]) -> None:
+        """One part of the context of one sequence and key/value head, all its query heads."""
+        b = self.b
+        pair, batch, head, start, end = self._span(item, fields)
         k_start = b.add(b.mul(batch, fields["k_batch"]), b.mul(head, fields["k_head"]))
         v_start = b.add(b.mul(batch, fields["v_batch"]), b.mul(head, fields["v_head"]))
         q_start = b.mul(pair, LONG(self.group_size * self.d_qk))

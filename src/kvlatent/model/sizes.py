@@ -124,6 +124,12 @@ def left_whole(config: PreTrainedConfig) -> tuple[int, ...]:
     return found if len(found) < len(layers) else ()
 
 
+def reduced_layers(config: PreTrainedConfig) -> list[int]:
+    """All other layers."""
+    whole = left_whole(config)
+    return [index for index in range(config.num_hidden_layers) if index not in whole]
+
+
 def predicted_cache_bytes(config: PreTrainedConfig, *, batch: int, tokens: int, element_size: int) -> int:
     """Bytes of keys and values that a model's default cache holds, counted layer by layer.
 

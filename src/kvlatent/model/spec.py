@@ -156,11 +156,9 @@ class LatentSpec:
 
     def token_bytes(self, layer: int, kv_heads: int, element_size: int) -> tuple[int, int]:
         """Bytes of one far token's key and of its value in the cache of one layer."""
-        rows = self.rows_of(layer)
-        if rows is None:
-            return kv_heads * self.d_qk[layer] * element_size, kv_heads * self.d_vo[layer] * element_size
-        latents = kv_heads // self.heads_per_latent
-        return latents * rows[0].row_bytes, latents * rows[1].row_bytes
+        heads: Any = {"kv_heads": kv_heads, "heads_per_latent": self.heads_per_latent, "element_size": element_size}
+        k_groups, v_groups = (self.k_codes[layer], self.v_codes[layer]) if self.k_codes else ((), ())
+        return side_bytes(self.d_qk[layer], k_groups, **heads), side_bytes(self.d_vo[layer], v_groups, **heads)
 
     @property
     def output_map(self) -> tuple[bool, ...]:
@@ -221,6 +219,19 @@ def _entries() -> type[BaseModel]:
 def bytes_per_token(d_qk: Sequence[int], d_vo: Sequence[int], kv_heads: int, element_size: int) -> int:
     """Bytes one token adds to a cache with keys and values of these dims per head, one entry per layer."""
     return kv_heads * (sum(d_qk) + sum(d_vo)) * element_size
+
+
+def side_bytes(d: int, groups: Groups, *, kv_heads: int, heads_per_latent: int, element_size: int) -> int:
+    """Bytes of one far token's key, or of its value, in the cache of one layer.
+
+    Args:
+        d: Dims per head, where they are numbers.
+        groups: Dims of a latent and their bits; empty where they are numbers.
+        kv_heads: KV heads of the model.
+        heads_per_latent: How many of them share a latent.
+        element_size: Bytes of a number.
+    """
+    return Layout(groups).row_bytes * (kv_heads // heads_per_latent) if groups else d * kv_heads * element_size
 
 
 def check_dims(head_dim: int, d_qk: Sequence[int], d_vo: Sequence[int]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -89,9 +90,14 @@ def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
+def _inside(value: Any) -> Iterable[Any]:
+    """What an object or a list holds; nothing of other values."""
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
 def _check_schema(value: Any) -> None:
     """Refuse what takes llama.cpp's grammars more than a moment; `_check_size` has seen to the depth."""
-    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    for each in _inside(value):
         _check_schema(each)
     if not isinstance(value, dict):
         return
@@ -117,13 +123,7 @@ def _check_size(request: dict[str, Any]) -> None:
         count += len(level)
         if count > MOST_VALUES:
             raise UserError(f"the body holds more than {MOST_VALUES} lists, objects and texts")
-        level = [
-            value
-            for each in level
-            if not isinstance(each, str)
-            for value in (each.values() if isinstance(each, dict) else each)
-            if isinstance(value, dict | list | str)
-        ]
+        level = [value for each in level for value in _inside(each) if isinstance(value, dict | list | str)]
         if not level:
             return
     raise UserError(f"the body is nested more than {DEEPEST} levels deep")
