@@ -132,9 +132,10 @@ def test_a_conversation_keeps_its_template(small: tuple[PreTrainedModel, PreTrai
     assert [m["role"] for m in shorter] == ["user", "user"]
     assert found.text == f"<user>{shorter[0]['content']}</><user>{shorter[1]['content']}</><assistant>"
     assert "4711" in shorter[1]["content"] and len(shorter[1]["content"]) < len(TEXT)
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    with pytest.raises(UserError, match="doesn't write every message once"):
-        compress_chat(model, tokenizer, messages)
+    for template in ("{{ messages[0]['content'] }}", "{{ messages[1]['content'] }}{{ messages[1]['content'] }}"):
+        tokenizer.chat_template = template
+        with pytest.raises(UserError, match="doesn't write every message once"):
+            compress_chat(model, tokenizer, messages)
 
 
 def test_the_command_prints_the_shorter_prompt(
@@ -185,3 +186,8 @@ def test_a_student_is_refused_as_compressor(tiny_teacher: Callable[[str], PreTra
     student = convert(tiny_teacher("llama"), d_qk=8, d_vo=4, ids=ids, window=0)
     with pytest.raises(UserError, match="never forms attention"):
         signals(student, ids[0])
+
+
+def test_stages_end_where_nothing_is_left_to_drop(small: tuple[PreTrainedModel, PreTrainedTokenizerFast]) -> None:
+    found = compress_prompt(*small, TEXT, keep=0.003, stages=3)
+    assert found.kept == [0] and found.text == TEXT[0]

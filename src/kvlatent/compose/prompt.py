@@ -98,9 +98,12 @@ def compress_chat(
     """
     marks = [MARK.format(i) for i in range(len(messages))]
     marked = [m | {"content": mark} for m, mark in zip(messages, marks, strict=True)]
-    around = re.split("|".join(marks), chat_text(tokenizer, marked, add_generation_prompt=True))
-    if len(around) != len(messages) + 1:
-        raise UserError("the chat template doesn't write every message once; compress the conversation as text")
+    written, any_mark = chat_text(tokenizer, marked, add_generation_prompt=True), "|".join(marks)
+    if re.findall(any_mark, written) != marks:
+        raise UserError(
+            "the chat template doesn't write every message once, in order; compress the conversation as text"
+        )
+    around = re.split(any_mark, written)
     text, contents = around[0], []
     for message, after in zip(messages, around[1:], strict=True):
         contents.append((len(text), len(text) + len(message["content"])))
@@ -217,6 +220,8 @@ def _compress(
         free = len(ids) - least
         for stage in trange(1, stages + 1, desc="compress", unit="stage"):
             left = least + round(free * ((wanted - least) / free) ** (stage / stages))
+            if left == len(kept):
+                continue
             scores = importance(signals(model, ids[kept]))
             kept = kept[chosen(scores, stays[kept], left, spread=spread)]
     stay = _characters(spans, kept.tolist(), len(text))
