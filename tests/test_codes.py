@@ -344,3 +344,15 @@ def test_what_can_not_be_is_refused(tiny_teacher: Callable[[str], PreTrainedMode
     ):
         with pytest.raises(UserError, match=what):
             LatentSpec.from_dict(fields | {"k_codes": wrong, "v_codes": [[[8, 4]]] * 2})
+
+
+def test_layers_without_far_tokens_become_codes_of_nothing(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor
+) -> None:
+    """One slides over less than the window; its codes are never read."""
+    teacher = tiny_teacher("gemma3_text")
+    groups = (((16, 4),),) * 2
+    student = convert(teacher, d_qk=8, d_vo=8, window=8, k_codes=groups, v_codes=groups, ids=ids)
+    assert teacher.config.sliding_window < 8
+    assert all(bool(x.isfinite().all()) for x in (*student.parameters(), *student.buffers()))
+    assert bool(logits(student, ids[:2]).isfinite().all())

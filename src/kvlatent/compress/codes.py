@@ -21,6 +21,9 @@ from kvlatent.compress.statistics import LayerStatistics
 from kvlatent.compress.values import outputs_by_latent
 from kvlatent.kernels.layout import Groups
 
+SILENT = 1e-30
+"""A layer whose latents are no larger than this has none, such as one that slides over less than the window."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
@@ -114,7 +117,8 @@ def _fitted(found: Axes, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
     dims = sum(n for n, _ in groups)
     kept = found.noise[:dims].argsort(descending=True)  # the largest get most bits
     sizes = found.spread[:, None, kept].sqrt()
-    sizes = sizes.clamp_min(1e-6 * sizes.amax().clamp_min(torch.finfo(sizes.dtype).tiny))
+    largest = sizes.amax()
+    sizes = sizes.clamp_min(1e-6 * largest if largest > SILENT else 1.0)
     generator = torch.Generator().manual_seed(0)
     turns = [torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0] for n, _ in groups]
     turn = torch.block_diag(*turns).to(sizes)
