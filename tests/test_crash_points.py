@@ -43,6 +43,11 @@ def command(name: str, folder: Path) -> tuple[Callable[[Path], list[str]], str, 
     commands: dict[str, tuple[list[str], str, dict[str, Any]]] = {
         "calibrate": (["calibrate", f"{folder}/teacher", *calibration], "stats", {}),
         "convert": (["convert", f"{folder}/teacher", *calibration, *dims], "student", {}),
+        "convert, one layer at a time": (
+            ["convert", f"{folder}/teacher", *calibration, "--budget", "0.9", "--offload"],
+            "student",
+            {},
+        ),
         "heal": (healing, "healed", {"again": ["--resume"]}),
         "heal, streamed": ([*healing, *keeping], "healed", {"again": ["--resume"]}),
         "export stock": ([*export, "stock"], "stock", {}),
@@ -58,7 +63,7 @@ def some(count: int) -> Iterable[int]:
     return (at for at in (1, count // 2, count - 5, count - 2, count) if at > 0)
 
 
-@pytest.mark.parametrize("name", ["export gguf", "heal"])
+@pytest.mark.parametrize("name", ["export gguf", "heal", "convert, one layer at a time"])
 def test_a_kill_at_some_file_events_loses_nothing(name: str, folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
@@ -68,7 +73,11 @@ def test_a_kill_at_some_file_events_loses_nothing(name: str, folder: Path, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["calibrate", "convert", "heal", "heal, streamed", "export stock", "export gguf", "run"]
+    "name",
+    [
+        *("calibrate", "convert", "convert, one layer at a time", "heal", "heal, streamed"),
+        *("export stock", "export gguf", "run"),
+    ],
 )
 def test_a_kill_at_any_file_event_loses_nothing(name: str, folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"

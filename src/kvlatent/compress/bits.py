@@ -18,6 +18,7 @@ from kvlatent.compress.statistics import Statistics
 from kvlatent.errors import UserError
 from kvlatent.kernels.layout import BITS, DISTORTION, SIZE_BYTES, Groups, Layout
 from kvlatent.model.graft import graft, head_dim_of
+from kvlatent.model.offload import OffloadedLayers, at_hand
 from kvlatent.model.sizes import left_whole, reduced_layers
 
 CHUNKS = 16, 8
@@ -26,7 +27,12 @@ fill bytes whatever their bits, and kernels like them wide."""
 
 
 def spend_bits(
-    teacher: PreTrainedModel, statistics: Statistics, share: float, *, choices: Sequence[int] = BITS
+    teacher: PreTrainedModel,
+    statistics: Statistics,
+    share: float,
+    *,
+    choices: Sequence[int] = BITS,
+    offloaded: OffloadedLayers | None = None,
 ) -> Allocation:
     """Share the bits of far tokens among layers, keys and values, and dims.
 
@@ -38,13 +44,14 @@ def spend_bits(
         statistics: From `calibrate`, with losses from `probe`.
         share: Of the 16-bit cache of far tokens.
         choices: Bits that a dim may have.
+        offloaded: From `offload.open_offloaded`, with its teacher.
 
     Raises:
         UserError: The share is too small, or the statistics were never probed.
     """
     config, m = teacher.config, statistics.heads_per_latent
     every, kept = range(config.num_hidden_layers), reduced_layers(config)
-    found = full_axes(teacher, statistics)
+    found = full_axes(teacher, statistics, offloaded)
     narrow = probe_dims(head_dim_of(config)) * m
     dropped = torch.stack([torch.stack([side.dropped for side in layer]) for layer in found], dim=1)
     tails = dropped[..., narrow:].sum(-1)
@@ -87,7 +94,9 @@ def total_bits(config: PreTrainedConfig, heads_per_latent: int, share: float, ch
     return rows * (share * 16 * width - size)
 
 
-def full_axes(teacher: PreTrainedModel, statistics: Statistics) -> list[LayerAxes]:
+def full_axes(
+    teacher: PreTrainedModel, statistics: Statistics, offloaded: OffloadedLayers | None = None
+) -> list[LayerAxes]:
     """The axes of every reduced layer at full width."""
     config = teacher.config
     whole = (head_dim_of(config),) * config.num_hidden_layers
@@ -101,8 +110,9 @@ def full_axes(teacher: PreTrainedModel, statistics: Statistics) -> list[LayerAxe
     found = []
     for index in reduced_layers(config):
         attention, stats = layers[index].self_attn, statistics.layers[index]
-        maps = reductions(plan, index, attention, stats)
-        found.append(layer_axes(stats, *maps, attention.o_proj.weight, kv_heads=config.num_key_value_heads))
+        with at_hand(offloaded, layers[index], index):
+            maps = reductions(plan, index, attention, stats)
+            found.append(layer_axes(stats, *maps, attention.o_proj.weight, kv_heads=config.num_key_value_heads))
     return found
 
 

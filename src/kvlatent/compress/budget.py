@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,12 @@ from kvlatent.compress.statistics import Statistics, calibrate
 from kvlatent.compress.values import value_output_tail
 from kvlatent.data.blocks import batch_size_for
 from kvlatent.errors import UserError
+from kvlatent.files import scratch_folder
 from kvlatent.kernels.layout import BITS
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.graft import graft, head_dim_of
 from kvlatent.model.layers import before_head, embedded, layer_arguments
-from kvlatent.model.offload import OffloadedLayers
+from kvlatent.model.offload import OffloadedLayers, at_hand
 from kvlatent.model.sizes import counted_context, layer_caches, left_whole, reduced_layers
 from kvlatent.model.window import ALL_FAR, Near
 
@@ -136,7 +138,14 @@ def _check_share(budget: float) -> None:
         raise UserError(f"budget is the share of the cache bytes that is kept, above 0 and at most 1; got {budget}")
 
 
-def plan(teacher: PreTrainedModel, statistics: Statistics, budget: float, *, bits: int | None = None) -> Allocation:
+def plan(
+    teacher: PreTrainedModel,
+    statistics: Statistics,
+    budget: float,
+    *,
+    bits: int | None = None,
+    offloaded: OffloadedLayers | None = None,
+) -> Allocation:
     """Spend `budget`, a share of the cache bytes, where the teacher's statistics expect it to save the most loss.
 
     Args:
@@ -145,15 +154,16 @@ def plan(teacher: PreTrainedModel, statistics: Statistics, budget: float, *, bit
         budget: Share of the bytes of a 16-bit cache, tokens met whole included.
         bits: Of every number of a far token: 8, 4, 2 or 1, or 16, which spends it on dims alone; None mixes bits
             where the statistics are for a window, and is 16 elsewhere.
+        offloaded: From `offload.open_offloaded`, with its teacher.
 
     Raises:
         UserError: The budget can't be, or the statistics were never probed.
     """
     near = statistics.near
     if not as_codes(bits, near):
-        return spend(teacher, statistics, total_dims(teacher.config, budget, near))
+        return spend(teacher, statistics, total_dims(teacher.config, budget, near), offloaded=offloaded)
     share = far_share(teacher.config, budget, near)
-    return spend_bits(teacher, statistics, share, choices=BITS if bits is None else (bits,))
+    return spend_bits(teacher, statistics, share, choices=BITS if bits is None else (bits,), offloaded=offloaded)
 
 
 def check_budget(config: PreTrainedConfig, budget: float, bits: int | None, near: Near, heads_per_latent: int) -> None:
@@ -164,7 +174,9 @@ def check_budget(config: PreTrainedConfig, budget: float, bits: int | None, near
         total_dims(config, budget, near)
 
 
-def spend(teacher: PreTrainedModel, statistics: Statistics, total: int) -> Allocation:
+def spend(
+    teacher: PreTrainedModel, statistics: Statistics, total: int, *, offloaded: OffloadedLayers | None = None
+) -> Allocation:
     """Share dims among layers, keys and values, for the least expected loss; `left_whole` layers have all of theirs.
 
     Layers and keys against values differ; KV heads of one layer can't, since a cache tensor
@@ -174,13 +186,14 @@ def spend(teacher: PreTrainedModel, statistics: Statistics, total: int) -> Alloc
         teacher: A stock model of a supported family.
         statistics: From `calibrate`, with losses from `probe`.
         total: d_qk + d_vo of all reduced layers, from `total_dims`.
+        offloaded: From `offload.open_offloaded`, with its teacher.
 
     Raises:
         UserError: The statistics were never probed.
     """
     config = teacher.config
     step, every, kept = step_of(head_dim_of(config)), range(config.num_hidden_layers), reduced_layers(config)
-    curves, layers = loss_curves(teacher, statistics)[:, kept], len(kept)  # (2, layers, head_dim + 1)
+    curves, layers = loss_curves(teacher, statistics, offloaded)[:, kept], len(kept)  # (2, layers, head_dim + 1)
     steps = curves.flatten(0, 1)[:, ::step]
     spent = allocate(steps, total // step, floor=1)
     dims = [step * n for n in spent]
@@ -201,11 +214,14 @@ def planning_statistics(
     *,
     heads_per_latent: int | None = None,
     near: Near = ALL_FAR,
+    offloaded: OffloadedLayers | None = None,
 ) -> Statistics:
     """What a budget is spent by where there are no statistics yet: those of some of the calibration text."""
     pieces, size = _pieces(ids, PLAN_TOKENS), batch_size_for(PIECE)
-    statistics = calibrate(teacher, pieces, batch_size=size, heads_per_latent=heads_per_latent, near=near, about={})
-    statistics.probes = probe(teacher, statistics, probe_text(ids))
+    statistics = calibrate(
+        teacher, pieces, batch_size=size, heads_per_latent=heads_per_latent, near=near, about={}, offloaded=offloaded
+    )
+    statistics.probes = probe(teacher, statistics, probe_text(ids), offloaded=offloaded)
     return statistics
 
 
@@ -222,14 +238,17 @@ def _pieces(ids: Int[Tensor, "blocks block_size"], tokens: int) -> Int[Tensor, "
     return pieces[:: math.ceil(len(pieces) * size / tokens)]
 
 
-def loss_curves(teacher: PreTrainedModel, statistics: Statistics) -> Float[Tensor, "2 layers dims"]:
+def loss_curves(
+    teacher: PreTrainedModel, statistics: Statistics, offloaded: OffloadedLayers | None = None
+) -> Float[Tensor, "2 layers dims"]:
     """Expected loss in nats per token by dims kept, for each layer's keys [0] and values [1].
 
     Probes say how much is lost at half the dims, the tail of singular values how the loss falls around that.
     """
     tails = []
-    for layer, stats in zip(teacher.model.layers, statistics.layers, strict=True):
-        o_weight = layer.self_attn.o_proj.weight.detach().cpu()
+    for index, (layer, stats) in enumerate(zip(teacher.model.layers, statistics.layers, strict=True)):
+        with at_hand(offloaded, layer, index):
+            o_weight = layer.self_attn.o_proj.weight.detach().cpu()
         kv_heads = teacher.config.num_key_value_heads
         k, o = (stats.mean(name, heads_per_latent=statistics.heads_per_latent).cpu() for name in ("k", "o"))
         qk = project_tail(stats.mean("q").cpu(), k)
@@ -280,35 +299,52 @@ def probe(
         )
         for d_qk, d_vo in ((narrow, head_dim), (head_dim, narrow))
     ]
-    state, probes = embedded(student, ids), list[Tensor]()
+    state = embedded(student, ids)
     arguments = layer_arguments(student, torch.zeros(len(ids), dtype=torch.long), ids.shape[1])
-    for index, kwargs in enumerate(tqdm(arguments, unit="layer", desc="probe")):
-        layer, stats = layers[index], statistics.layers[index]
-        attention = layer.self_attn
-        with nullcontext() if offloaded is None else offloaded.visiting(layer, index):
-            for at, hidden in enumerate(probes):  # each in its place, since together they weigh as much as a model
-                probes[at] = layer(hidden, **kwargs)
-            unchanged = layer(state, **kwargs)
-            for plan in plans if index in kept else ():
-                reduced = LatentAttention(student.config, index, attention, plan.spec)
-                layer.self_attn = fill(reduced, attention, *reductions(plan, index, attention, stats))
-                probes.append(layer(state, **kwargs))
-            layer.self_attn, state = attention, unchanged
 
     def log_probs(hidden: Tensor) -> Tensor:
         return student.lm_head(before_head(student, student.model.norm(hidden))).float().log_softmax(-1)
 
-    compared = [x[:, (ids.shape[1] - 1) % PROBE_STRIDE :: PROBE_STRIDE].flatten(0, 1) for x in (state, *probes)]
-    losses = torch.zeros(len(probes), dtype=torch.float64)
-    for whole, *narrowed in zip(*(x.split(PROBE_POSITIONS) for x in compared), strict=True):
-        wanted = log_probs(whole)
-        losses += torch.stack(
-            [F.kl_div(log_probs(x), wanted, reduction="sum", log_target=True) for x in narrowed]
-        ).cpu()
-    mean = losses / len(compared[0])
+    with _room(2 * len(kept), state, offloaded) as probes:
+        begun = 0
+        for index, kwargs in enumerate(tqdm(arguments, unit="layer", desc="probe")):
+            layer, stats = layers[index], statistics.layers[index]
+            attention = layer.self_attn
+            with at_hand(offloaded, layer, index):
+                for hidden in probes[:begun]:
+                    hidden.copy_(layer(hidden.to(state.device), **kwargs))
+                unchanged = layer(state, **kwargs)
+                for plan in plans if index in kept else ():
+                    reduced = LatentAttention(student.config, index, attention, plan.spec)
+                    layer.self_attn = fill(reduced, attention, *reductions(plan, index, attention, stats))
+                    probes[begun].copy_(layer(state, **kwargs))
+                    begun += 1
+                layer.self_attn, state = attention, unchanged
+        at = torch.arange((ids.shape[1] - 1) % PROBE_STRIDE, ids.shape[1], PROBE_STRIDE)
+        compared = torch.cartesian_prod(torch.arange(len(ids)), at)
+        losses = torch.zeros(len(probes), dtype=torch.float64)
+        for block, position in (part.unbind(1) for part in compared.split(PROBE_POSITIONS)):
+            wanted = log_probs(state[block, position])
+            narrowed = (x[block, position].to(state.device) for x in probes)
+            losses += torch.stack(
+                [F.kl_div(log_probs(x), wanted, reduction="sum", log_target=True) for x in narrowed]
+            ).cpu()
+    mean = losses / len(compared)
     found = torch.zeros(2, len(layers), dtype=torch.float64)
     found[:, kept] = mean.view(-1, 2).T
     return found.clamp_min(0)  # below it by rounding, where nothing is lost
+
+
+@contextmanager
+def _room(count: int, like: Tensor, offloaded: OffloadedLayers | None) -> Iterator[list[Tensor]]:
+    """Room for so many hidden states, which together weigh as much as a model: on disk, where that is too."""
+    if offloaded is None:
+        yield list(like.new_empty(count, *like.shape))
+        return
+    with scratch_folder() as folder:
+        size = count * like.numel()
+        mapped = torch.from_file(str(folder / "probes.bin"), shared=True, size=size, dtype=like.dtype)
+        yield list(mapped.view(count, *like.shape))
 
 
 def allocate(curves: Float[Tensor, "items options"], total: int, *, floor: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from kvlatent.compress.convert import convert_as
 from kvlatent.compress.methods import PRESETS
 from kvlatent.compress.planning import Request, check_source, grouped_heads, method_of, near_of, requested
 from kvlatent.compress.statistics import Statistics, calibrate, check_far_tokens
+from kvlatent.compress.streamed import Stream, file_mark, forget_finished, work_folder
 from kvlatent.data.blocks import TokenBlocks, batch_size_for
 from kvlatent.data.positions import context_of
 from kvlatent.data.sources import TEACHER_TEXT, read_text
 from kvlatent.errors import UserError
-from kvlatent.files import check_disk, new_output
+from kvlatent.files import check_disk, discard, new_output
 from kvlatent.model.card import unmeasured_card
 from kvlatent.model.checkpoints import environment, load_model, record_of, save_checkpoint
 from kvlatent.model.graft import check_teacher, head_dim_of, heads_per_latent_of, spec_of
@@ -55,8 +56,7 @@ def calibrate_checkpoint(
     with new_output(out):
         if not (asked.text or asked.merge):
             raise UserError("nothing to calibrate on: give text (--text), or statistics to merge (--merge)")
-        if asked.offload and TEACHER_TEXT in asked.text:
-            raise UserError("text from the teacher needs it in memory; sample it without --offload, or give other text")
+        check_not_written(asked.text, asked.offload)
         config, tokenizer = load_config(model), load_tokenizer(model)
         check_teacher(config)
         context, grouped = context_of(config, asked.context), heads_per_latent_of(config, asked.heads_per_latent)
@@ -146,11 +146,14 @@ def convert_checkpoint(
     Raises:
         UserError: `out` exists, or the model, the dims, the text or the statistics can't be used.
     """
+    forget_finished(out)
     with new_output(out):
+        check_not_written(asked.text, asked.offload)
         config, tokenizer = load_config(model), load_tokenizer(model)
         check_teacher(config)
         statistics = None if asked.stats is None else load_statistics(asked.stats, config)
         target = target_of(config, asked, statistics)
+        written = stored_dtype(config, dtype)
 
         @lru_cache(maxsize=1)
         def teacher() -> PreTrainedModel:
@@ -162,10 +165,29 @@ def convert_checkpoint(
                 asked.text, tokenizer, tokens=asked.tokens, block_size=asked.block_size, seed=seed,
                 vocab_size=config.vocab_size, teacher=teacher,
             )  # fmt: skip
-        return convert_loaded(
-            teacher(), tokenizer, out, target, name=model, blocks=blocks, statistics=statistics,
-            dtype=stored_dtype(config, dtype),
-        )  # fmt: skip
+        settings: dict[str, Any] = {"name": model, "blocks": blocks, "statistics": statistics, "dtype": written}
+        if not asked.offload:
+            return convert_loaded(teacher(), tokenizer, out, target, **settings)
+        opened, layers = open_offloaded(model, device=device, dtype="float32")
+        stream = Stream(layers, work_folder(out), written)
+        stream.begin(
+            {
+                "settings": asked.to_dict(),
+                "text": None if blocks is None else [list(blocks.ids.shape), sorted(blocks.fingerprints)],
+                "seed": seed,
+                "dtype": str(written),
+                "statistics": None if asked.stats is None else file_mark(asked.stats),
+            }
+        )
+        done = convert_loaded(opened, tokenizer, out, target, stream=stream, **settings)
+        discard(stream.work, of=out)
+        return done
+
+
+def check_not_written(text: Sequence[str], offload: bool) -> None:
+    """Raise `UserError` for text that a teacher would write whose layers come one at a time."""
+    if offload and TEACHER_TEXT in text:
+        raise UserError("text from the teacher needs it in memory; sample it without --offload, or give other text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +270,7 @@ def convert_loaded(
     blocks: TokenBlocks | None,
     statistics: Statistics | None = None,
     dtype: torch.dtype,
+    stream: Stream | None = None,
 ) -> dict[str, Any]:
     """Convert a teacher in memory and write the student to `out`.
 
@@ -260,27 +283,32 @@ def convert_loaded(
         blocks: Calibration text.
         statistics: Instead of text or, with a budget, what it is spent by.
         dtype: Of the weights written.
+        stream: Where the teacher's layers are, if they aren't in memory.
     """
     check_disk(out, weight_bytes(teacher, dtype) + 50_000_000)
+    offloaded = None if stream is None else stream.layers
     request = target.request
     if target.budgeted:
         spent_by = statistics
         if spent_by is None:
             assert blocks is not None
             settings: dict[str, Any] = {"heads_per_latent": request.heads_per_latent, "near": request.near}
-            spent_by = budgets.planning_statistics(teacher, blocks.ids, **settings)
+            measure = partial(budgets.planning_statistics, teacher, blocks.ids, offloaded=offloaded, **settings)
+            spent_by = measure() if stream is None else stream.statistics("planning", measure)
         assert target.asked.budget is not None
-        allocation = budgets.plan(teacher, spent_by, target.asked.budget, bits=target.asked.bits)
+        allocation = budgets.plan(teacher, spent_by, target.asked.budget, bits=target.asked.bits, offloaded=offloaded)
         request = replace(
             request, d_qk=allocation.d_qk, d_vo=allocation.d_vo, k_codes=allocation.k_codes, v_codes=allocation.v_codes,
             whole_layers=allocation.whole_layers,
         )  # fmt: skip
     began = time.monotonic()
     if blocks is None:
-        student = convert_as(request, teacher, statistics=statistics, share=True)
+        student = convert_as(request, teacher, statistics=statistics, share=True, stream=stream)
     else:
-        size = batch_size_for(blocks.ids.shape[1])
-        student = convert_as(request, teacher, ids=blocks.ids, batch_size=size, context=target.context, share=True)
+        student = convert_as(
+            request, teacher, ids=blocks.ids, batch_size=batch_size_for(blocks.ids.shape[1]), context=target.context,
+            share=True, stream=stream,
+        )  # fmt: skip
     spec = spec_of(student)
     assert spec is not None
     by_layer = target.budgeted
@@ -310,8 +338,13 @@ def convert_loaded(
         "fingerprints": sorted({*fingerprints, *record_of(name).get("fingerprints", ())}),  # the teacher may be ours
         "steps": [step | {"config": target.asked.to_dict(), "record": environment()}],
     }
-    student = student.to("cpu", dtype)  # beside the teacher there may be no room for it
-    save_checkpoint(student, tokenizer, out, record=record, card=unmeasured_card(record, spec.to_dict()))
+    shards: Sequence[Path] = ()
+    if stream is None:
+        student = student.to("cpu", dtype)  # beside the teacher there may be no room for it
+    else:
+        student.config.dtype, shards = dtype, stream.shards(student)
+    card = unmeasured_card(record, spec.to_dict())
+    save_checkpoint(student, tokenizer, out, record=record, card=card, shards=shards)
     kv_heads = teacher.config.num_key_value_heads
     return {
         "out": str(out),

@@ -106,3 +106,5 @@ class ConvertConfig(Calibration):
     """Calibration text, as for calibrate; better than statistics, since layers are refitted. Not for paper."""
     context: Context = None
     """Positions that blocks are spread over: as far as the student will be used."""
+    offload: bool = False
+    """Load and write one layer at a time, for models larger than memory; killed, the same command goes on."""

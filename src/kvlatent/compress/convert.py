@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Int
@@ -13,9 +14,12 @@ from kvlatent.compress.fill import fill
 from kvlatent.compress.in_order import convert_in_order, refits_weights
 from kvlatent.compress.planning import Plan, Request, check_source, plan_reduction, reductions, requested
 from kvlatent.compress.statistics import Statistics, calibrate, check_far_tokens
+from kvlatent.compress.streamed import Stream, layers_done, visited
 from kvlatent.errors import UserError
 from kvlatent.kernels.layout import Groups
-from kvlatent.model.graft import graft, set_spec
+from kvlatent.model.attention import LatentAttention
+from kvlatent.model.graft import graft
+from kvlatent.model.rope import LatentRotaryEmbedding
 from kvlatent.model.spec import Preset
 
 
@@ -83,10 +87,12 @@ def convert_as(
     batch_size: int = 4,
     context: int | None = None,
     share: bool = False,
+    stream: Stream | None = None,
 ) -> PreTrainedModel:
     """`convert` for a request that is checked already.
 
     With `share` the student holds the teacher's own tensors where conversion leaves them, for one that is only saved.
+    With a `stream` its layers have no weights when they come back: those are in the stream's files.
     """
     check_source(request, given=statistics is not None or ids is not None)
     if ids is not None:
@@ -94,32 +100,35 @@ def convert_as(
     check_finite(teacher)
     if request.method.needs_statistics and statistics is None:
         assert ids is not None
-        statistics = calibrate(
-            teacher,
-            ids,
-            batch_size=batch_size,
-            context=context,
-            heads_per_latent=request.heads_per_latent,
-            near=request.near,
-            about={},
-        )
+        measure = partial(
+            calibrate, teacher, ids, batch_size=batch_size, context=context, heads_per_latent=request.heads_per_latent,
+            near=request.near, about={}, offloaded=None if stream is None else stream.layers,
+        )  # fmt: skip
+        statistics = measure() if stream is None else stream.statistics("calibration", measure)
     plan = plan_reduction(teacher, request, statistics)
     if ids is None or not request.recipe.calibrated:
-        return _one_shot(graft(teacher, share=share), plan, statistics)
-    student = graft(teacher, share=share and not refits_weights(teacher.config, plan.spec))
-    return convert_in_order(student, teacher, plan, ids, batch_size, context)
+        return _one_shot(graft(teacher, share=share), plan, statistics, stream)
+    student = graft(teacher, share=share and (stream is not None or not refits_weights(teacher.config, plan.spec)))
+    return convert_in_order(student, teacher, plan, ids, batch_size, context, stream)
 
 
-def _one_shot(student: PreTrainedModel, plan: Plan, statistics: Statistics | None) -> PreTrainedModel:
+def _one_shot(
+    student: PreTrainedModel, plan: Plan, statistics: Statistics | None, stream: Stream | None
+) -> PreTrainedModel:
     """Reduce every layer by the teacher's own statistics, or by none; nothing is refitted."""
-    whole = [layer.self_attn for layer in student.model.layers]
-    set_spec(student, plan.spec)
+    spec, done = plan.spec, layers_done(stream, len(student.model.layers))
     for index, layer in enumerate(student.model.layers):
-        if index in plan.spec.whole_layers:
-            layer.self_attn = whole[index]
+        if index < done:
             continue
-        stats = None if statistics is None else statistics.layers[index]
-        fill(layer.self_attn, whole[index], *reductions(plan, index, whole[index], stats), stats)
+        with visited(stream, layer, index):
+            if index not in spec.whole_layers:
+                whole, stats = layer.self_attn, None if statistics is None else statistics.layers[index]
+                layer.self_attn = LatentAttention(student.config, index, whole, spec)
+                fill(layer.self_attn, whole, *reductions(plan, index, whole, stats), stats)
+            if stream is not None:
+                stream.keep(index, layer)
+    student.model.rotary_emb = LatentRotaryEmbedding.of(spec).to(student.device)
+    student.config.latent = spec.to_dict()
     return student
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,10 +16,12 @@ from kvlatent.compress.maps import rescaled
 from kvlatent.compress.planning import Plan, reductions
 from kvlatent.compress.refit import LogitSamples, Ridge, far_bias, larger, refit_logits
 from kvlatent.compress.statistics import LayerStatistics, sample_logits
+from kvlatent.compress.streamed import Stream, hidden_states, layers_done, visited
 from kvlatent.data.positions import block_starts
 from kvlatent.kernels.cpu_linear import is_gated
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.families import family_of
+from kvlatent.model.hidden_states import HiddenStates
 from kvlatent.model.layers import attention_input, embedded, input_and_output, input_of, layer_arguments
 from kvlatent.model.rope import LatentRotaryEmbedding
 from kvlatent.model.spec import LatentSpec
@@ -62,11 +65,13 @@ def convert_in_order(
     ids: Tensor,
     batch_size: int,
     context: int | None,
+    stream: Stream | None = None,
 ) -> PreTrainedModel:
     """Reduce and refit layer after layer; `student` comes in unreduced and is changed in place.
 
-    Hidden states of all tokens wait in host memory, twice (batch_size, block_size, hidden) per batch, one layer's head
-    outputs and, up to `KEEP_BYTES`, its FFN activations.
+    Hidden states of all tokens wait in host memory, (batch_size, block_size, hidden) per batch; where weights are
+    refitted, the teacher's too, one layer's head outputs and, up to `KEEP_BYTES`, its FFN activations. With a `stream`
+    they wait on disk, and so do both models' layers.
     """
     device, spec = student.device, plan.spec
     near = Near(spec.window, spec.sinks)
@@ -86,85 +91,117 @@ def convert_in_order(
         (torch.randperm(size - first, generator=generator)[:of_block].sort().values + first).to(device) for _ in batches
     ]
     multiplier = getattr(student.config, "residual_multiplier", 1.0)  # of what a layer adds to its residual stream
-    student_states = [embedded(student, batch).cpu() for batch in batches]
-    teacher_states = list(student_states)
+    refits = refits_weights(teacher.config, spec)
+    done = layers_done(stream, len(student.model.layers))
+    shapes, dtype = [(len(batch), size, student.config.hidden_size) for batch in batches], student.dtype
+    states, wanted = (
+        hidden_states(stream, name, (embedded(student, batch) for batch in of), shapes, dtype, begun=done > 0)
+        for name, of in (("student", batches), ("teacher", batches if refits else ()))
+    )
     for index, layer in enumerate(tqdm(student.model.layers, unit="layer", desc="convert")):
-        whole, original = layer.self_attn, teacher.model.layers[index]
+        if index < done:
+            continue
+        original = teacher.model.layers[index]
         arguments = [of_batch[index] for of_batch in whole_arguments]
         reduced = [
             a | {"position_embeddings": of_batch[index]["position_embeddings"]}
             for a, of_batch in zip(arguments, reduced_arguments, strict=True)
         ]
-
-        if index not in spec.whole_layers:
-            stats, samples = LayerStatistics(), list[LogitSamples]()
-            for state, kwargs, rows in zip(student_states, arguments, rows_of_batch, strict=True):
-                x = attention_input(layer, state.to(device), kwargs)
-                stats.update(whole, x, kwargs, **settings)
-                if plan.refits_logits:
-                    rotated = spec.qk_map == "after_rope"
-                    samples.append(sample_logits(whole, x, kwargs, rows=rows, rotated=rotated, **settings))
-            qk, vo = reductions(plan, index, whole, stats)
-            if samples:
-                turn = None
-                if spec.qk_map != "after_rope":
-                    turn = turning(reduced[0]["position_embeddings"], qk.freq_index)
-                qk = rescaled(refit_logits(samples, qk, turn=turn, scale=spec.scale, strength=LOGIT_RIDGE))
-            layer.self_attn = LatentAttention(student.config, index, whole, spec)
-            fill(layer.self_attn, whole, qk, vo, stats)
-            if layer.self_attn.far_bias is not None:
-                layer.self_attn.far_bias.copy_(far_bias(samples, layer.self_attn.far_maps(), scale=spec.scale))
-
-        if not refits_weights(teacher.config, spec):
-            for b, state in enumerate(student_states):
-                student_states[b] = layer(state.to(device), **reduced[b]).cpu()
-            continue
-
-        # W_O: with the student's head outputs, give the teacher's residual stream after attention.
-        ridge, outputs = Ridge(layer.self_attn.o_proj), list[Tensor]()
-        for b, kwargs in enumerate(reduced):
-            run = partial(original, teacher_states[b].to(device), **teacher_arguments[b][index])
-            after_attention, after_layer = input_and_output(original.post_attention_layernorm, run)
-            teacher_states[b] = after_layer.cpu()
-            state = student_states[b].to(device)
-            heads = input_of(layer.self_attn.o_proj, partial(layer, state, **kwargs))
-            stream = state + layer.self_attn.o_proj(heads) * multiplier
-            ridge.add(heads, (after_attention - state) / multiplier, size=larger(after_attention, stream))
-            outputs.append(heads.cpu())
-        ridge.solve(strength=RIDGE)
-        for b, heads in enumerate(outputs):
-            attended = layer.self_attn.o_proj(heads.to(device)) * multiplier
-            student_states[b] = (student_states[b].to(device) + attended).cpu()
-        _through_ffn(layer, student_states, teacher_states, multiplier)
+        with visited(stream, layer, index), visited(stream, original, index) if refits else nullcontext():
+            if index not in spec.whole_layers:
+                whole, stats, samples = layer.self_attn, LayerStatistics(), list[LogitSamples]()
+                for b, (kwargs, rows) in enumerate(zip(arguments, rows_of_batch, strict=True)):
+                    x = attention_input(layer, states.before(index, b).to(device), kwargs)
+                    stats.update(whole, x, kwargs, **settings)
+                    if plan.refits_logits:
+                        rotated = spec.qk_map == "after_rope"
+                        samples.append(sample_logits(whole, x, kwargs, rows=rows, rotated=rotated, **settings))
+                qk, vo = reductions(plan, index, whole, stats)
+                if samples:
+                    turn = None
+                    if spec.qk_map != "after_rope":
+                        turn = turning(reduced[0]["position_embeddings"], qk.freq_index)
+                    qk = rescaled(refit_logits(samples, qk, turn=turn, scale=spec.scale, strength=LOGIT_RIDGE))
+                layer.self_attn = LatentAttention(student.config, index, whole, spec)
+                fill(layer.self_attn, whole, qk, vo, stats)
+                if layer.self_attn.far_bias is not None:
+                    layer.self_attn.far_bias.copy_(far_bias(samples, layer.self_attn.far_maps(), scale=spec.scale))
+            if refits:
+                wanted_arguments = [of_batch[index] for of_batch in teacher_arguments]
+                _repair(index, layer, original, states, wanted, reduced, wanted_arguments, multiplier)
+            else:
+                for b, kwargs in enumerate(reduced):
+                    states.keep(index, b, layer(states.before(index, b).to(device), **kwargs))
+            if stream is not None:
+                stream.keep(index, layer)
     student.config.latent = spec.to_dict()
     return student
 
 
-def _through_ffn(layer: Any, states: list[Tensor], wanted: list[Tensor], multiplier: float) -> None:
-    """Take the student's residual stream through a layer's FFN, whose down projection is refitted.
+def _repair(
+    index: int,
+    layer: Any,
+    original: Any,
+    states: HiddenStates,
+    wanted: HiddenStates,
+    arguments: list[dict[str, Any]],
+    wanted_arguments: list[dict[str, Any]],
+    multiplier: float,
+) -> None:
+    """Take both residual streams through layer `index`, whose W_O and down projection are refitted.
+
+    W_O then gives, with the student's head outputs, the teacher's residual stream after attention.
+
+    Args:
+        index: Of the layer.
+        layer: The student's.
+        original: The teacher's.
+        states: The student's residual stream.
+        wanted: The teacher's.
+        arguments: What the student's layer gets beside them, by batch.
+        wanted_arguments: Likewise the teacher's.
+        multiplier: Of what the layer adds to the stream.
+    """
+    o_proj = layer.self_attn.o_proj
+    device = o_proj.weight.device
+    ridge, outputs = Ridge(o_proj), list[Tensor]()
+    for b, kwargs in enumerate(arguments):
+        run = partial(original, wanted.before(index, b).to(device), **wanted_arguments[b])
+        after_attention, after_layer = input_and_output(original.post_attention_layernorm, run)
+        wanted.keep(index, b, after_layer)
+        state = states.before(index, b).to(device)
+        heads = input_of(o_proj, partial(layer, state, **kwargs))
+        attended = state + o_proj(heads) * multiplier
+        ridge.add(heads, (after_attention - state) / multiplier, size=larger(after_attention, attended))
+        outputs.append(heads.cpu())
+    ridge.solve(strength=RIDGE)
+    for b, heads in enumerate(outputs):
+        states.keep(index, b, states.before(index, b).to(device) + o_proj(heads.to(device)) * multiplier)
+    _through_ffn(index, layer, states, wanted, len(arguments), multiplier)
+
+
+def _through_ffn(
+    index: int, layer: Any, states: HiddenStates, wanted: HiddenStates, batches: int, multiplier: float
+) -> None:
+    """Take the student's residual stream after attention through a layer's FFN, whose down projection is refitted.
 
     It then gives the teacher's residual stream after the layer. Experts stay the teacher's: which tokens an expert gets
     is the router's choice, and a few tokens each would determine little.
-
-    Args:
-        layer: The student's.
-        states: Its residual stream after attention by batch; replaced by that after the layer.
-        wanted: The teacher's after the layer.
-        multiplier: Of what the layer adds to the stream.
     """
     device, norm, mlp = layer.self_attn.o_proj.weight.device, layer.post_attention_layernorm, layer.mlp
-    kept: list[Tensor | None] = [None] * len(states)
+    attended = [states.before(index + 1, b) for b in range(batches)]
+    kept: list[Tensor | None] = [None] * batches
     if is_gated(mlp):
         ridge = Ridge(mlp.down_proj)
-        keep = sum(x.shape[0] * x.shape[1] for x in states) * mlp.down_proj.in_features * 4 <= KEEP_BYTES
-        for b, state in enumerate(states):
-            state, after_layer = state.to(device), wanted[b].to(device)
+        keep = sum(x.shape[0] * x.shape[1] for x in attended) * mlp.down_proj.in_features * 4 <= KEEP_BYTES
+        for b, state in enumerate(attended):
+            state, after_layer = state.to(device), wanted.before(index + 1, b).to(device)
             x = input_of(mlp.down_proj, partial(mlp, norm(state)))
             stream = state + mlp.down_proj(x) * multiplier
             ridge.add(x, (after_layer - state) / multiplier, size=larger(after_layer, stream))
             kept[b] = x.cpu() if keep else None
         ridge.solve(strength=RIDGE)
-    for b, (state, inner) in enumerate(zip(states, kept, strict=True)):
+    for b, (state, inner) in enumerate(zip(attended, kept, strict=True)):
         state = state.to(device)
         out = mlp(norm(state)) if inner is None else mlp.down_proj(inner.to(device))
-        states[b] = (state + out * multiplier).cpu()
+        states.keep(index, b, state + out * multiplier)

@@ -19,6 +19,7 @@ from kvlatent.files import replaced
 from kvlatent.healing.config import HealConfig
 from kvlatent.healing.stages import Batch, counted_positions, in_layer_loss
 from kvlatent.healing.state import Progress, damaged, load_state, load_tensors, save_state, save_tensors
+from kvlatent.model.hidden_states import OnDisk, forget
 from kvlatent.model.layers import enter_layers
 
 
@@ -32,44 +33,6 @@ class LayerStage(nn.Module):
     def forward(self, hidden: Tensor, wanted: Tensor, kwargs: dict[str, Any], counted: Tensor | None) -> Tensor:
         """The error between two of the teacher's hidden states (batch, seq, hidden)."""
         return in_layer_loss(self.layer, hidden, wanted, kwargs, relative=self.relative, counted=counted)
-
-
-class HiddenStates:
-    """Hidden states of all of a process's forwards before a layer and after it, in two files that swap roles.
-
-    A layer reads one file and writes the other, so a run killed in the middle of a layer finds its input whole. Files
-    of sums beside them tell whether it really is: a machine that crashed may have lost some of it.
-    """
-
-    def __init__(self, folder: Path, rank: int, shape: tuple[int, ...], dtype: torch.dtype, *, begun: bool) -> None:
-        self.folder = folder
-
-        def mapped(name: str, count: int, kind: torch.dtype) -> Tensor:
-            file = folder / f"hidden-{rank}-{name}.bin"
-            if begun and (not file.is_file() or file.stat().st_size != count * kind.itemsize):
-                raise damaged(folder, f"{file.name}: not of the size it had")
-            return torch.from_file(str(file), shared=True, size=count, dtype=kind)
-
-        count = torch.Size(shape).numel()
-        self.sides = [mapped(str(side), count, dtype).view(shape) for side in (0, 1)]
-        self.sums = [mapped(f"{side}-sums", shape[0], torch.int64) for side in (0, 1)]
-
-    def before(self, layer: int, at: int) -> Tensor:
-        """Input of `layer` (1 or higher) in forward `at`, (batch, seq, hidden).
-
-        Raises:
-            UserError: It isn't what was stored.
-        """
-        side = layer % 2
-        if _sum_of(hidden := self.sides[side][at]) != self.sums[side][at]:
-            raise damaged(self.folder, f"hidden states before layer {layer}: they aren't those that were written")
-        return hidden
-
-    def keep(self, layer: int, at: int, output: Tensor) -> None:
-        """Store the output of `layer` in forward `at`."""
-        side = (layer + 1) % 2
-        self.sides[side][at] = output = output.cpu()
-        self.sums[side][at] = _sum_of(output)
 
 
 @dataclass(kw_only=True)
@@ -112,21 +75,25 @@ class LayerStream:
             self._train(index, store, progress["step"] if index == at else 0)
             self.accelerator.free_memory()
         del store
-        for file in self.work.glob(f"hidden-{self.accelerator.process_index}-*.bin"):  # they are large
-            file.unlink()
+        forget(self.work, self._name)
 
-    def _store(self, *, begun: bool) -> HiddenStates:
+    def _store(self, *, begun: bool) -> OnDisk:
         """Room for the hidden states of all forwards; once layers are `begun`, with those of the last one in it."""
         batch = self.batches(0)[0]
         start, _ = self._enter(self.teacher, batch)
-        shape = (self.steps * self.config.accumulate, *start.shape)
-        return HiddenStates(self.work, self.accelerator.process_index, shape, start.dtype, begun=begun)
+        shapes = [tuple(start.shape)] * (self.steps * self.config.accumulate)
+        return OnDisk(self.work, self._name, shapes, start.dtype, begun=begun, damaged=partial(damaged, self.work))
+
+    @property
+    def _name(self) -> str:
+        """Of this process's hidden states."""
+        return str(self.accelerator.process_index)
 
     def _enter(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, list[dict[str, Any]]]:
         positions = None if batch.position_ids is None else batch.position_ids.to(model.device)
         return enter_layers(model, batch.ids.to(model.device), positions)
 
-    def _train(self, index: int, store: HiddenStates, first: int) -> None:
+    def _train(self, index: int, store: OnDisk, first: int) -> None:
         """Train one layer from step `first` on, put what it has learnt into the student and on disk."""
         accelerator, device, work = self.accelerator, self.accelerator.device, self.work
         layer, of_teacher = (copy.deepcopy(m.model.layers[index]).to(device) for m in (self.student, self.teacher))
@@ -168,12 +135,6 @@ class LayerStream:
         optimizer.state.clear()
         module.requires_grad_(False)  # nothing of this layer needs saving any more
         save_state(accelerator, module, optimizer, work, {"stage": 1, "layer": index + 1, "step": 0})
-
-
-def _sum_of(hidden: Tensor) -> Tensor:
-    """The sum of a tensor's bits, which no rounding changes; never 0, so that an emptied file doesn't pass."""
-    whole_number = {2: torch.int16, 4: torch.int32, 8: torch.int64}[hidden.element_size()]
-    return hidden.contiguous().view(whole_number).abs().sum(dtype=torch.int64) + 1
 
 
 def hidden_bytes(tokens: int, hidden_size: int, dtype: torch.dtype) -> int:

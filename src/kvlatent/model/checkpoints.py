@@ -10,7 +10,7 @@ import platform
 import resource
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import kvlatent
 from kvlatent.errors import UserError, first_error, needs
 from kvlatent.files import at_home, check_regular, new_folder
 from kvlatent.model.folder import (
+    INDEX,
     check_all_used,
     check_finite,
     check_generation,
@@ -194,14 +196,19 @@ def save_checkpoint(
     record: dict[str, Any],
     card: str = "",
     copied: Iterable[Path] = (),
+    shards: Sequence[Path] = (),
 ) -> None:
     """Write a Hugging Face folder with tokenizer, generation config, record and model card; whole or not at all.
 
     Files and folders to be `copied` into it are there from its first moment too; those that don't exist are left out.
+    Instead of a model's weights it takes `shards`, safetensors files on the same disk that hold them.
     """
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    size = 0 if shards else sum(p.numel() * p.element_size() for p in model.parameters())
     with new_folder(out, needed_bytes=size + 50_000_000) as partial:
-        model.save_pretrained(partial)
+        if shards:
+            _save_shards(model, shards, partial)
+        else:
+            model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         (partial / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")  # names may be any bytes
@@ -210,6 +217,24 @@ def save_checkpoint(
                 shutil.copytree(source, partial / source.name)
             elif source.exists():
                 shutil.copyfile(source, partial / source.name)
+
+
+def _save_shards(model: PreTrainedModel, shards: Sequence[Path], folder: Path) -> None:
+    """Write what `save_pretrained` does, with weights that are in files already."""
+    names: dict[str, str] = {}
+    size = 0
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        os.link(shard, folder / name)
+        with safe_open(shard, framework="pt") as file:
+            names |= dict.fromkeys(file.keys(), name)
+            size += shard.stat().st_size
+    index = {"metadata": {"total_size": size}, "weight_map": names}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 def record_of(model: str) -> dict[str, Any]:

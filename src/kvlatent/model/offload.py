@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 
 from kvlatent.errors import UserError
 from kvlatent.model.checkpoints import locate, pick_device, pick_dtype
 from kvlatent.model.families import family_of
-from kvlatent.model.folder import check_all_used, check_finite, one_line, read_config, weight_files
+from kvlatent.model.folder import check_all_used, check_finite, check_generation, one_line, read_config, weight_files
 
 LAYERS = "model.layers."
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -68,6 +68,11 @@ class OffloadedLayers:
         setattr(owner, leaf, nn.Parameter(weight, requires_grad=getattr(owner, leaf).requires_grad))
 
 
+def at_hand(offloaded: OffloadedLayers | None, layer: nn.Module, index: int) -> AbstractContextManager[None]:
+    """For the body of a `with`, decoder layer `index` has its weights, wherever they are kept."""
+    return nullcontext() if offloaded is None else offloaded.visiting(layer, index)
+
+
 def open_offloaded(model: str, *, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, OffloadedLayers]:
     """Open a teacher with only its embeddings, last norm and output head in memory.
 
@@ -104,6 +109,9 @@ def open_offloaded(model: str, *, device: str = "auto", dtype: str = "auto") -> 
         for name in wanted:
             if not name.startswith(LAYERS):
                 layers.put(teacher, name, name)
+        if Path(source, "generation_config.json").is_file():
+            teacher.generation_config = GenerationConfig.from_pretrained(source)
+        check_generation(teacher)
     teacher.tie_weights()  # to the tensor that came
     rotary = teacher.model.rotary_emb
     teacher.model.rotary_emb = type(rotary)(config).to(place)  # its buffers aren't in the files
