@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE = 1
 NEWEST := torch transformers accelerate peft datasets gguf
 OLDEST := torch==2.7.0 transformers==5.19.0 accelerate==1.10.0 peft==0.18.0 datasets==4.0.0 gguf==0.17.0
 
-.PHONY: demo test test-all test-engines test-latest test-oldest lint docs bench clean
+.PHONY: demo test test-all test-engines test-latest test-oldest lint docs bench gpu clean
 
 demo: $(READY)  ## SmolLM2-135M to an eighth of its KV cache, measured; again: resumes or reuses
 	$(BIN)/kvlatent run recipes/demo.yaml --out runs/demo
@@ -50,6 +50,9 @@ docs: $(READY)  ## docs/cli.md from the command line's help, docs/api.md from si
 bench: demo  ## cache bytes and latency of the demo's student against its teacher
 	$(BIN)/kvlatent bench runs/demo/model --against smollm2 --context 1024 --batch 1
 	$(BIN)/kvlatent bench runs/demo/model --against smollm2 --context 1024 --batch 4
+
+gpu:  ## on a machine with a GPU, with its Python: tests, kernels, an 8 B model; tables in runs/gpu
+	$(PYTHON) benchmarks/gpu.py --out runs/gpu
 
 clean:  ## caches and build outputs; .venv and runs stay
 	rm -rf build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
