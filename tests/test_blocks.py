@@ -13,7 +13,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kvlatent.data import blocks as data
-from kvlatent.data.blocks import TokenBlocks, check_held_out, cut, fingerprint, separator_id, token_blocks
+from kvlatent.data.blocks import (
+    TokenBlocks,
+    check_held_out,
+    cut,
+    fingerprint,
+    load_blocks,
+    save_blocks,
+    separator_id,
+    token_blocks,
+)
 from kvlatent.data.documents import read_documents
 from kvlatent.errors import UserError
 
@@ -280,3 +289,26 @@ def test_separator_is_the_pretraining_one_not_the_chat_markers() -> None:
     assert separator_id(plain) == 1
     with pytest.raises(UserError, match="neither"):
         separator_id(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}))))
+
+
+def test_documents_are_cut_no_shorter_than_blocks(byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """So that far tokens of long blocks are of the same document."""
+    words = " ".join(str(n) for n in range(9000))
+    (tmp_path / "long.txt").write_text(words)
+    assert len(words) > 40_000
+    ids = token_blocks([str(tmp_path / "long.txt")], byte_tokenizer, block_size=8192, tokens=8192, seed=0).ids
+    assert separator_id(byte_tokenizer) not in ids[0, :-1]
+    short = token_blocks([str(tmp_path / "long.txt")], byte_tokenizer, block_size=64, tokens=8192, seed=0).ids
+    assert separator_id(byte_tokenizer) in short.flatten()[:8100]
+
+
+def test_blocks_on_disk_take_four_bytes_a_token_and_no_memory_of_their_own(tmp_path: Path) -> None:
+    made = TokenBlocks(torch.arange(2**20).view(-1, 1024), 1, ("a",), frozenset(("b",)))
+    save_blocks(made, tmp_path / "blocks")
+    assert (tmp_path / "blocks").stat().st_size < 4 * 2**20 + 1000
+    read = load_blocks(tmp_path / "blocks").ids
+    assert read.dtype == torch.int32 and read.equal(made.ids.int())
+    with (tmp_path / "blocks").open("r+b") as file:  # the tensor is the file
+        file.seek(-4, 2)
+        file.write((7).to_bytes(4, "little"))
+    assert read[-1, -1] == 7

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,6 +31,8 @@ from kvlatent.files import replaced
 
 PIECE_CHARACTERS = 8_000
 """Longer documents are cut here, at the end of a paragraph where there is one, so that a block mix is diverse."""
+TOKEN_CHARACTERS = 5
+"""Of a token, generously: a document is not cut shorter than what a block may hold of it."""
 SHUFFLE_PIECES = 8_192
 """Pieces held while shuffling: packaged corpora fit whole, streams are shuffled within this window."""
 TOKENISE_PIECES = 16
@@ -42,7 +45,8 @@ TOKENISE_PIECES = 16
 class TokenBlocks:
     """Packed token ids and what is needed to account for them."""
 
-    ids: Int64[Tensor, "blocks block_size"]
+    ids: Int[Tensor, "blocks block_size"]
+    """int64 or, from a file, int32."""
     bytes: int
     """UTF-8 bytes of the text that `ids` cover; separators between documents count as none."""
     sources: tuple[str, ...]
@@ -114,14 +118,14 @@ def token_blocks(
         raise UserError("no text given; name at least one file, folder, package:NAME or hf:ID")
     if not tokenizer.is_fast:
         raise UserError(f"{type(tokenizer).__name__} is not a fast tokenizer; give a model with a tokenizer.json")
-    separator = separator_id(tokenizer)
+    separator, longest = separator_id(tokenizer), max(PIECE_CHARACTERS, TOKEN_CHARACTERS * block_size)
     streams = {
-        index: _tokenised(_shuffled(_pieces(source), random.Random(f"{seed}/{index}")), tokenizer)
+        index: _tokenised(_shuffled(_pieces(source, longest), random.Random(f"{seed}/{index}")), tokenizer)
         for index, source in enumerate(sources)
     }
     given = dict.fromkeys(streams, 0)
-    stream: list[int] = []
-    counted: list[bool] = []
+    stream = array("i")
+    counted = bytearray()  # whether each is an answer, or no chat's
     chats = False
     covered = 0
     used: set[str] = set()
@@ -139,14 +143,14 @@ def token_blocks(
         room = blocks * block_size - len(stream)
         covered += _covered_bytes(piece, room, tokenizer)
         used.add(piece.fingerprint)
-        stream += [*piece.ids, separator]
-        counted += [True] * (len(piece.ids) + 1) if piece.answers is None else [*piece.answers, False]
+        stream.extend((*piece.ids, separator))
+        counted.extend([True] * (len(piece.ids) + 1) if piece.answers is None else [*piece.answers, False])
         chats = chats or piece.answers is not None
         given[index] += len(piece.ids) + 1
     if vocab_size is not None:
         check_ids(stream, vocab_size)
-    ids = torch.tensor(stream[: blocks * block_size], dtype=torch.int64).view(blocks, block_size)
-    answers = torch.tensor(counted[: ids.numel()]).view_as(ids) if chats else None
+    ids = torch.frombuffer(stream, dtype=torch.int32)[: blocks * block_size].view(blocks, block_size).long()
+    answers = torch.frombuffer(counted, dtype=torch.bool)[: ids.numel()].view_as(ids) if chats else None
     return TokenBlocks(ids, covered, tuple(sources), frozenset(used), answers)
 
 
@@ -165,15 +169,15 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> Sequence[int]:
 
 
 def save_blocks(blocks: TokenBlocks, path: Path) -> None:
-    """Write token blocks and what is known of them as one safetensors file."""
+    """Write token blocks and what is known of them as one safetensors file, four bytes a token."""
     about = {"bytes": blocks.bytes, "sources": blocks.sources, "fingerprints": sorted(blocks.fingerprints)}
-    tensors = {"ids": blocks.ids} if blocks.answers is None else {"ids": blocks.ids, "answers": blocks.answers}
+    tensors = {"ids": blocks.ids.int()} | ({} if blocks.answers is None else {"answers": blocks.answers})
     with replaced(path) as partial:
         save_file(tensors, partial, metadata={"about": json.dumps(about)})
 
 
 def load_blocks(path: Path) -> TokenBlocks:
-    """Read what `save_blocks` wrote.
+    """Read what `save_blocks` wrote: maps of the file, whose memory all processes of a machine share.
 
     Raises:
         UserError: The file is missing or damaged.
@@ -181,10 +185,16 @@ def load_blocks(path: Path) -> TokenBlocks:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["about"])
-            ids: Int64[Tensor, "blocks block_size"] = file.get_tensor("ids")
+            ids: Int[Tensor, "blocks block_size"] = file.get_tensor("ids")
             answers = file.get_tensor("answers") if "answers" in file.keys() else None  # noqa: SIM118
         size, sources, marks = about["bytes"], tuple(about["sources"]), frozenset(about["fingerprints"])
-        if ids.ndim != 2 or ids.dtype != torch.int64 or not ids.numel() or ids.min() < 0 or type(size) is not int:
+        if (
+            ids.ndim != 2
+            or ids.dtype not in (torch.int32, torch.int64)
+            or not ids.numel()
+            or ids.min() < 0
+            or type(size) is not int
+        ):
             raise ValueError("not whole numbers in blocks")
         if not all(isinstance(text, str) for text in (*sources, *marks)):
             raise ValueError("sources or fingerprints that are no text")
@@ -226,14 +236,14 @@ def whole_blocks(tokens: int, block_size: int) -> int:
     return tokens // block_size
 
 
-def _pieces(source: str) -> Iterator[tuple[str | Chat, str]]:
-    """Yield (piece, fingerprint of its whole document)."""
+def _pieces(source: str, longest: int) -> Iterator[tuple[str | Chat, str]]:
+    """Yield (piece of at most so many characters, fingerprint of its whole document)."""
     for document in read_documents(source):
         if isinstance(document, list):
             yield document, fingerprint("\n".join(message["content"] for message in document))
         else:
             mark = fingerprint(document)
-            yield from ((piece, mark) for piece in cut(document, PIECE_CHARACTERS))
+            yield from ((piece, mark) for piece in cut(document, longest))
 
 
 def cut(document: str, limit: int) -> Iterator[str]:

@@ -118,9 +118,9 @@ class _Healing:
             raise UserError(f"healing needs {needed} blocks of {block_size} tokens; the text gives {len(text.ids)}")
         self.first = self.accelerator.is_main_process
         if self.first:
-            mark = hashlib.sha256(text.ids.numpy().tobytes())
+            mark = hashlib.sha256(text.ids.numpy().data)
             if text.answers is not None:
-                mark.update(text.answers.numpy().tobytes())
+                mark.update(text.answers.numpy().data)
             settings = {**asdict(config), "separator": text.separator, "text": mark.hexdigest()}
             settings["student"] = weights_mark(student)
             prepare_folder(work, settings, resume)

@@ -60,7 +60,7 @@ class Text:
             size: Blocks.
             step: All blocks of the training step that these are part of.
         """
-        ids, part = self.ids[start : start + size], slice(start, start + size)
+        ids, part = self.ids[start : start + size].long(), slice(start, start + size)
         counted, positions = None, float(ids.numel())
         if self.answers is not None:
             counted = self.answers[part].roll(-1, dims=1)

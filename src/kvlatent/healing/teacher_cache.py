@@ -87,7 +87,7 @@ class TeacherCache:
             "k": self.k,
             "temperature": temperature,
             "separator": text.separator,
-            "text": hashlib.sha256(text.ids.numpy().tobytes()).hexdigest(),
+            "text": hashlib.sha256(text.ids.numpy().data).hexdigest(),
             "teacher": weights_mark(teacher),
         }
         if accelerator.is_main_process:
