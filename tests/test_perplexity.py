@@ -170,6 +170,15 @@ def test_perplexity_refuses_what_it_cannot_measure(ids: torch.Tensor, text_bytes
         perplexity(tiny(), ids, text_bytes=text_bytes, batch_size=2)
 
 
+@pytest.mark.parametrize("scale", [1e6, float("nan")])
+def test_models_without_probabilities_are_refused(scale: float) -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.lm_head.weight *= scale
+    with pytest.raises(UserError, match=r"a token of the text costs .* nats"):
+        perplexity(model, blocks(), text_bytes=9, batch_size=2)
+
+
 class Oracle(LlamaForCausalLM):
     """Reads the next token off its own input: right wherever the scoring is aligned."""
 

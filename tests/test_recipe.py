@@ -356,6 +356,7 @@ def test_later_steps_may_change_and_are_done_again(
     [
         ("seconds.json", "[]"), ("seconds.json", "{"), ("evaluate/teacher.json", "{}"),
         ("evaluate/teacher.json", '{"token_nll": [[1e999]], "bytes": 9}'),
+        ("evaluate/teacher.json", '{"token_nll": [[1e6]], "bytes": 9}'),
         ("evaluate/teacher.json", '{"token_nll": [[1.0], [1.0, 2.0]], "bytes": 9}'),
         ("generations.json", "[" * 9999), ("bench.json", "\0"),
     ],

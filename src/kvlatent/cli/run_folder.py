@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from kvlatent.cli.recipe_file import Count, Entry
 from kvlatent.errors import UserError
-from kvlatent.evaluation.perplexity import Perplexity
+from kvlatent.evaluation.perplexity import MOST_NATS, Perplexity
 from kvlatent.files import replaced
 
 
@@ -46,7 +46,7 @@ def read_json(path: Path, kind: type[Kept]) -> Kept:
 class _Score(Entry):
     """A `Perplexity` on disk."""
 
-    token_nll: list[list[float]] = Field(min_length=1)
+    token_nll: list[list[Annotated[float, Field(ge=0, le=MOST_NATS)]]] = Field(min_length=1)
     bytes: Count
 
     @model_validator(mode="after")

@@ -15,6 +15,8 @@ from kvlatent.errors import UserError
 from kvlatent.model.layers import check_positions, evaluation_mode, token_nll
 
 SHORT = 512  # tokens of a short context
+MOST_NATS = 700.0
+"""What a token may cost: of more, or of what is no number, no perplexity is finite."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,7 +115,8 @@ def perplexity(
         visible: Which tokens of its block each token sees, in all layers or by type of layer; None is all up to itself.
 
     Raises:
-        UserError: No text, blocks too short or longer than the model's positions, or ids outside its vocabulary.
+        UserError: No text, blocks too short or longer than the model's positions, ids outside its vocabulary, or
+            probabilities of 0 or that are no numbers.
     """
     _check_blocks(model, ids, text_bytes=text_bytes, batch_size=batch_size)
     kwargs = {} if visible is None else {"attention_mask": _on(model.device, visible)}
@@ -122,6 +125,11 @@ def perplexity(
     with evaluation_mode(model), progress:
         for batch in ids.split(batch_size):
             parts.append(token_nll(model, batch.to(model.device), **kwargs).cpu().double())
+            if not bool((parts[-1] <= MOST_NATS).all()):
+                raise UserError(
+                    f"a token of the text costs {parts[-1].max():.4g} nats, and beyond {MOST_NATS:.0f} a perplexity "
+                    "means nothing: the model's weights are damaged, or too large for its dtype"
+                )
             progress.set_postfix(perplexity=f"{torch.cat(parts).mean().exp():.2f}", refresh=False)
             progress.update(batch.numel())
     return Perplexity(token_nll=torch.cat(parts), bytes=text_bytes)

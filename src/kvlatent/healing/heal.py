@@ -302,7 +302,8 @@ class _Healing:
         nats = [module(row[None].to(accelerator.device), float(row.numel()))[0] for row in mine]
         module.train()
         inside.stage = stage
-        return math.exp(accelerator.reduce(torch.stack(nats).mean(), reduction="mean").item())
+        mean = accelerator.reduce(torch.stack(nats).mean(), reduction="mean")
+        return float(mean.double().exp())  # infinity where `math.exp` would fail
 
     def _bar(self, stage: int, done: int, total: int) -> tqdm[Any]:
         """A progress bar over tokens."""
