@@ -6,9 +6,15 @@ from typing import Any
 import pytest
 
 from kvlatent.errors import UserError
-from kvlatent.serving.bodies import DEEPEST, MOST_MESSAGES, MOST_NAMES, MOST_REPEATS, MOST_VALUES, check_body
+from kvlatent.serving import bodies
+from kvlatent.serving.bodies import DEEPEST, MOST_MESSAGES, MOST_NAMES, MOST_REPEATS, MOST_SEARCHED, MOST_VALUES, Served
 
 CHAT = "/v1/chat/completions"
+SERVED = Served(context=131072, vocabulary=320, special=("", "<eos>", "<|im_start|>", "[INST]"))
+
+
+def check_body(path: str, body: bytes) -> None:
+    bodies.check_body(path, body, SERVED)
 
 
 def nested(levels: int) -> bytes:
@@ -50,6 +56,10 @@ def chat(messages: Any, **others: Any) -> bytes:
         (schema(pattern="a{1,99999}"), f"a schema's pattern repeats something more than {MOST_REPEATS}"),
         (schema(enum=["a"] * (MOST_NAMES + 1)), f"a schema has an enum of more than {MOST_NAMES} values"),
         (schema(maxItems=1e9), f"a schema's maxItems is beyond {MOST_REPEATS}"),
+        (b'{"tokens":[1,1000000000]}', "1000000000 is no token; ids go from 0 to 319"),
+        (b'{"content":["a",320]}', "320 is no token"),
+        (b'{"prompt":[[1],[-1]]}', "-1 is no token"),
+        (b'{"input":[1.5]}', "1.5 is no token"),
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/completion"])
@@ -81,6 +91,27 @@ def test_chats_are_text_by_somebody(messages: Any, why: str) -> None:
     with pytest.raises(UserError, match=f"^{why}[^\n]*$"):
         check_body(f"{CHAT}?x=1", chat(messages))
     check_body("/v1/messages", chat(messages))  # another form, which the engine checks
+
+
+def test_special_tokens_are_bounded_by_the_size_of_the_body() -> None:
+    def text(count: int, size: int = 2**20) -> bytes:
+        marked = "".join(SERVED.special[1 + number % 3] for number in range(count))
+        return json.dumps({"prompt": [marked, "<" * (size - len(marked) - 20)]}).encode().ljust(size)
+
+    check_body("/tokenize", text(MOST_SEARCHED // 2**20))
+    with pytest.raises(UserError, match="at most 1024 special tokens"):
+        check_body("/tokenize", text(MOST_SEARCHED // 2**20 + 1))
+    check_body("/tokenize", text(2000, 2**16))
+    message = {"role": "user", "content": "a" * 600}
+    check_body(CHAT, chat([message] * 900))
+    with pytest.raises(UserError, match="special tokens, 2 of them for each message"):
+        check_body(CHAT, chat([message] * 1000))
+
+
+@pytest.mark.parametrize("path", ["/apply-template", "/api/chat"])
+def test_other_paths_of_chats_take_the_same(path: str) -> None:
+    with pytest.raises(UserError, match=r"messages\.0\.role: Input should be a valid string"):
+        check_body(path, chat([{"role": 3, "content": "hi"}]))
 
 
 def test_ordinary_requests_pass() -> None:

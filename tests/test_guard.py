@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from kvlatent.serving import guard
+from kvlatent.serving.bodies import Served
 from kvlatent.serving.guard import Guard, guarded
 
 HELLO = b"HTTP/1.1 200 OK\r\nConnection: keep-alive\r\nAccess-Control-Allow-Origin: *\r\nContent-Length: 2\r\n\r\nhi"
-CONTEXT = 256
-LARGEST = 2**16 + 32 * CONTEXT
+SERVED = Served(context=256, vocabulary=320)
+LARGEST = 2**16 + 32 * SERVED.context
 """Bytes of a body for that context."""
 
 
@@ -63,7 +64,7 @@ def listener() -> socket.socket:
 
 @pytest.fixture
 def door(engine: Engine, listener: socket.socket, tmp_path: Path) -> Iterator[Guard]:
-    with guarded(listener, host="my-own-name", engine=tmp_path / "e.sock", context=CONTEXT) as made:
+    with guarded(listener, host="my-own-name", engine=tmp_path / "e.sock", served=SERVED) as made:
         yield made
 
 
@@ -263,7 +264,7 @@ def test_an_engine_that_is_not_there_or_breaks_off_is_an_answer_too(
 def test_other_addresses_than_loopback_go_by_any_name(engine: Engine, tmp_path: Path) -> None:
     listener = socket.socket()
     listener.bind(("0.0.0.0", 0))
-    with guarded(listener, host="0.0.0.0", engine=tmp_path / "e.sock", context=CONTEXT):
+    with guarded(listener, host="0.0.0.0", engine=tmp_path / "e.sock", served=SERVED):
         time.sleep(0.2)
         with socket.create_connection(("127.0.0.1", listener.getsockname()[1]), timeout=20) as client:
             client.sendall(request("Origin: http://box.example", host="box.example"))

@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from kvlatent import cli
 from kvlatent.errors import UserError
 from kvlatent.serving import guard, launch
+from kvlatent.serving.bodies import Served
 from kvlatent.serving.config import ServeConfig
 
 FAKE_ENGINE = """
@@ -63,6 +64,7 @@ def port() -> int:
         return int(probe.getsockname()[1])
 
 
+SERVED = Served(context=256, vocabulary=320)
 Run = Callable[..., dict[str, Any]]
 
 
@@ -74,7 +76,7 @@ def fake(tmp_path: Path, kind: str) -> list[str]:
 @pytest.fixture
 def run(tmp_path: Path, port: int) -> Run:
     """`run_server` with a fake engine."""
-    where: dict[str, Any] = {"host": "127.0.0.1", "port": port, "engine": tmp_path / "e.sock", "context": 256}
+    where: dict[str, Any] = {"host": "127.0.0.1", "port": port, "engine": tmp_path / "e.sock", "served": SERVED}
     return lambda kind, announce: launch.run_server(fake(tmp_path, kind), **where, announce=announce)
 
 
@@ -181,8 +183,9 @@ def test_an_interrupt_while_the_engine_starts_ends_it(run: Run, tmp_path: Path) 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of their parent's death")
 def test_an_engine_ends_with_the_process_that_started_it(port: int, tmp_path: Path) -> None:
-    code = "import sys, pathlib; from kvlatent.serving import launch; launch.run_server(sys.argv[1:], host='127.0.0.1',"
-    code += f" port={port}, engine=pathlib.Path('{tmp_path}/e.sock'), context=256,"
+    code = "import sys, pathlib; from kvlatent.serving import launch; from kvlatent.serving.bodies import Served; "
+    code += "launch.run_server(sys.argv[1:], host='127.0.0.1', served=Served(context=256, vocabulary=320),"
+    code += f" port={port}, engine=pathlib.Path('{tmp_path}/e.sock'),"
     code += " announce=lambda url: print(url, flush=True))"
     command = [sys.executable, "-c", code, *fake(tmp_path, "polite")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
@@ -395,6 +398,7 @@ def test_llama_cpp_serves_a_student(folder: Path, port: int, tmp_path: Path) -> 
             with pytest.raises(urllib.error.HTTPError) as caught:
                 urllib.request.urlopen(request, timeout=60)
             assert caught.value.code == status
+        assert asked(port, "/detokenize", b'{"tokens":[1000000000]}')[0] == 400
         body = {"prompt": "stone", "max_tokens": 60, "temperature": 0, "stream": True, "ignore_eos": True}
         body |= {"stream_options": {"include_usage": True}}
         request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode())
@@ -451,6 +455,7 @@ def test_hostile_bodies_take_llama_cpp_little_memory(folder: Path, port: int, tm
     room = guard.LARGEST_BODY - 100
     lists = [f'{{"prompt":[{each * (room // len(each))}0]}}' for each in ("[", "0,", "[],", '"a",')]
     requests = [("/v1/completions", body) for body in lists]
+    requests.append(("/tokenize", json.dumps({"content": "a<eos>" * (room // 6), "parse_special": True})))
     user = '{"role":"user","content":"a"},'
     for messages, more in (
         (user * (room // len(user)) + user[:-1], ""),

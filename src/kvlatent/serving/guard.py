@@ -20,7 +20,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 from kvlatent.errors import UserError
-from kvlatent.serving.bodies import check_body
+from kvlatent.serving.bodies import Served, check_body
 
 LARGEST_HEAD = 16 * 2**10
 """Bytes of a request's line and headers."""
@@ -59,9 +59,9 @@ class _Refused(Exception):
 class Guard:
     """A guard at its door; made by `guarded`."""
 
-    def __init__(self, listener: socket.socket, host: str, engine: Path, context: int) -> None:
-        self._listener, self._engine = listener, engine
-        self._largest_body = min(LARGEST_BODY, BODY_BYTES + BODY_BYTES_PER_TOKEN * context)
+    def __init__(self, listener: socket.socket, host: str, engine: Path, served: Served) -> None:
+        self._listener, self._engine, self._served = listener, engine, served
+        self._largest_body = min(LARGEST_BODY, BODY_BYTES + BODY_BYTES_PER_TOKEN * served.context)
         self._names = {host.lower()} if ipaddress.ip_address(listener.getsockname()[0]).is_loopback else None
         self._stopping = asyncio.Event()
         self._closed = asyncio.Event()
@@ -151,7 +151,7 @@ class Guard:
                     body = await asyncio.wait_for(reader.readexactly(length), STALLED_SECONDS)
                 except asyncio.TimeoutError:
                     raise _Refused(HTTPStatus.REQUEST_TIMEOUT, f"no body in {STALLED_SECONDS:.0f} seconds") from None
-                _check(line, body)
+                _check(line, body, self._served)
                 kept = [(name, value) for name, value in headers if name.lower() not in _HOP_BY_HOP]
                 await self._hand_on(_joined(line, kept) + body, reader, writer)
         finally:
@@ -278,10 +278,10 @@ def _length(headers: Headers, most: int) -> int:
     return int(lengths[0])
 
 
-def _check(line: str, body: bytes) -> None:
+def _check(line: str, body: bytes, served: Served) -> None:
     if body:
         try:
-            check_body(line.split(" ")[1], body)
+            check_body(line.split(" ")[1], body, served)
         except UserError as error:
             raise _Refused(HTTPStatus.BAD_REQUEST, str(error)) from None
 
@@ -295,16 +295,16 @@ def _refusal(refused: _Refused) -> bytes:
 
 
 @contextmanager
-def guarded(listener: socket.socket, *, host: str, engine: Path, context: int) -> Iterator[Guard]:
+def guarded(listener: socket.socket, *, host: str, engine: Path, served: Served) -> Iterator[Guard]:
     """Stand guard, in a thread, until the block ends.
 
     Args:
         listener: Bound to the address that clients are told; closed at the end.
         host: What clients call it.
         engine: The Unix socket of the engine, which may not be there yet.
-        context: Most tokens of a request.
+        served: What the engine runs.
     """
-    guard = Guard(listener, host, engine, context)
+    guard = Guard(listener, host, engine, served)
     thread = threading.Thread(target=guard._run, name="guard", daemon=True)
     thread.start()
     try:

@@ -23,6 +23,7 @@ from kvlatent.errors import UserError, needs
 from kvlatent.files import at_home, scratch_folder
 from kvlatent.model.checkpoints import load_model, locate, pick_device, pick_dtype
 from kvlatent.model.loading import load_config, load_tokenizer
+from kvlatent.serving.bodies import Served
 from kvlatent.serving.config import CacheType, Engine, FileType, ServeConfig
 from kvlatent.serving.engines import check_cache_type, check_gguf, check_vllm, window_of
 from kvlatent.serving.guard import guarded
@@ -140,7 +141,7 @@ def run_server(
     host: str,
     port: int,
     engine: Path,
-    context: int,
+    served: Served,
     environment: Mapping[str, str] | None = None,
     announce: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -154,7 +155,7 @@ def run_server(
         host: Where the guard listens.
         port: Likewise.
         engine: The Unix socket where the engine does.
-        context: Most tokens of a request.
+        served: What it runs.
         environment: Variables for it that are not set already.
         announce: Called with the URL once the engine answers.
 
@@ -168,7 +169,7 @@ def run_server(
     began, ready = time.monotonic(), None
     with (
         interruptible(FORWARDED) as stop,
-        guarded(bound(host, port), host=host, engine=engine, context=context) as guard,
+        guarded(bound(host, port), host=host, engine=engine, served=served) as guard,
     ):
         process = subprocess.Popen(
             command,
@@ -271,7 +272,7 @@ def serve(config: ServeConfig, *, dtype: str = "auto", seed: int = 0) -> dict[st
             the model or failed, or the port is in use.
     """
     shape = load_config(config.model)
-    load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model)
     positions = shape.max_position_embeddings
     if config.context is not None and not 1 <= config.context <= positions:
         raise UserError(
@@ -290,7 +291,9 @@ def serve(config: ServeConfig, *, dtype: str = "auto", seed: int = 0) -> dict[st
         print(f"{name} is served by {chosen} at {url}; stop with ^C", file=sys.stderr, flush=True)
 
     context = config.context or (window_of(shape) if chosen == "llama.cpp" else None) or positions
-    options: dict[str, Any] = {"host": config.host, "port": config.port, "context": context, "announce": announce}
+    special = tuple(sorted(map(str, tokenizer.added_tokens_decoder.values())))
+    served = Served(context=context, vocabulary=shape.vocab_size, special=special)
+    options: dict[str, Any] = {"host": config.host, "port": config.port, "served": served, "announce": announce}
     with contextlib.ExitStack() as stack:
         options["engine"] = engine = engine_socket(stack.enter_context(scratch_folder()))
         where: dict[str, Any] = {"name": name, "engine": engine, "context": config.context, "seed": seed}
@@ -305,5 +308,5 @@ def serve(config: ServeConfig, *, dtype: str = "auto", seed: int = 0) -> dict[st
             gguf = stack.enter_context(gguf_of(source, dtype=dtype))
             command = llama_cpp_command(gguf, cache_type=config.cache_type, **where)
             options["environment"] = LLAMA_CPP_ENVIRONMENT
-        served = run_server(command, **options)
-    return {"model": name, "engine": chosen, **served}
+        lasted = run_server(command, **options)
+    return {"model": name, "engine": chosen, **lasted}
