@@ -1,7 +1,9 @@
 """A command killed before each of its file events: its output is whole or absent, and running it again mends the rest.
 
 File events are what Python says of opening for writing, renaming, making and removing (`sys.addaudithook`), below one
-folder. Commands run in processes forked from one that has imported everything, so each takes little more than its work.
+folder. A kill leaves what is on disk by then, so one run is enough: before each event the folder is copied, and each
+copy is what a command killed there finds when it is run again. Commands run in processes forked from one that has
+imported everything, so each takes little more than its work.
 """
 
 import hashlib
@@ -11,53 +13,56 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-KILLED = 137
+from tqdm import tqdm
+
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["kvlatent.cli", "kvlatent.cli.recipe", "kvlatent.serving.launch"])
 
 
-def run(argv: list[str], root: Path, *, kill_before: int = 0) -> tuple[int, int, str]:
-    """Run a command; returns its exit code, how many file events it had, and the end of what it said.
+def run(argv: list[str], root: Path, *, copies: Path | None = None) -> tuple[int, str]:
+    """Run a command; returns its exit code and the end of what it said.
 
     Args:
         argv: Of `kvlatent`.
         root: The folder whose events count.
-        kill_before: The event, from 1, before which the process ends without any cleaning up; 0 is none.
+        copies: Where to copy it to before each event, under the event's number, from 1.
     """
     said = root.with_name(root.name + ".log")
-    process = FORK.Process(target=_child, args=(argv, str(root), str(said), kill_before))
+    process = FORK.Process(target=_child, args=(argv, root, said, copies))
     process.start()
     process.join()
-    events = root.with_name(root.name + ".events")
-    count = int(events.read_text()) if events.exists() else 0
     assert process.exitcode is not None
-    return process.exitcode, count, said.read_text(errors="replace")[-1500:]
+    return process.exitcode, said.read_text(errors="replace")[-1500:]
 
 
-def _child(argv: list[str], root: str, said: str, kill_before: int) -> None:
+def _child(argv: list[str], root: Path, said: Path, copies: Path | None) -> None:
     for number in (1, 2):
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
     import torch
 
     from kvlatent import cli
+    from kvlatent.evaluation import bench
 
     torch.set_num_threads(1)
+    patch.object(bench, "copy_bandwidth", partial(bench.copy_bandwidth, megabytes=1)).start()  # a third of a run's time
     seen = 0
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal seen
-        if _changes(event, arguments, root):
+        nonlocal seen, copies
+        if copies is not None and _changes(event, arguments, str(root)):
             seen += 1
-            if seen == kill_before:
-                os._exit(KILLED)
+            folder, copies = copies, None  # of copying nothing is told
+            shutil.copytree(root, folder / str(seen), symlinks=True)
+            copies = folder
 
     sys.addaudithook(watch)
     code = cli.main(argv)
-    counted, root = seen, "/nowhere"
-    Path(said).with_suffix(".events").write_text(str(counted))
+    copies = None
     sys.stdout.flush()
     os._exit(code)
 
@@ -100,7 +105,7 @@ def check(
     grows: bool = False,
     points: Callable[[int], Iterable[int]] = lambda count: range(1, count + 1),
 ) -> int:
-    """Kill a command before file events, and check what is left each time; returns how many times.
+    """Check what a command killed before its file events leaves, each time; returns how many times.
 
     Args:
         argv: The command that writes into a folder.
@@ -110,20 +115,19 @@ def check(
         grows: The output is a folder that steps fill one after the other, so it may be there in part.
         points: Which events of how many.
     """
-    code, count, said = run(argv(root), root)
+    copies = root.with_name(root.name + ".copies")
+    code, said = run(argv(root), root, copies=copies)
     assert code == 0, said
-    whole = marks(root / out)
+    whole, count = marks(root / out), len(list(copies.iterdir()))
     assert [path.name for path in root.iterdir()] == [out]
     chosen = sorted(set(points(count)))
-    for at in chosen:
+    for at in tqdm(chosen, desc="file events"):
         shutil.rmtree(root)
-        root.mkdir()
-        code, _, said = run(argv(root), root, kill_before=at)
-        assert code == KILLED, f"event {at} of {count}: {code} {said}"
+        (copies / str(at)).rename(root)
         left = f"event {at} of {count}, left: {[str(path.relative_to(root)) for path in root.rglob('*')]}"
         there = (root / out).exists()
         assert grows or not there or marks(root / out) == whole, left
-        code, _, said = run([*argv(root), *again], root)
+        code, said = run([*argv(root), *again], root)
         if there and not grows:
             assert code == 2 and "exists already" in said, f"{left}\n{said}"
         else:
