@@ -175,16 +175,19 @@ OPTIONS = {
     "heal": ["{portable}", "--teacher", "{teacher}", "--text", "{other.txt}", *tiny.HEALING, "--out", "x"],
     "export": ["{portable}", "--to", "gguf", "--out", "x.gguf", "--type", "f16"],
     "run": ["{tiny.yaml}", "--out", "{run}"],
+    "compress-prompt": ["{teacher}", "--prompt", "{short.txt}", "--keep", "0.5", "--stages", "2"],
+    "rope-plot": ["--model", "{teacher}", "--dims", "16", "8", "--distance", "64", "--out", "x.png"],
 }  # fmt: skip
 MORE = {
     "generate": ["--chat"], "eval": ["--far", "--needle", "--retrieval", "--trials=1", "--limit=0", "--tasks=evil",
     "--retrieval-contexts=16"],
     "bench": ["--synthetic", "--own", "--memory=0.01", "--memory=0", "--dtypes=bfloat16", "--memory=1e300"],
     "run": ["--seed=5"],
-    "plan": ["--heads-per-latent=2", "--window=4", "--tokens=64"], "calibrate": ["--merge={stats}", "--offload",
-    "--window=8", "--heads-per-latent=2", "--context=9", "--text=teacher"],
-    "convert": ["--preset=paper", "--preset=portable", "--qk=evil", "--qk=fold", "--qk=partial", "--qk=select",
-    "--qk=project", "--stats={stats}", "--budget=0.5"],
+    "plan": ["--bits=1", "--bits=16", "--memory=0.01", "--heads-per-latent=2", "--window=4", "--tokens=64"],
+    "calibrate": ["--merge={stats}", "--offload", "--window=8", "--heads-per-latent=2", "--context=9",
+    "--text=teacher"],
+    "convert": ["--bits=2", "--bits=3", "--bits=8", "--budget=0.01", "--preset=paper", "--preset=portable",
+    "--qk=evil", "--qk=fold", "--qk=partial", "--qk=select", "--qk=project", "--stats={stats}", "--budget=0.5"],
     "heal": ["--resume", "--restart", "--stream-layers", "--loss=mix", "--loss=ntp", "--kl-weight=2",
     "--temperature=0", "--learning-rate=1e9", "--eps=-1", "--clip=0", "--train=norms",
              "--lora-rank=0", "--lora-rank=10000", "--lora-alpha=-1", "--adapters=keep", "--adapters=save",
@@ -193,6 +196,9 @@ MORE = {
              "--top-k=0", "--top-k=999", "--teacher-cache=c", "--track=evil",
              "--separate-documents", "--held-out={train.txt}", "--held-out={other.txt}", "--held-out-tokens=0",
              "--temperature-squared", "--like=paper", "--context=7"],
+    "compress-prompt": ["--spread", "--protect=river", "--protect=", "--stages=0", "--keep=2"],
+    "rope-plot": ["--theta=0", "--theta=nan", "--distance=0", "--dims=3", "--out=x.evil"],
+    "info": ["--memory=1", "--memory=nan", "--batch=0", "--context=0", "--context=99999999999"],
     "export": ["--type=q8_0", "--type=evil", "--to=stock", "--dtype=float16"],
 }  # fmt: skip
 

@@ -49,6 +49,9 @@ from hostile import (
     YAML,
 )
 
+STUDENTS = ["student", "portable", "coded"]
+
+
 # --- kinds of input --------------------------------------------------------------------------------------------------
 
 
@@ -66,18 +69,18 @@ class Place:
 
     def model(self) -> Path:
         """A copy of a teacher or a student."""
-        return self.copy(self.rng.choice(["teacher", "student", "portable"]))
+        return self.copy(self.rng.choice(["teacher", *STUDENTS]))
 
     def read(self, model: Path, only: str = "") -> list[str]:
         """A command that reads a model."""
         text = ["--text", f"{self.root}/other.txt"]
         some = [*text, "--tokens", "64", "--block-size", "32"]
-        whose = model.name if model.name in ("student", "portable") else "teacher"
+        whose = model.name if model.name in STUDENTS else "teacher"
         commands = {
             "info": ["info", model],
             "doctor": ["doctor", model],
             "eval": ["eval", model, *some, "--json"],
-            "generate": ["generate", model, "--prompt", "river and", "--max-new-tokens", "3"],
+            "generate": ["generate", model, "--prompt", "river and " * 8, "--max-new-tokens", "3"],
             "chat": ["generate", model, "--prompt", "river", "--max-new-tokens", "2", "--chat"],
             "stock": ["export", model, "--to", "stock", "--out", "out"],
             "gguf": ["export", model, "--to", "gguf", "--out", "out.gguf"],
@@ -88,6 +91,7 @@ class Place:
                 "paper": ["convert", model, *tiny.DIMS, "--preset", "paper", "--out", "out"],
                 "calibrate": ["calibrate", model, *some, *tiny.NEAR, "--out", "out"],
                 "offload": ["calibrate", model, *some, *tiny.NEAR, "--out", "out", "--offload"],
+                "prompt": ["compress-prompt", model, "--prompt", f"{self.root}/short.txt", "--json"],
                 "heal to": ["heal", self.root / "portable", "--teacher", model, *text, *tiny.HEALING, "--out", "out"],
             }
         else:
@@ -112,7 +116,7 @@ def config(at: Place) -> tuple[list[str], str]:
 
 def spec(at: Place) -> tuple[list[str], str]:
     """The latent spec in a config, and kvlatent.json."""
-    model = at.copy(at.rng.choice(["student", "portable"]))
+    model = at.copy(at.rng.choice(STUDENTS))
     if at.rng.random() < 0.5:
         return at.read(model, "info heal stock eval"), change_json(at.rng, model / "kvlatent.json")
     return at.read(model), change_json(at.rng, model / "config.json", key="latent")
@@ -283,6 +287,45 @@ def texts(at: Place) -> tuple[list[str], str]:
     return [str(file) if part.endswith("other.txt") else part for part in read], how
 
 
+def prompts(at: Place) -> tuple[list[str], str]:
+    """What `compress-prompt` shortens: text and conversations, also by odd templates."""
+    model, kind = at.copy("teacher"), at.rng.choice([".txt", ".json", ".json"])
+    file = at.work / f"prompt{kind}"
+    if kind == ".txt":
+        words = " ".join(tiny.WORDS * 2)
+        file.write_text(
+            at.rng.choice([words, "", "river", "\0" * 99, "ü" * 99, "a" * 500_000, "<eos>" * 40, words + "\ufffd"])
+        )
+    else:
+        turns = [{"role": role, "content": " ".join(tiny.WORDS)} for role in ("user", "assistant", "user")]
+        file.write_text(json.dumps(turns))
+    how = f"prompt{kind}"
+    if at.rng.random() < 0.3:
+        (model / "chat_template.jinja").write_text(at.rng.choice(TEMPLATES), errors="surrogatepass")
+        how += ", odd template"
+    if at.rng.random() < 0.7:
+        how += f", {(change_json if kind == '.json' else change_file)(at.rng, file)}"
+    some = ["--keep=0.3", "--keep=1e-9", "--keep=1", "--keep=nan", "--stages=3", "--stages=1000", "--spread", "--json",
+            "--protect=river", "--protect=x", "--protect=\n", "--protect=river stone", "--dtype=float16"]  # fmt: skip
+    more = at.rng.sample(some, at.rng.randrange(4))
+    return ["compress-prompt", str(model), "--prompt", str(file), *more], f"{how} {' '.join(more)}"
+
+
+def shapes(at: Place) -> tuple[list[str], str]:
+    """A config.json without a model, of which bytes are told and frequencies drawn."""
+    file = at.work / "config.json"
+    file.write_bytes((at.root / at.rng.choice(["teacher", *STUDENTS]) / "config.json").read_bytes())
+    how = change_json(at.rng, file, CONFIG)
+    bits, fit = at.rng.choice([[], ["--bits=2"], ["--bits=16"]]), ["--memory=0.01", "--batch", "1", "3"]
+    commands = [
+        ["info", file, *at.rng.choice([[], fit, ["--context", "16", "99999999"]]), "--json"],
+        ["plan", file, "--budget", "0.3", *bits, *at.rng.choice([[], fit]), "--out", "plan.png", "--json"],
+        ["rope-plot", "--model", file, "--dims", "8", "--distance", "64"],
+        ["doctor", file],
+    ]
+    return list(map(str, at.rng.choice(commands))), how
+
+
 def options(at: Place) -> tuple[list[str], str]:
     """Arguments of commands."""
     name = at.rng.choice(list(OPTIONS))
@@ -307,7 +350,7 @@ def options(at: Place) -> tuple[list[str], str]:
 
 ALL = [
     config, spec, weights, index, tokenizer, generation, templates, statistics, recipes, runs, states, ggufs, texts,
-    options,
+    prompts, shapes, options,
 ]  # fmt: skip
 KINDS: dict[str, Callable[[Place], tuple[list[str], str]]] = {kind.__name__: kind for kind in ALL}
 

@@ -187,6 +187,7 @@ def inputs(root: Path) -> None:
     """Fill a new folder with one of everything that commands read."""
     text(root / "train.txt", 1)
     text(root / "other.txt", 2)
+    (root / "short.txt").write_text(" ".join(WORDS * 3))
     (root / "tiny.yaml").write_text(json.dumps(recipe(root), indent=1))
     work = root / "work"
     work.mkdir()
@@ -215,6 +216,7 @@ def inputs(root: Path) -> None:
     teacher(root / "teacher")
     teacher(root / "sharded", shard="50KB")
     do("convert", f"{root}/teacher", *train, *DIMS, *NEAR, "--out", f"{root}/student")
+    do("convert", f"{root}/teacher", *train, *DIMS, *NEAR, "--bits", "4", "--out", f"{root}/coded")
     do("convert", f"{root}/teacher", *train, *DIMS, "--preset", "portable", "--out", f"{root}/portable")
     do("calibrate", f"{root}/teacher", *train, *NEAR, "--out", f"{root}/stats")
     do("plan", f"{root}/teacher", "--stats", f"{root}/stats", "--budget", "0.5", "--out", f"{work}/plan.png")
@@ -222,7 +224,9 @@ def inputs(root: Path) -> None:
     do("export", f"{root}/portable", "--to", "stock", "--out", f"{work}/stock")
     do("info", f"{root}/teacher.gguf")
     do("run", f"{root}/tiny.yaml", "--out", f"{root}/run")
-    do("generate", f"{root}/student", "--prompt", "river", "--chat", "--max-new-tokens", "2")
+    do("compress-prompt", f"{root}/teacher", "--prompt", f"{root}/short.txt")
+    for student in ("student", "coded"):
+        do("generate", f"{root}/{student}", "--prompt", "river " * 9, "--chat", "--max-new-tokens", "2")
     ended = wait(start(killed, work), work, time.monotonic())
     assert ended.code == 9, ended
 
