@@ -648,7 +648,7 @@ LEAST = {
     "convert": ["m", "--out", "o"], "calibrate": ["m", "--out", "o"], "plan": ["m", "--out", "o", "--budget", "0.5"],
     "heal": ["m", "--out", "o", "--text", "t"], "eval": ["m", "--needle"], "generate": ["m", "--prompt", "x"],
     "export": ["m", "--to", "gguf", "--out", "o"], "report": ["run"], "run": ["a.yaml"],
-    "rope-plot": [], "compress-prompt": ["m", "--prompt", "x"],
+    "rope-plot": [], "explore": [], "compress-prompt": ["m", "--prompt", "x"],
 }  # fmt: skip
 """Arguments that a command can't do without, where they are more than a model."""
 

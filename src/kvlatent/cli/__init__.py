@@ -20,6 +20,7 @@ from kvlatent.cli.compress_prompt import CompressPrompt
 from kvlatent.cli.convert import Convert
 from kvlatent.cli.doctor import Doctor
 from kvlatent.cli.eval import Eval
+from kvlatent.cli.explore import Explore
 from kvlatent.cli.export import Export
 from kvlatent.cli.generate import Generate
 from kvlatent.cli.heal import Heal
@@ -50,6 +51,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "report": Report,
     "run": Run,
     "rope-plot": RopePlot,
+    "explore": Explore,
 }
 """Commands in the order of the work."""
 
