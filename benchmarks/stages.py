@@ -88,12 +88,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines")
     parser.add_argument("--plot", type=Path, help="SVG of the loss curves")
     args = parser.parse_args()
-    starts = args.starts or sorted(folder.parent.name for folder in args.run.glob("*/start"))
+    starts = args.starts or sorted(folder.parent.name for folder in args.run.glob("students/*/start"))
     lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     done = {(line["start"], line["stage1"], line["stage2"]) for line in lines}
     cells = [(start, *map(int, cell.split(":"))) for cell in args.cells for start in starts]
     if missing := [cell for cell in cells if cell not in done]:
-        teacher_name = json.loads((args.run / starts[0] / "start" / "kvlatent.json").read_text())["teacher"]
+        teacher_name = json.loads((args.run / "students" / starts[0] / "start" / "kvlatent.json").read_text())[
+            "teacher"
+        ]
         teacher = load_model(teacher_name, device="cpu", dtype="float32")[0]
         ids = load_blocks(args.run / "text" / "training.safetensors").ids
         held_out = load_blocks(args.run / "text" / "held_out.safetensors").ids[: args.held_out_blocks]
@@ -103,7 +105,7 @@ def main() -> None:
         }  # the number of bytes cancels in a ratio
         reference = perplexity(teacher, held_out, **score)
         for start, stage1, stage2 in missing:
-            folder = args.run / start / "start"
+            folder = args.run / "students" / start / "start"
             found = measure(folder, teacher, ids, lambda m: compare(reference, perplexity(m, held_out, **score)),
                             stage1, stage2)  # fmt: skip
             lines.append({"start": start, "stage1": stage1, "stage2": stage2, **found})

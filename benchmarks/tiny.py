@@ -171,7 +171,10 @@ def recipe(root: Path) -> dict[str, object]:
         "calibration": {"text": [f"{root}/train.txt"], "tokens": 128},
         "training": {"text": [f"{root}/train.txt"]},
         "held_out": {"text": [f"{root}/other.txt"], "tokens": 128},
-        "students": {"portable": {"d_qk": 8, "d_vo": 8, "heal": heal}, "paper": {"d_qk": 8, "d_vo": 8}},
+        "students": [
+            {"preset": "portable", "d_qk": 8, "d_vo": 8, "heal": heal},
+            {"preset": "paper", "d_qk": 8, "d_vo": 8},
+        ],
         "bench": {"context": 16, "batch": 1, "new_tokens": 2},
         "generate": {"prompts": ["river"], "max_new_tokens": 2},
     }

@@ -148,7 +148,10 @@ def recipe(teacher: Path, train: Path, other: Path) -> str:
             "calibration": {"text": [str(train)], "tokens": 128},
             "training": {"text": [str(train)]},
             "held_out": {"text": [str(other)], "tokens": 128},
-            "students": {"portable": {"d_qk": 8, "d_vo": 8, "heal": heal}, "paper": {"d_qk": 8, "d_vo": 8}},
+            "students": [
+                {"preset": "portable", "d_qk": 8, "d_vo": 8, "heal": heal},
+                {"preset": "paper", "d_qk": 8, "d_vo": 8},
+            ],
             "bench": {"context": 16, "batch": 1, "new_tokens": 2},
             "generate": {"prompts": ["river"], "max_new_tokens": 2},
         }

@@ -53,7 +53,10 @@ def recipe(root: Path) -> dict[str, Any]:
         "calibration": {"text": [train], "tokens": 512},
         "training": {"text": [train]},
         "held_out": {"text": [write_text(root / "other.txt", seed=2)], "tokens": 256},
-        "students": {"best": {"budget": 0.5, "window": 0, "heal": heal}, "paper": {"d_qk": 8, "d_vo": 8, "heal": heal}},
+        "students": [
+            {"budget": 0.5, "window": 0, "heal": heal},
+            {"preset": "paper", "d_qk": 8, "d_vo": 8, "heal": heal},
+        ],
         "bench": {"context": 16, "batch": 1, "new_tokens": 2},
         "generate": {"prompts": ["river stone", "bread"], "max_new_tokens": 4},
     }
@@ -79,8 +82,8 @@ def test_the_recipes_can_be_read(path: Path) -> None:
 
 def test_dims_and_a_budget_exclude_each_other(root: Path, recipe: dict[str, Any]) -> None:
     for dims in ({"d_qk": 8, "d_vo": 8, "budget": 0.5}, {"d_qk": 8}, {}):
-        wrong = write(recipe | {"students": {"best": dims}, "training": None}, root / "wrong.yaml")
-        with pytest.raises(UserError, match="d_qk and d_vo"):
+        wrong = write(recipe | {"students": [dims], "training": None}, root / "wrong.yaml")
+        with pytest.raises(UserError, match=r"best: .*d_qk and d_vo"):
             pipeline.run(wrong, root / "wrong")
     assert not (root / "wrong").exists()
 
@@ -102,8 +105,8 @@ def test_run_measures_every_student_and_keeps_the_first(done: tuple[Path, dict[s
 def test_run_folder_is_complete(done: tuple[Path, dict[str, Any]]) -> None:
     out, _ = done
     expected = {
-        "best", "bench.json", "evaluate", "generations.json", "metrics-paper.jsonl", "metrics.jsonl", "model", "paper",
-        "recipe.yaml", "record.json", "report.html", "results.json", "seconds.json", "text",
+        "bench.json", "evaluate", "generations.json", "metrics-paper.jsonl", "metrics.jsonl", "model", "recipe.yaml",
+        "record.json", "report.html", "results.json", "seconds.json", "students", "text",
     }  # fmt: skip
     assert {path.name for path in out.iterdir()} == expected
     assert "perplexity" in (out / "model" / "README.md").read_text().lower()
@@ -170,7 +173,7 @@ def test_interrupted_run_goes_on_where_it_stopped(
 def test_a_step_done_again_renews_the_report(
     root: Path, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = recipe | {"students": {"paper": {"d_qk": 8, "d_vo": 4}}}
+    small = recipe | {"students": [{"preset": "paper", "d_qk": 8, "d_vo": 4}]}
     small.pop("training")
     path, out = write(small, tmp_path / "small.yaml"), tmp_path / "run"
     results = pipeline.run(path, out)
@@ -194,7 +197,7 @@ def test_long_blocks_are_judged_by_far_text_too(
     teacher.config.max_position_embeddings = 512
     teacher.save_pretrained(tmp_path / "teacher")
     byte_tokenizer.save_pretrained(tmp_path / "teacher")
-    small = recipe | {"model": f"{tmp_path}/teacher", "students": {"paper": {"d_qk": 8, "d_vo": 8}}}
+    small = recipe | {"model": f"{tmp_path}/teacher", "students": [{"preset": "paper", "d_qk": 8, "d_vo": 8}]}
     small["held_out"] = recipe["held_out"] | {"tokens": 2048, "block_size": 512}
     small.pop("training")
     models = pipeline.run(write(small, tmp_path / "small.yaml"), tmp_path / "run")["evaluate"]["models"]
@@ -210,7 +213,7 @@ def test_long_blocks_are_judged_by_far_text_too(
 
 
 def test_text_for_healing_reaches_beyond_the_window(recipe: dict[str, Any], tmp_path: Path) -> None:
-    short = changed(changed(recipe, "students.best.window", 16), "training.block_size", 16)
+    short = changed(changed(recipe, "students.0.window", 16), "training.block_size", 16)
     with pytest.raises(UserError, match="best: blocks of 16 tokens hold nothing beyond a window of 16"):
         pipeline.run(write(short, tmp_path / "short.yaml"), tmp_path / "run")
 
@@ -229,7 +232,7 @@ def changed(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     *parents, last = path.split(".")
     inner = copy
     for key in parents:
-        inner = inner[key]
+        inner = inner[int(key) if key.isdigit() else key]
     if value is None:
         del inner[last]
     else:
@@ -241,24 +244,29 @@ def changed(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     ("path", "value", "said"),
     [
         ("colour", "red", "colour: unknown entry"),
-        ("students.best.heal.magic", 1, "students.best.heal.magic: unknown entry"),
-        ("students.worst", {"d_qk": 8, "d_vo": 8}, "students.worst"),
+        ("students.0.heal.magic", 1, "students.0.heal.magic: unknown entry"),
+        ("students.0.preset", "worst", "students.0.preset: Input should be 'best', 'portable' or 'paper'"),
+        ("students.0.name", "paper", "there are two students paper"),
+        ("students.1.name", "best", "there are two students best"),
+        ("students.0.name", "../a", "students.0.name: String should match"),
+        ("students.0.qk", "magic", "best: preset best can't reduce queries and keys by magic"),
         ("students", {}, "students"),
+        ("students", [], "students"),
         ("calibration.tokens", 0, "calibration.tokens"),
         ("calibration.text", [], "calibration.text"),
         ("model", None, "model"),
         ("training", None, "training"),
-        ("students.paper.d_qk", 7, "even"),
-        ("students.best.budget", 2, "at most 1"),
-        ("students.paper.d_qk", 12, "divide"),
-        ("students.best.heal.stage1_tokens", -1, "stage1_tokens"),
-        ("students.best.heal.learning_rate", float("nan"), "learning_rate: Input should be a valid number"),
-        ("students.best.heal.temperature", float("inf"), "temperature: Input should be a valid number"),
-        ("students.best.heal.stage2_tokens", 10**30, "stage2_tokens must be a number up to 1e+12"),
-        ("students.best.heal.weight_decay", -0.1, "weight_decay must not be negative"),
-        ("students.best.heal.clip", 0, "clip must be above 0"),
-        ("students.best.heal.warmup", 1.5, "warmup is a share"),
-        ("students.best.budget", float("nan"), "students.best.budget"),
+        ("students.1.d_qk", 7, "even"),
+        ("students.0.budget", 2, "at most 1"),
+        ("students.1.d_qk", 12, "divide"),
+        ("students.0.heal.stage1_tokens", -1, "stage1_tokens"),
+        ("students.0.heal.learning_rate", float("nan"), "learning_rate: Input should be a valid number"),
+        ("students.0.heal.temperature", float("inf"), "temperature: Input should be a valid number"),
+        ("students.0.heal.stage2_tokens", 10**30, "stage2_tokens must be a number up to 1e+12"),
+        ("students.0.heal.weight_decay", -0.1, "weight_decay must not be negative"),
+        ("students.0.heal.clip", 0, "clip must be above 0"),
+        ("students.0.heal.warmup", 1.5, "warmup is a share"),
+        ("students.0.budget", float("nan"), "students.0.budget"),
         ("held_out.text", ["{root}/none.txt"], "does not exist"),
         ("held_out.text", ["{root}/train.txt"], "evaluate on other text"),
         ("calibration.tokens", 10**6, "too short"),
@@ -271,19 +279,19 @@ def changed(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("held_out.block_size", 257, "held_out: blocks: 257 tokens exceed the 256 positions"),
         ("training.block_size", 512, "training: blocks: 512 tokens exceed the 256 positions"),
         ("held_out.tokens", 31, "held_out: tokens must be at least one block of 32; got 31"),
-        ("students.best.window", 32, "blocks of 32 tokens hold nothing beyond a window of 32"),
-        ("students.best.budget", 0.01, "give at least 0.125"),
+        ("students.0.window", 32, "blocks of 32 tokens hold nothing beyond a window of 32"),
+        ("students.0.budget", 0.01, "give at least 0.125"),
         ("seed", -1, "seed"),
         ("seed", 2**32, "seed"),
         ("seed", True, "seed: Input should be a valid integer"),
         ("block_size", "32", "block_size: Input should be a valid integer"),
         ("calibration.tokens", 128.0, "calibration.tokens: Input should be a valid integer"),
-        ("students.best.d_qk", True, "students.best.d_qk: Input should be a valid integer"),
-        ("students.best.budget", True, "students.best.budget: Input should be a valid number"),
-        ("students.best.heal.lora_rank", 65, "lora_rank must be at most the 64 dims of the FFN; got 65"),
-        ("students.best.heal.lora_rank", True, "students.best.heal.lora_rank: Input should be a valid integer"),
-        ("students.best.heal.learning_rate", True, "students.best.heal.learning_rate: Input should be a valid number"),
-        ("students.best.heal.checkpointing", 1, "students.best.heal.checkpointing: Input should be a valid boolean"),
+        ("students.0.d_qk", True, "students.0.d_qk: Input should be a valid integer"),
+        ("students.0.budget", True, "students.0.budget: Input should be a valid number"),
+        ("students.0.heal.lora_rank", 65, "lora_rank must be at most the 64 dims of the FFN; got 65"),
+        ("students.0.heal.lora_rank", True, "students.0.heal.lora_rank: Input should be a valid integer"),
+        ("students.0.heal.learning_rate", True, "students.0.heal.learning_rate: Input should be a valid number"),
+        ("students.0.heal.checkpointing", 1, "students.0.heal.checkpointing: Input should be a valid boolean"),
     ],
 )
 def test_bad_recipe_gives_one_line_and_leaves_nothing(
@@ -397,14 +405,47 @@ def test_hostile_yaml_is_one_line(tmp_path: Path, text: str, said: str) -> None:
 def test_numbers_are_written_as_numbers(
     recipe: dict[str, Any], tmp_path: Path, written: str, value: float | None
 ) -> None:
-    file = write(changed(recipe, "students.best.heal.learning_rate", "HERE"), tmp_path / "tiny.yaml")
+    file = write(changed(recipe, "students.0.heal.learning_rate", "HERE"), tmp_path / "tiny.yaml")
     file.write_text(file.read_text().replace('"HERE"', written))
     if value is None:
         with pytest.raises(UserError, match="learning_rate"):
             pipeline.run(file, tmp_path / "run")
     else:
-        heal = pipeline.read_recipe(file).students["best"].heal
+        heal = pipeline.read_recipe(file).students[0].heal
         assert heal is not None and heal.learning_rate == value
+
+
+def test_mistakes_are_told_with_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    good = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+    text = good.read_text()
+    whole = pipeline.read_recipe(good)
+    for old, new, said in (
+        ("batch_size: 1}", "batch_size: 1, magic: 2}", "line {}: students.0.heal.magic: unknown entry"),
+        ("    budget: 0.125", "    budget: none", "line {}: students.0.budget: Input should be a valid number"),
+        ("    budget: 0.125", "    budget: 1\n  - budget: 0.5", "line {}: there are two students best"),
+        ("    budget: 0.125", "    budget: 1\n    budget: 0.5", "budget is given twice, the second time in line {}"),
+    ):
+        path.write_text(text.replace(old, new))
+        line = next(n for n, one in enumerate(path.read_text().splitlines(), 1) if new.splitlines()[-1] in one)
+        with pytest.raises(UserError, match=said.format(line)):
+            pipeline.read_recipe(path)
+    path.write_text(text.replace("title:", "tittle:"))
+    with pytest.raises(UserError, match=r"line 3: (title: Field required|tittle: unknown entry)"):
+        pipeline.read_recipe(path)
+    path.write_text(text.replace("- preset: best", "- name: mine\n    preset: best"))
+    assert pipeline.read_recipe(path).students == [whole.students[0].model_copy(update={"name": "mine"})]
+
+
+def test_two_students_of_one_preset(recipe: dict[str, Any], tmp_path: Path) -> None:
+    both = [{"name": "half", "budget": 0.5, "window": 0}, {"name": "less", "d_qk": 4, "d_vo": 4, "window": 0}]
+    small = {key: value for key, value in recipe.items() if key != "training"} | {"students": both}
+    results = pipeline.run(write(small, tmp_path / "small.yaml"), tmp_path / "run")
+    assert list(results["evaluate"]["models"]) == ["teacher", "half, no training", "less, no training"]
+    assert results["recipe"]["students"] == [student | {"preset": "best"} for student in both]
+    made = [tmp_path / "run" / folder for folder in ("model", "students/less/model")]
+    assert [AutoModelForCausalLM.from_pretrained(path).config.latent["d_qk"] for path in made][1] == [4, 4]
+    assert "half, no training" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_pipe_is_no_recipe(tmp_path: Path) -> None:

@@ -123,9 +123,9 @@ def test_headers_sum_up_right(path: Path, tmp_path: Path) -> None:
     assert f"embeddings = {weights / 1e9:.2f} G" in header
     assert f"teacher float32 4 x {weights / 1e9:.2f} = {4 * weights / 1e9:.1f}" in header
     assert re.search(rf"teacher (in )?bfloat16,? {2 * weights / 1e9:.1f}", header)
-    told = plan_checkpoint(str(tmp_path), Path("none.png"), PlanConfig(budget=recipe["students"]["best"]["budget"]))
+    told = plan_checkpoint(str(tmp_path), Path("none.png"), PlanConfig(budget=recipe["students"][0]["budget"]))
     teacher, student = told["teacher_cache_bytes"], told["cache_bytes"]
-    assert student <= recipe["students"]["best"]["budget"] * teacher
+    assert student <= recipe["students"][0]["budget"] * teacher
     assert f"of {told['context']:,} tokens {teacher / 1e9:.2f} GB, the student's {student / 1e9:.2f}" in header
     for total, of in re.findall(r"(?:Sum|: )(\d+) of (\d+)\.", header):
         assert int(total) < int(of) == int(re.search(r"(\d+)gb", path.stem)[1])  # type: ignore[index]
@@ -197,8 +197,8 @@ def shortened(recipe: dict[str, Any], root: Path) -> dict[str, Any]:
     if "context" in recipe:
         recipe["context"] = over(recipe["context"])
     block = recipe.get("training", {}).get("block_size", recipe["block_size"])
-    for name, student in recipe["students"].items():
-        if name == "best" and student.get("window") != 0:
+    for student in recipe["students"]:
+        if student["preset"] == "best" and student.get("window") != 0:
             student |= {"window": 2, "sinks": 1}
         if "d_qk" in student:
             student |= {key: student[key] // 8 for key in ("d_qk", "d_vo")}
@@ -240,14 +240,15 @@ def test_a_tiny_model_goes_the_whole_way(
     small = shortened(recipe, tmp_path) | {"model": str(folder)}
     results = pipeline.run(write(small, tmp_path / "small.yaml"), tmp_path / "run")
     labels = ["teacher", NEAR_ONLY]
-    for name, student in recipe["students"].items():
+    for student in recipe["students"]:
+        name = student.get("name", student["preset"])
         labels += [f"{name}, no training", *([f"{name}, healed"] if "heal" in student else [])]
     assert list(results["evaluate"]["models"]) == labels
     teacher, student = results["bench"]["rows"]
     assert student["cache_bytes"] < teacher["cache_bytes"] and student["context"] == small["bench"]["context"]
     assert len(results["generations"]) == len(recipe["generate"]["prompts"])
     assert (tmp_path / "run" / "report.html").is_file()
-    first = next(iter(recipe["students"].values()))
+    first = recipe["students"][0]
     steps = json.loads((tmp_path / "run" / "model" / RECORD).read_text())["steps"]
     if "heal" in first and results["spec"]["k_codes"] and "learning_rate" not in first["heal"]:
         assert steps[-1]["learning_rate"] == 2e-5

@@ -18,7 +18,7 @@ import yaml
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvlatent.cli.recipe_file import Recipe, Sources, healing_settings, read_recipe
-from kvlatent.cli.recipe_sizes import check_sizes
+from kvlatent.cli.recipe_sizes import check_sizes, named
 from kvlatent.cli.run_folder import commit, read_json, read_score, write_json, write_text
 from kvlatent.compress.checkpoints import Target, convert_loaded, target_of
 from kvlatent.data.blocks import TokenBlocks, batch_size_for, check_held_out, load_blocks, save_blocks
@@ -47,7 +47,6 @@ from kvlatent.model.checkpoints import (
     record_of,
 )
 from kvlatent.model.loading import load_config, load_tokenizer, stored_dtype
-from kvlatent.model.spec import Preset
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,17 @@ def run(
     wanted = read_recipe(recipe)
     if seed is not None:
         wanted = wanted.model_copy(update={"seed": seed})
+    return run_recipe(wanted, out, device=device, dtype=dtype)
+
+
+def run_recipe(wanted: Recipe, out: Path, *, device: str, dtype: str) -> dict[str, Any]:
+    """The same for a recipe that was read."""
     config = load_config(wanted.model)
     context_of(config, wanted.context)
-    targets = {preset: target_of(config, wanted.conversion(preset)) for preset in wanted.students}
+    targets = {}
+    for name, student in wanted.by_name.items():
+        with named(name):
+            targets[name] = target_of(config, wanted.conversion(student))
     first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that writes
     with sole_writer(out) if first else nullcontext():
         begun = _Run(wanted, out, config, targets, device, dtype)
@@ -146,11 +153,12 @@ class _Run:
         recipe: Recipe,
         out: Path,
         config: PreTrainedConfig,
-        targets: dict[Preset, Target],
+        targets: dict[str, Target],
         device: str,
         dtype: str,
     ) -> None:
         self.recipe, self.out, self.config, self.targets = recipe, out, config, targets
+        self.students, self.first = recipe.by_name, recipe.students[0].name
         self.context = context_of(config, recipe.context)
         self.device = device
         self.group = processes(pick_device(device))
@@ -174,8 +182,8 @@ class _Run:
 
     def forget_finished(self) -> None:
         """Remove the work folders of healings that are done; a kill may have come before that."""
-        for preset in self._healed():
-            forget_finished(self.final(preset))
+        for name in self._healed():
+            forget_finished(self.final(name))
 
     def follow(self) -> dict[str, Any]:
         """Do every step that isn't done yet."""
@@ -206,15 +214,15 @@ class _Run:
                 seconds[step.name] = seconds.get(step.name, 0.0) + time.monotonic() - began
                 write_json(clock, seconds)
 
-    def start(self, preset: Preset) -> Path:
+    def start(self, name: str) -> Path:
         """The folder of a student before healing."""
-        if self.recipe.students[preset].heal is None:
-            return self.final(preset)
-        return self.out / preset / "start"
+        if self.students[name].heal is None:
+            return self.final(name)
+        return self.out / "students" / name / "start"
 
-    def final(self, preset: Preset) -> Path:
+    def final(self, name: str) -> Path:
         """The folder of a finished student."""
-        return self.out / "model" if preset == next(iter(self.recipe.students)) else self.out / preset / "model"
+        return self.out / "model" if name == self.first else self.out / "students" / name / "model"
 
     @property
     def judges_far(self) -> bool:
@@ -224,8 +232,8 @@ class _Run:
     def evaluations(self) -> dict[str, Path]:
         """Where the score of each label is kept."""
         labels = ["teacher", *([NEAR_ONLY] if self.judges_far else [])]
-        for preset, student in self.recipe.students.items():
-            labels += [f"{preset}, no training", *([f"{preset}, healed"] if student.heal else ())]
+        for name, student in self.students.items():
+            labels += [f"{name}, no training", *([f"{name}, healed"] if student.heal else ())]
         return {label: self.out / "evaluate" / f"{label.replace(', ', '-').replace(' ', '-')}.json" for label in labels}
 
     def steps(self) -> list[_Step]:
@@ -242,13 +250,13 @@ class _Run:
         if self.judges_far:
             near_only = partial(self._evaluate, self.recipe.model, measure=near_only_perplexity)
             steps.append(_Step(f"evaluate {NEAR_ONLY}", scores[NEAR_ONLY], near_only))
-        for preset, student in self.recipe.students.items():
-            start, final = self.start(preset), self.final(preset)
-            steps.append(_Step(f"convert {preset}", start, partial(self._convert, preset)))
-            steps.append(evaluate(f"{preset}, no training", str(start)))
+        for name, student in self.students.items():
+            start, final = self.start(name), self.final(name)
+            steps.append(_Step(f"convert {name}", start, partial(self._convert, name)))
+            steps.append(evaluate(f"{name}, no training", str(start)))
             if student.heal is not None:
-                steps.append(_Step(f"heal {preset}", final, partial(self._heal, preset), all_processes=True))
-                steps.append(evaluate(f"{preset}, healed", str(final)))
+                steps.append(_Step(f"heal {name}", final, partial(self._heal, name), all_processes=True))
+                steps.append(evaluate(f"{name}, healed", str(final)))
         return [
             *steps,
             _Step("bench", self.out / "bench.json", self._bench),
@@ -287,31 +295,31 @@ class _Run:
     def _training_tokens(self, training: Sources) -> int:
         """Tokens of the longest healing; every student reads them from the first."""
         block_size = training.block_size or self.recipe.block_size
-        counts = [self._settings(preset).blocks(block_size, self.group.num_processes) for preset in self._healed()]
+        counts = [self._settings(name).blocks(block_size, self.group.num_processes) for name in self._healed()]
         return max(counts, default=0) * block_size
 
-    def _healed(self) -> list[Preset]:
-        return [preset for preset, student in self.recipe.students.items() if student.heal is not None]
+    def _healed(self) -> list[str]:
+        return [name for name, student in self.students.items() if student.heal is not None]
 
-    def _settings(self, preset: Preset) -> HealConfig:
-        return healing_settings(self.recipe, preset, self.config, coded=self.targets[preset].coded)
+    def _settings(self, name: str) -> HealConfig:
+        return healing_settings(self.recipe, self.students[name], self.config, coded=self.targets[name].coded)
 
     def _blocks(self, name: str) -> TokenBlocks:
         return load_blocks(self.out / "text" / f"{name}.safetensors")
 
-    def _convert(self, preset: Preset, out: Path) -> None:
-        target = self.targets[preset]
+    def _convert(self, name: str, out: Path) -> None:
+        target = self.targets[name]
         convert_loaded(
             self.teacher(), self.tokenizer, out, target, name=self.recipe.model,
             blocks=self._blocks("calibration") if target.asked.text else None,
             dtype=stored_dtype(self.config, "auto"),
         )  # fmt: skip
 
-    def _heal(self, preset: Preset, out: Path) -> None:
+    def _heal(self, name: str, out: Path) -> None:
         teacher = self.teacher(teacher_dtype(self.device))
         heal_student(
-            str(self.start(preset)), out, teacher=teacher, blocks=self._blocks("training"),
-            settings=self._settings(preset), asked=given(self.recipe.students[preset].heal),
+            str(self.start(name)), out, teacher=teacher, blocks=self._blocks("training"),
+            settings=self._settings(name), asked=given(self.students[name].heal),
             device=self.device, dtype=stored_dtype(self.config, "auto"),
         )  # fmt: skip
 
@@ -323,8 +331,7 @@ class _Run:
         write_json(out, {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in vars(score).items()})
 
     def _pair(self) -> dict[str, PreTrainedModel]:
-        student = self.final(next(iter(self.recipe.students)))
-        return {"teacher": self.teacher(self.dtype), "student": self._load(str(student), self.dtype)}
+        return {"teacher": self.teacher(self.dtype), "student": self._load(str(self.final(self.first)), self.dtype)}
 
     def _bench(self, out: Path) -> None:
         write_json(out, benchmark(self._pair(), **self.recipe.bench.model_dump(), seed=self.recipe.seed))
@@ -342,14 +349,13 @@ class _Run:
 
     def _report(self, out: Path) -> None:
         """Write results, metrics, the student's model card and the page."""
-        recipe, first = self.recipe, next(iter(self.recipe.students))
         results = self._results()
         write_json(self.out / "results.json", results)
-        for preset in self._healed():
-            target = "metrics.jsonl" if preset == first else f"metrics-{preset}.jsonl"
-            shutil.copyfile(self.final(preset) / "metrics.jsonl", self.out / target)
-        about = {"base_model": recipe.base_model, "license": recipe.license}
-        write_text(self.final(first) / "README.md", model_card(results | about, results["spec"]))
+        for name in self._healed():
+            target = "metrics.jsonl" if name == self.first else f"metrics-{name}.jsonl"
+            shutil.copyfile(self.final(name) / "metrics.jsonl", self.out / target)
+        about = {"base_model": self.recipe.base_model, "license": self.recipe.license}
+        write_text(self.final(self.first) / "README.md", model_card(results | about, results["spec"]))
         write_report([self.out], out)
 
     def _results(self) -> dict[str, Any]:
@@ -371,5 +377,5 @@ class _Run:
             },
             "bench": {"rows": read_json(self.out / "bench.json", list[dict[str, Any]])},
             "generations": read_json(self.out / "generations.json", list[dict[str, str]]),
-            "spec": load_config(str(self.final(next(iter(self.recipe.students))))).latent,
+            "spec": load_config(str(self.final(self.first))).latent,
         }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -48,6 +49,11 @@ class Text(Sources):
 class Student(Entry):
     """Dims of a student, or its budget; without `heal` it is measured as converted."""
 
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9=,._-]{0,99}$")
+    """What results and folders call it; its preset by default."""
+    preset: Preset = "best"
+    qk: str | None = None
+    """How queries and keys are reduced; the preset's own method by default."""
     d_qk: int | None = None
     d_vo: int | None = None
     budget: float | None = None
@@ -62,6 +68,11 @@ class Student(Entry):
     """First tokens met whole, likewise."""
     heal: HealChanges | None = None
     """What its healing changes of a preset's `HealConfig`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_by_its_preset(cls, data: Any) -> Any:
+        return {"name": data.get("preset", "best"), **data} if isinstance(data, dict) else data
 
 
 class Bench(Entry):
@@ -94,25 +105,29 @@ class Recipe(Entry):
     calibration: Text
     training: Sources | None = None
     held_out: Text
-    students: dict[Preset, Student] = Field(min_length=1)
+    students: list[Student] = Field(min_length=1)
     bench: Bench
     generate: Generate
 
-    def conversion(self, preset: Preset) -> ConvertConfig:
+    @property
+    def by_name(self) -> dict[str, Student]:
+        """The students, the first one first."""
+        return {student.name: student for student in self.students}
+
+    def conversion(self, student: Student) -> ConvertConfig:
         """How a student is converted."""
-        student = self.students[preset]
         asked: dict[str, Any] = {
             name: getattr(student, name)
-            for name in ("d_qk", "d_vo", "budget", "bits", "heads_per_latent", "window", "sinks")
+            for name in ("qk", "d_qk", "d_vo", "budget", "bits", "heads_per_latent", "window", "sinks")
         }
-        if PRESETS[preset].calibrated:
+        if PRESETS[student.preset].calibrated:
             asked |= {"text": tuple(self.calibration.text), "tokens": self.calibration.tokens}
             asked["block_size"] = self.calibration.block_size or self.block_size
-        return ConvertConfig(preset=preset, context=self.context, **asked)
+        return ConvertConfig(preset=student.preset, context=self.context, **asked)
 
     @model_validator(mode="after")
     def _training_where_healed(self) -> Recipe:
-        if self.training is None and any(student.heal for student in self.students.values()):
+        if self.training is None and any(student.heal for student in self.students):
             raise ValueError("a student is healed, so training: text: is needed")
         return self
 
@@ -130,8 +145,8 @@ class _PlainLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key, (where, _) in zip(keys, node.value, strict=True):
-            if keys.count(key) > 1:
+        for index, (key, (where, _)) in enumerate(zip(keys, node.value, strict=True)):
+            if key in keys[:index]:
                 raise UserError(f"{key} is given twice, the second time in line {where.start_mark.line + 1}")
         return super().construct_mapping(node, deep)
 
@@ -149,23 +164,62 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         UserError: It is missing, no YAML, or has a wrong, missing or unknown entry.
     """
+    return read_as(Recipe, path)
+
+
+Read = TypeVar("Read", bound=Recipe)
+
+
+def read_as(kind: type[Read], path: Path) -> Read:
+    """Read a file that is a recipe, or more than one.
+
+    Raises:
+        UserError: It is missing, no YAML, or has a wrong, missing or unknown entry, or two students of one name.
+    """
     try:
-        data = yaml.load(_read_text(path), _PlainLoader)
-        return Recipe.model_validate_json(json.dumps(data, default=str))  # where types are exact, but a list is a tuple
+        text = _read_text(path)
+        data = yaml.load(text, _PlainLoader)
+        recipe = kind.model_validate_json(json.dumps(data, default=str))  # where types are exact, but a list is a tuple
+        names = [student.name for student in recipe.students]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                line = _line_of(text, ("students", index, "name"))
+                raise UserError(f"line {line}: there are two students {name}; give one of them another name")
+        return recipe
     except OSError as error:
         raise UserError(f"can't read recipe {path}: {error.strerror}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "[key]") or "the recipe"
+        place = tuple(part for part in first["loc"] if part != "[key]")
+        where = ".".join(map(str, place)) or "the recipe"
         unknown = first["type"] in ("extra_forbidden", "unexpected_keyword_argument")
         wrong = "unknown entry" if unknown else first["msg"]
-        raise UserError(f"{path}: {where}: {wrong}") from None
+        raise UserError(f"{path}: line {_line_of(text, place)}: {where}: {wrong}") from None
     except RecursionError:
         raise UserError(f"{path} is not a recipe: its entries are nested too deeply") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:  # of text that isn't UTF-8, dates, numbers and keys
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def _line_of(text: str, place: Sequence[str | int]) -> int:
+    """The line of the entry at a place, or of what should hold it."""
+    node = yaml.compose(text, _PlainLoader)
+    line = 0 if node is None else node.start_mark.line
+    for part in place:
+        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+        elif isinstance(node, yaml.MappingNode):
+            found = next(((key, value) for key, value in node.value if key.value == part), None)
+            if found is None:
+                break
+            node, line = found[1], found[0].start_mark.line
+            continue
+        else:
+            break
+        line = node.start_mark.line
+    return line + 1
 
 
 def _read_text(path: Path) -> str:
@@ -182,18 +236,17 @@ def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def healing_settings(recipe: Recipe, preset: Preset, config: PreTrainedConfig, *, coded: bool) -> HealConfig:
+def healing_settings(recipe: Recipe, student: Student, config: PreTrainedConfig, *, coded: bool) -> HealConfig:
     """The settings of a student's healing, in the recipe's context unless they name their own.
 
     Args:
         recipe: The recipe.
-        preset: The student's.
+        student: One of its students that are healed.
         config: The teacher's.
         coded: Whether the student's far tokens are codes.
 
     Raises:
         UserError: A number that can't be.
     """
-    changes = recipe.students[preset].heal
-    assert changes is not None
-    return settings_for(preset, changes, config, coded=coded, context=recipe.context, seed=recipe.seed)
+    assert student.heal is not None
+    return settings_for(student.preset, student.heal, config, coded=coded, context=recipe.context, seed=recipe.seed)

@@ -14,14 +14,13 @@ from kvlatent.data.blocks import check_ids, whole_blocks
 from kvlatent.errors import UserError
 from kvlatent.model.loading import bare_model
 from kvlatent.model.sizes import predicted_cache_bytes
-from kvlatent.model.spec import Preset
 
 
 def check_sizes(
     recipe: Recipe,
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
-    targets: Mapping[Preset, Target],
+    targets: Mapping[str, Target],
     *,
     memory: int,
     element_size: int,
@@ -32,7 +31,7 @@ def check_sizes(
         recipe: The recipe.
         config: The teacher's.
         tokenizer: Likewise.
-        targets: How each student is converted.
+        targets: How each student is converted, by its name.
         memory: Bytes of the device.
         element_size: Bytes per number in evaluation and benchmark.
 
@@ -42,14 +41,14 @@ def check_sizes(
     """
     _check_positions(recipe, config, tokenizer)
     for name, text in (("calibration", recipe.calibration), ("held_out", recipe.held_out)):
-        with _named(name):
+        with named(name):
             whole_blocks(text.tokens, text.block_size or recipe.block_size)
-    for preset, student in recipe.students.items():
+    for name, student in recipe.by_name.items():
         if student.heal is not None:
             assert recipe.training is not None
-            with _named(preset):
-                healing_settings(recipe, preset, config, coded=targets[preset].coded)
-                check_far_tokens(targets[preset].request.near, recipe.training.block_size or recipe.block_size)
+            with named(name):
+                healing_settings(recipe, student, config, coded=targets[name].coded)
+                check_far_tokens(targets[name].request.near, recipe.training.block_size or recipe.block_size)
     weights, bench = bare_model(config, recipe.model).num_parameters(), recipe.bench
     sizes = {"batch": bench.batch, "tokens": bench.context + bench.new_tokens, "element_size": element_size}
     cache = predicted_cache_bytes(config, **sizes)
@@ -78,8 +77,8 @@ def _check_positions(recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTra
 
 
 @contextmanager
-def _named(entry: str) -> Iterator[None]:
-    """Let what is refused in the body begin with the recipe's entry."""
+def named(entry: str) -> Iterator[None]:
+    """Let what is refused in the body begin with the recipe's entry or student."""
     try:
         yield
     except UserError as error:

@@ -99,10 +99,11 @@ class Results(_Section):
 
     @property
     def student(self) -> str | None:
-        """The evaluated model that the headline is about: this run's own preset, healed if it was healed."""
+        """The evaluated model that the headline is about: the recipe's first student, healed if it was healed."""
         names = [name for name in self.evaluate.models if name not in ("teacher", NEAR_ONLY)]
-        preset = self.spec.get("preset") or self.recipe.get("preset")
-        preferred = ("student", f"{preset}, healed", f"{preset}, no training", "best, healed", "best, no training")
+        students = self.recipe.get("students")
+        first = students[0].get("name") if isinstance(students, list) and students else self.spec.get("preset")
+        preferred = ("student", f"{first}, healed", f"{first}, no training", "best, healed", "best, no training")
         return next((name for name in preferred if name in names), names[-1] if names else None)
 
     @property
