@@ -647,7 +647,7 @@ def test_bad_input_gives_one_line_and_leaves_nothing(
 LEAST = {
     "convert": ["m", "--out", "o"], "calibrate": ["m", "--out", "o"], "plan": ["m", "--out", "o", "--budget", "0.5"],
     "heal": ["m", "--out", "o", "--text", "t"], "eval": ["m", "--needle"], "generate": ["m", "--prompt", "x"],
-    "export": ["m", "--to", "gguf", "--out", "o"], "report": ["run"], "run": ["a.yaml"],
+    "export": ["m", "--to", "gguf", "--out", "o"], "report": ["run"], "run": ["a.yaml"], "sweep": ["a.yaml"],
     "rope-plot": [], "explore": [], "compress-prompt": ["m", "--prompt", "x"],
 }  # fmt: skip
 """Arguments that a command can't do without, where they are more than a model."""

@@ -31,6 +31,7 @@ from kvlatent.cli.report import Report
 from kvlatent.cli.rope_plot import RopePlot
 from kvlatent.cli.run import Run
 from kvlatent.cli.serve import Serve
+from kvlatent.cli.sweep import Sweep
 from kvlatent.errors import UserError
 from kvlatent.kernels.allocator import freed_memory_kept
 from kvlatent.signals import Stopped, stopping
@@ -50,6 +51,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "serve": Serve,
     "report": Report,
     "run": Run,
+    "sweep": Sweep,
     "rope-plot": RopePlot,
     "explore": Explore,
 }
