@@ -157,7 +157,7 @@ class WindowLayer(Buffered, DynamicLayer):
             newest, width = self.length - 1, min(self.length, self.window)
             slots = torch.arange(width, device=self.device)
             ring = mask[..., newest - (newest - slots) % self.window]
-            columns = self._sink_columns()[:, : held - width]
+            columns = self.sink_columns()[:, : held - width]
             sinks = at_columns(mask, columns) & (columns < self.length - self.window)[:, None, None]
             near_mask = torch.cat((ring.expand(len(sinks), -1, -1, -1), sinks), dim=-1)
             far_mask = mask[..., first_latent : first_latent + far[0].shape[2]]
@@ -185,7 +185,7 @@ class WindowLayer(Buffered, DynamicLayer):
         if before == 0:  # as without a cache, gradients and packed documents included
             sink_k, sink_v, columns = sinks_of(k, v, mask, self.sinks)
         else:
-            columns = self._sink_columns()
+            columns = self.sink_columns()
             sink_k, sink_v = (x[:, :, self.window :] for x in self.whole)
         sinks_first = self.sink_at is None
         return Whole(
@@ -205,7 +205,7 @@ class WindowLayer(Buffered, DynamicLayer):
             else:
                 left.index_copy_(2, kept % SLACK, x[:, :, kept - column])
             if self.sink_at is not None and count:
-                columns = self._sink_columns()
+                columns = self.sink_columns()
                 hit = ((columns >= column) & (columns < end))[:, None, :, None]
                 whole[:, :, self.window :] = torch.where(hit, gathered(x, columns - column), whole[:, :, self.window :])
             elif column < self.sinks:
@@ -235,7 +235,7 @@ class WindowLayer(Buffered, DynamicLayer):
         self.sink_at = next_sinks(self.sink_at, own, before)
         self.sinks_known = bool((self.sink_at < NOWHERE).all())
 
-    def _sink_columns(self) -> Tensor:
+    def sink_columns(self) -> Tensor:
         """Where the sinks of each sequence stand; the number of all columns stands for none."""
         if self.sink_at is None:
             return torch.arange(self.sinks, device=self.device).clamp(max=self.length)[None]

@@ -1,0 +1,229 @@
+"""The cache that keeps to a policy, and what it does before and after every attention module."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from kvlatent.compose.attended import causal
+from kvlatent.compose.hooks import Hooks
+from kvlatent.compose.layers import EvictingLayer, EvictingWindowLayer, to_the_right
+from kvlatent.compose.policy import Policy, chosen
+from kvlatent.errors import UserError
+from kvlatent.model.cache import write_in_place
+from kvlatent.model.graft import spec_of
+
+MASKED_BY = ("sdpa", "eager")
+"""Implementations of attention whose masks are tensors, so that every layer can be given its own."""
+
+
+class Left(NamedTuple):
+    """What a policy that shortens the first pass has left of a prompt."""
+
+    columns: Int[Tensor, "batch left"]
+    """Of the prompt, in order."""
+    valid: Bool[Tensor, "batch left"] | None
+    """Which of them are tokens; None is all."""
+    length: int
+    """Columns of the prompt."""
+    now: Int[Tensor, "batch left"] | None
+    """What of a layer's own columns stays, until its hidden states are shortened."""
+
+
+class PolicyCache(DynamicCache):
+    """A cache from which a policy takes tokens after every prefill, which is any forward pass of several tokens.
+
+    Layers with a sliding window, which forget by themselves, stay as they are.
+    """
+
+    def __init__(self, policy: Policy, model: PreTrainedModel) -> None:
+        """Build empty layers, and hook the model for as long as the cache lives.
+
+        Raises:
+            UserError: The model's cache can't be kept to the policy.
+        """
+        if (asked := model.config._attn_implementation) not in MASKED_BY:
+            raise UserError(
+                f"a policy gives each layer its own mask, so attention runs as sdpa or eager, not as {asked}"
+            )
+        super().__init__(config=model.config)
+        self.policy, self.eager, spec = policy, asked == "eager", spec_of(model)
+        self.acts_on: list[int] = []
+        for index, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                near = spec if spec is not None and spec.window and index not in spec.whole_layers else None
+                self.layers[index] = EvictingWindowLayer(near.window, near.sinks) if near else EvictingLayer()
+                self.acts_on.append(index)
+        if not self.acts_on:
+            raise UserError(
+                "all layers of this model have a sliding window and forget by themselves: no use of a policy"
+            )
+        if policy.shortens and len(self.acts_on) < len(self.layers):
+            raise UserError(
+                f"{policy.name} takes tokens from all later layers, but some have a sliding window, which counts them; "
+                "take another policy"
+            )
+        if spec is not None:
+            write_in_place(self, model.config)
+        self.left: Left | None = None
+        self.hooks = Hooks(model)
+
+    @property
+    def share(self) -> float:
+        """Tokens held, of those seen, over all sequences and all layers that the policy acts on; 1 before any."""
+        layers: list[Any] = [self.layers[index] for index in self.acts_on]
+        seen = sum(layers[0].tokens) * len(layers)
+        held = sum(sum(layer.held_tokens()) + sum(min(layer.near, n) for n in layer.tokens) for layer in layers)
+        return held / seen if seen else 1.0
+
+    def before(self, index: int, hidden: Float[Tensor, "batch seq hidden"], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Announce tokens to a layer, and give its attention the mask of what it holds.
+
+        Args:
+            index: The layer's.
+            hidden: What its attention is given.
+            kwargs: The other arguments.
+
+        Returns:
+            The arguments, with another mask.
+
+        Raises:
+            UserError: A mask that isn't causal with left padding alone.
+        """
+        if index not in self.acts_on:
+            return kwargs
+        layer: Any = self.layers[index]
+        (batch, count, _), given = hidden.shape, kwargs.get("attention_mask")
+        own = None if given is None else allowed(given)[..., -count:].expand(batch, -1, -1, -1)
+        new = None if own is None else own[:, 0].diagonal(dim1=1, dim2=2)
+        known, visible = layer.columns, layer.visible
+        if own is not None and new is not None and index == self.acts_on[0]:
+            _check_padding(own, new, first=known == 0)
+        if new is not None and bool(new.all()):
+            new = None
+        layer.note(new, batch, count, hidden.device)
+        if known == 0 and new is None:
+            return kwargs
+        if count == 1:
+            mask = None if layer.visible is None else layer.visible[:, None, None]
+        else:
+            now = causal(count, count, slice(None), hidden.device).expand(batch, -1, -1, -1) if own is None else own
+            past = torch.ones(batch, known, dtype=torch.bool, device=hidden.device) if visible is None else visible
+            mask = torch.cat((past[:, None, None].expand(-1, -1, count, -1), now), dim=-1)
+        return kwargs | {"attention_mask": self.written(mask, hidden.dtype)}
+
+    def written(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """A boolean mask as the model's attention takes it."""
+        if mask is None or not self.eager:
+            return mask
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+    @torch.no_grad()
+    def after(self, index: int, hidden: Float[Tensor, "batch seq hidden"], kwargs: dict[str, Any]) -> None:
+        """Take tokens out of a layer, now that its attention has met them.
+
+        Args:
+            index: The layer's.
+            hidden: What its attention was given.
+            kwargs: The other arguments, as `before` left them.
+        """
+        if index not in self.acts_on or self.policy.keep == 1:
+            return
+        layer: Any = self.layers[index]
+        count, first_pass, at = hidden.shape[1], not layer.budgets, (self.acts_on.index(index), len(self.acts_on))
+        if first_pass or (count > 1 and not self.policy.shortens):
+            tokens = self.layers[self.acts_on[0]].tokens  # of the prompt, whatever earlier layers have left of it
+            layer.budgets = [self.policy.budget(n, *at) for n in tokens]
+            kept = self._keep(index, layer, hidden, kwargs, layer.budgets)
+            if self.policy.shortens:
+                self._leave(layer, kept, count)
+        elif self.policy.steps:
+            self._keep(index, layer, hidden, kwargs, layer.budgets)
+        else:
+            layer.fresh += count
+            while (oldest := self.policy.generated(layer.fresh - layer.near, *at)) is not None:
+                self._keep_of_generated(index, layer, hidden, kwargs, *oldest)
+
+    def _keep(
+        self, index: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any], budgets: list[int]
+    ) -> Bool[Tensor, "batch heads slots"] | None:
+        """Take out all but so many tokens of each sequence; None is that all stay."""
+        counts = [max(0, n - layer.near) for n in budgets]
+        if all(held <= n for held, n in zip(layer.held_tokens(), counts, strict=True)):
+            return None
+        tokens = self.layers[self.acts_on[0]].tokens
+        first = [max(0, self.policy.sinks - getattr(layer, "sinks", 0))] * len(tokens)
+        last = [max(0, self.policy.recent(n) - getattr(layer, "window", 0)) for n in tokens]
+        worth = self._worth(index, layer, hidden, kwargs, last)
+        kept = chosen(worth, layer.valid(), counts, first=first, last=last)
+        layer.take(*to_the_right(kept))
+        return kept
+
+    def _worth(
+        self, index: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any], last: list[int]
+    ) -> Float[Tensor, "batch heads slots"]:
+        """What the policy says of a layer's slots: the newer the better where it doesn't look at attention."""
+        tokens, slots = self.layers[self.acts_on[0]].tokens, torch.arange(layer.slots, device=hidden.device)
+        looked = [min(self.policy.observed(n), n, hidden.shape[1]) for n in tokens]
+        if (most := max(looked)) == 0:
+            return slots.float().expand(len(tokens), 1, -1)
+        weights = torch.zeros(len(tokens), most, device=hidden.device)
+        for row, count in enumerate(looked):
+            weights[row, most - count :] = self.policy.weights(count)
+        mask = kwargs.get("attention_mask")
+        mask = None if mask is None else allowed(mask)[:, :, -most:]
+        queries = self.hooks.observer.queries(index, hidden, kwargs, most)
+        received = self.hooks.observer.received(index, layer, queries, weights, mask)
+        stays = slots >= layer.slots - torch.tensor(last, device=hidden.device)[:, None]
+        return self.policy.rank(received.masked_fill(stays[:, None, None], 0.0))
+
+    def _keep_of_generated(
+        self, index: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any], looked_at: int, stay: int
+    ) -> None:
+        """Of the oldest so many slots that came after the prompt keep so many, by the newest query's attention."""
+        start = layer.slots - (layer.fresh - layer.near)
+        worth = self._worth(index, layer, hidden[:, -1:], kwargs, [0] * len(hidden))[:, :, start : start + looked_at]
+        best = worth.topk(stay, dim=-1).indices + start
+        slots = torch.arange(layer.slots, device=hidden.device)
+        kept = ((slots < start) | (slots >= start + looked_at)).expand(len(hidden), best.shape[1], -1).clone()
+        kept.scatter_(2, best, True)
+        valid = layer.valid()
+        layer.take(*to_the_right(kept if valid is None else kept & valid[:, None]))
+        layer.fresh -= looked_at
+
+    def _leave(self, layer: Any, kept: Bool[Tensor, "batch heads slots"] | None, count: int) -> None:
+        """Note which of the layer's columns later layers will see."""
+        if kept is None:
+            return
+        stays = kept[:, 0]
+        if isinstance(layer, EvictingWindowLayer):  # the slots were the columns between sinks and window
+            stays = layer.whole_columns()
+            start = layer.length - layer.window - kept.shape[2]
+            stays[:, start : start + kept.shape[2]] |= kept[:, 0]
+        columns, valid = to_the_right(stays[:, None])
+        columns = columns[:, 0]
+        before = self.left
+        of_prompt = columns if before is None else before.columns.gather(1, columns)
+        self.left = Left(of_prompt, valid, count if before is None else before.length, columns)
+
+
+def allowed(mask: Tensor) -> Bool[Tensor, "mask_batch 1 rows columns"]:
+    """Where queries may look, by a mask of any kind."""
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+def _check_padding(own: Bool[Tensor, "batch 1 new new"], new: Bool[Tensor, "batch new"], *, first: bool) -> None:
+    """Refuse masks of new tokens that aren't the causal triangle of left-padded sequences."""
+    if not first and not bool(new.all()):
+        raise UserError(
+            "with a policy, padding inside a text isn't supported: continue all sequences by as many tokens"
+        )
+    triangle = causal(new.shape[1], new.shape[1], slice(None), new.device) & new[:, None, None]
+    same = bool(((own == triangle) | ~new[:, None, :, None]).all())
+    if not same or not bool((new[:, 1:] >= new[:, :-1]).all() and new[:, -1].all()):
+        raise UserError("a policy takes causal masks with left padding alone, no packed texts and no right padding")

@@ -1,0 +1,455 @@
+"""Policies: scores and schedules against plain loops, decoding against masks over the whole cache, ragged batches
+against sequences alone, bytes against live tensors; on original models and on students."""
+
+import copy
+import gc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_window import windowed
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from kvlatent.compose.attended import Received
+from kvlatent.compose.evicting import PolicyCache
+from kvlatent.compose.layers import EvictingLayer, EvictingWindowLayer, to_the_right
+from kvlatent.compose.policies import POLICIES
+from kvlatent.compose.policies.pyramid_infer import PyramidInfer, schedule, solved_decay
+from kvlatent.compose.policies.snapkv import POOL, SnapKV
+from kvlatent.compose.policies.streaming import StreamingLLM
+from kvlatent.compose.policies.tova import TOVA
+from kvlatent.compose.policy import LEAST, Policy, chosen
+from kvlatent.errors import UserError
+from kvlatent.model.cache import cache_bytes
+from kvlatent.model.compatibility import CACHE
+from kvlatent.model.layers import hooks
+from kvlatent.model.window import FarMaps
+from kvlatent.model.window_cache import WindowLayer
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+PLAIN: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+Models = Callable[[str], PreTrainedModel]
+each_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+KINDS = ["stock", "best", "window", "codes"]
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="session")
+def models(tiny_teacher: Models, tiny_student: Callable[..., PreTrainedModel]) -> Models:
+    """A Llama, and its students by what is special about their caches."""
+
+    def model(kind: str) -> PreTrainedModel:
+        if kind == "stock":
+            return tiny_teacher("llama")
+        if kind in ("window", "codes"):
+            return windowed(tiny_teacher("llama"), codes=kind == "codes")
+        return tiny_student("llama", kind)
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def text() -> Tensor:
+    """Random text, (blocks 3, block_size 120), without the token that pads."""
+    return torch.randint(1, 260, (3, 120), generator=torch.Generator().manual_seed(5))
+
+
+def padded(text: Tensor, lengths: list[int]) -> dict[str, Tensor]:
+    mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+    return {"input_ids": torch.where(mask, text[:, : max(lengths)], 0), "attention_mask": mask.long()}
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Tensor, cache: Any, **kwargs: Any) -> Tensor:
+    return model(ids, use_cache=True, **{CACHE: cache}, **kwargs).logits
+
+
+# --- what stays
+
+
+@given(st.data())
+def test_what_stays_is_the_newest_the_first_and_the_best(data: st.DataObject) -> None:
+    slots, heads = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 2))
+    worth = torch.tensor(data.draw(st.permutations(range(heads * slots)))).view(1, heads, slots).float()
+    pads, last = data.draw(st.integers(0, slots - 1)), data.draw(st.integers(0, 4))
+    first, count = data.draw(st.integers(0, 3)), data.draw(st.integers(0, slots))
+    valid = (torch.arange(slots) >= pads)[None]
+    kept = chosen(worth, valid, [count], first=[first], last=[last])[0]
+    for head in range(heads):
+        order = list(range(slots - 1, max(pads, slots - last) - 1, -1))
+        order += [slot for slot in range(pads, min(pads + first, slots)) if slot not in order]
+        order += sorted((s for s in range(pads, slots) if s not in order), key=lambda s: -float(worth[0, head, s]))
+        if pads + first <= slots - last or count == 0:  # else some are both
+            assert set(kept[head].nonzero()[:, 0].tolist()) == set(order[:count])
+    assert kept.sum(-1).tolist() == [min(count, slots - pads)] * heads
+
+
+def test_kept_slots_move_to_the_right() -> None:
+    kept = torch.tensor([[[1, 0, 1, 1], [0, 1, 1, 1]], [[0, 0, 1, 0], [0, 0, 0, 1]]]).bool()
+    slots, valid = to_the_right(kept)
+    assert slots[0].tolist() == [[0, 2, 3], [1, 2, 3]] and slots[1, :, -1].tolist() == [2, 3]
+    assert valid is not None and valid.tolist() == [[True] * 3, [False, False, True]]
+    assert to_the_right(kept[:1])[1] is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spy(Policy):
+    """Remembers the attention that slots received from the newest 3 queries, of weights 1, 2 and 3."""
+
+    name: ClassVar[str] = "spy"
+    seen: ClassVar[list[Tensor]] = []
+
+    def recent(self, tokens: int) -> int:
+        return 0
+
+    def observed(self, tokens: int) -> int:
+        return 3
+
+    def weights(self, count: int) -> Tensor:
+        return 1.0 + torch.arange(count)
+
+    def rank(self, received: Received) -> Tensor:
+        self.seen.append(received)
+        return received.mean(2)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_received_attention_is_that_of_eager_maps(any_teacher: PreTrainedModel, text: Tensor, eager: bool) -> None:
+    ids, layer_types = text[:, :40], getattr(any_teacher.config, "layer_types", None)
+    if any_teacher.config.model_type == "mistral" and any_teacher.config.sliding_window:
+        with pytest.raises(UserError, match="sliding window"):
+            Spy().cache(any_teacher)
+        return
+    if eager:
+        any_teacher.set_attn_implementation("eager")
+    Spy.seen.clear()
+    logits(any_teacher, ids, Spy(keep=0.5).cache(any_teacher))
+    any_teacher.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = any_teacher(ids, output_attentions=True).attentions
+    maps = [x for i, x in enumerate(maps) if layer_types is None or layer_types[i] == "full_attention"]
+    assert len(Spy.seen) == len(maps)
+    for found, wanted in zip(Spy.seen, maps, strict=True):
+        wanted = sum(weight * wanted[:, :, -4 + weight] for weight in (1, 2, 3))
+        torch.testing.assert_close(found, wanted.unflatten(1, (2 if found.shape[1] == 2 else 4, -1)), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["window", "codes"])
+def test_received_attention_of_far_tokens_is_that_of_plain_loops(models: Models, text: Tensor, kind: str) -> None:
+    model, ids = models(kind).double(), text[:1, :40]
+    Spy.seen.clear()
+    cache = Spy(keep=0.5).cache(model)
+    seen: list[tuple[Tensor, Tensor, FarMaps]] = []
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        q, k, _ = module.queries_keys_values(kwargs["hidden_states"], *kwargs["position_embeddings"])
+        seen.append((q[0, :, -3:], k[0], module.far_maps()))
+
+    with hooks(layer.self_attn.register_forward_pre_hook(note, with_kwargs=True) for layer in model.model.layers):
+        logits(model, ids, cache)
+    n, window, sinks = 40, 5, 2
+    for index, (q, k, maps) in enumerate(seen):
+        scale = model.model.layers[index].self_attn.scale
+        far_k = maps.read(*maps.stored(k[None], k[None]))[0][0, 0]
+        found = Spy.seen[index][0, 0]
+        for head in range(4):
+            wanted = torch.zeros(n - window - sinks, dtype=torch.float64)
+            for weight in (1, 2, 3):
+                at, query = n - 4 + weight, q[head, weight - 1]
+                terms = {}
+                for t in range(at + 1):
+                    if sinks <= t < n - window:
+                        terms[t] = scale * (query @ maps.q[head]) @ far_k[t]
+                        terms[t] = terms[t] + (0 if maps.bias is None else maps.bias[head, 0])
+                    else:
+                        terms[t] = scale * query @ k[head // 2, t]
+                total = sum(math.exp(x) for x in terms.values())
+                for t in range(sinks, n - window):
+                    wanted[t - sinks] += weight * math.exp(terms[t]) / total
+            torch.testing.assert_close(found[head].double(), wanted, **CLOSE)
+
+
+def test_snapkv_pools_what_heads_of_a_group_receive() -> None:
+    received = torch.rand(1, 2, 2, 20, generator=torch.Generator().manual_seed(0))
+    found = SnapKV().rank(received)
+    for head in range(2):
+        mean = [float(received[0, head, :, t].mean()) for t in range(20)]
+        for t in range(20):
+            assert float(found[0, head, t]) == pytest.approx(max(mean[max(0, t - POOL // 2) : t + POOL // 2 + 1]))
+
+
+def test_tova_takes_the_mean_over_all_heads() -> None:
+    received = torch.rand(1, 2, 2, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(TOVA().rank(received)[0, 0], received[0].flatten(0, 1).mean(0))
+
+
+@given(
+    tokens=st.integers(1, 3000), layers=st.integers(2, 40), keep=st.floats(0.1, 0.99),
+)  # fmt: skip
+def test_the_decay_is_solved_for_the_share(tokens: int, layers: int, keep: float) -> None:
+    recent, decay = PyramidInfer(keep=keep).recent(tokens), solved_decay(tokens, layers, keep)
+    kept = schedule(tokens, decay, layers, recent)
+    assert kept[0] == tokens and kept == sorted(kept, reverse=True) and min(kept) >= min(64, tokens)
+    least = schedule(tokens, -64.0, layers, recent)
+    wanted = max(keep * tokens * layers, sum(least))
+    assert sum(least) <= sum(kept) <= wanted < sum(schedule(tokens, decay + 1e-9, layers, recent)) or kept == least
+
+
+def test_the_schedule_is_that_of_the_paper() -> None:
+    left, wanted = 1000, []
+    for layer in range(8):
+        share = 0.9 + 0.1 * (1 + math.cos(math.pi * layer / 8)) / 2
+        left = 201 + int((left - 201) * share)
+        wanted.append(left)
+    assert schedule(1000, 0.9, 8, 201) == wanted
+
+
+# --- what is computed from what stays
+
+
+@each_policy
+@each_kind
+def test_a_policy_that_keeps_all_changes_nothing(models: Models, text: Tensor, policy: type[Policy], kind: str) -> None:
+    model, cache = models(kind), None
+    cache, plain = policy(keep=1.0).cache(model), DynamicCache(config=model.config) if kind == "stock" else None
+    for piece in text[:, :50].split([30, 1, 1, 8, 10], dim=1):
+        with torch.no_grad():
+            out = model(piece, use_cache=True, **{CACHE: plain})
+        plain = out[CACHE]
+        torch.testing.assert_close(logits(model, piece, cache), out.logits, **CLOSE)
+    assert cache_bytes(cache) == cache_bytes(plain) and cache.share == 1
+    given = model.generate(text[:, :50], past_key_values=policy(keep=1.0).cache(model), **PLAIN)
+    assert torch.equal(given, model.generate(text[:, :50], **PLAIN))
+
+
+@pytest.mark.parametrize("policy", [StreamingLLM, SnapKV, TOVA])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "olmo3", "smollm3", "phi3", "gemma3_text", "ministral3"])
+def test_decoding_is_attention_to_what_stays_at_its_own_positions(
+    tiny_teacher: Models, text: Tensor, policy: type[Policy], name: str
+) -> None:
+    model, n = tiny_teacher(name), 100
+    cache, plain = policy(keep=0.5).cache(model), DynamicCache(config=model.config)
+    wanted = logits(model, text[:, :n], plain)
+    torch.testing.assert_close(logits(model, text[:, :n], cache), wanted, **CLOSE)
+    kept = {}
+    for index in cache.acts_on:
+        whole, held = plain.layers[index].keys, cache.layers[index].keys
+        same = (whole[:, :, None] - held[:, :, :, None]).abs().amax(-1) < 1e-6  # (batch, heads, held, n)
+        assert held.shape[2] == 50 and bool((same.sum(-1) == 1).all())
+        kept[index] = same.any(2)
+
+    def hide(module: Any, args: Any, kwargs: Any) -> Any:
+        if module.layer_idx not in kept:
+            return None
+        stays = kept[module.layer_idx].repeat_interleave(2, dim=1)
+        new = torch.ones(3, 4, 3, 3, dtype=torch.bool).tril()
+        mask = torch.cat((stays[:, :, None].expand(-1, -1, 3, -1), new), dim=-1)
+        return args, kwargs | {"attention_mask": mask}
+
+    with hooks(layer.self_attn.register_forward_pre_hook(hide, with_kwargs=True) for layer in model.model.layers):
+        wanted = logits(model, text[:, n : n + 3], plain)
+    torch.testing.assert_close(logits(model, text[:, n : n + 3], copy.deepcopy(cache)), wanted, **CLOSE)
+    if not policy.steps:
+        steps = [logits(model, token, cache) for token in text[:, n : n + 3].split(1, dim=1)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), wanted, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("policy", "kind", "how"),
+    [(policy, kind, {}) for policy in POLICIES.values() for kind in KINDS]
+    + [(policy, "codes", {"do_sample": True, "top_k": 20}) for policy in (SnapKV, PyramidInfer)]
+    + [(policy, kind, {"num_beams": 2}) for policy, kind in ((TOVA, "stock"), (SnapKV, "codes"))],
+    ids=str,
+)
+def test_sequences_in_a_batch_are_as_alone(
+    models: Models, text: Tensor, policy: type[Policy], kind: str, how: dict[str, Any]
+) -> None:
+    model, lengths = models(kind).double(), [120, 85, 17]
+    batch = padded(text, lengths)
+    if "do_sample" in how:  # rows draw from one generator: compare logits, on the tokens drawn
+        torch.manual_seed(0)
+        out = model.generate(
+            **batch, past_key_values=policy(keep=0.4).cache(model), **PLAIN | how,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        for row, length in enumerate(lengths):
+            cache = policy(keep=0.4).cache(model)
+            alone = [logits(model, batch["input_ids"][row : row + 1, -length:], cache)[0, -1]]
+            for token in out.sequences[row, max(lengths) : -1]:
+                alone.append(logits(model, token.view(1, 1), cache)[0, -1])
+            found = torch.stack(out.logits, dim=1)[row]
+            torch.testing.assert_close(found.double(), torch.stack(alone), rtol=1e-3, atol=1e-3)
+        return
+    found = model.generate(**batch, past_key_values=policy(keep=0.4).cache(model), **PLAIN | how)
+    for row, length in enumerate(lengths):
+        alone = batch["input_ids"][row : row + 1, -length:]
+        wanted = model.generate(alone, past_key_values=policy(keep=0.4).cache(model), **PLAIN | how)
+        assert torch.equal(found[row, max(lengths) - length :], wanted[0])
+
+
+@each_policy
+@each_kind
+def test_bytes_are_those_of_the_tensors_held(models: Models, text: Tensor, policy: type[Policy], kind: str) -> None:
+    model = models(kind)
+    for batch in ({"input_ids": text}, padded(text, [120, 85, 17])):
+        cache, lengths = policy(keep=0.4).cache(model), batch.get("attention_mask", torch.ones(3, 120)).sum(1).tolist()
+        logits(model, batch["input_ids"], cache, **{k: x for k, x in batch.items() if k != "input_ids"})
+        held = tokens = 0
+        for layer in cache.layers:
+            flags = 0 if layer.visible is None else layer.visible.nbytes
+            valid = layer.valid()
+            if isinstance(layer, WindowLayer):
+                held += sum(x[:, :, : layer.near].nbytes for x in layer.whole) + flags
+                held += sum(part.held().nbytes for part in layer.far.parts)
+                tokens += sum(min(7, int(n)) for n in lengths)
+                tokens += layer.far.length * 3 if valid is None else int(valid.sum())
+            else:
+                held += layer.keys.nbytes + layer.values.nbytes + flags
+                tokens += layer.keys.shape[2] * 3 if valid is None else int(valid.sum())
+        assert cache_bytes(cache) == held
+        assert cache.share == pytest.approx(tokens / len(cache.layers) / sum(lengths))
+        if policy is not PyramidInfer:
+            assert tokens == sum(max(LEAST, round(0.4 * n)) for n in lengths) * len(cache.layers)
+
+
+@pytest.mark.parametrize("kind", ["stock", "window"])
+def test_budgets_of_fixed_size_hold_while_decoding(models: Models, text: Tensor, kind: str) -> None:
+    model = models(kind)
+    for policy in (StreamingLLM, TOVA):
+        cache = policy(keep=0.3).cache(model)
+        model.generate(text[:, :100], past_key_values=cache, **PLAIN | {"max_new_tokens": 20})
+        assert [layer.held_tokens()[0] + layer.near for layer in cache.layers] == [30, 30]
+        short = policy(keep=0.3).cache(model)
+        model.generate(text[:, :5], past_key_values=short, **PLAIN | {"max_new_tokens": 30})
+        assert [layer.held_tokens()[0] + layer.near for layer in short.layers] == [LEAST, LEAST]
+    grows = SnapKV(keep=0.4).cache(model)
+    model.generate(text[:, :100], past_key_values=grows, **PLAIN | {"max_new_tokens": 21})
+    assert [layer.held_tokens()[0] + layer.near for layer in grows.layers] == [60, 60]
+
+
+def test_several_prefills_keep_their_share_of_all_tokens(models: Models, text: Tensor) -> None:
+    model = models("stock")
+    cache = SnapKV(keep=0.5).cache(model)
+    for piece in text.split([70, 1, 49], dim=1):
+        logits(model, piece, cache)
+    assert [layer.slots for layer in cache.layers] == [60, 60] and cache.get_seq_length() == 120
+
+
+# --- PyramidInfer
+
+
+def test_pyramid_infer_is_its_plain_loop(models: Models, text: Tensor) -> None:
+    model, n, policy = models("stock").double(), 120, PyramidInfer(keep=0.7)
+    cache = policy.cache(model)
+    found = logits(model, text[:1, :n], cache)[0]
+    hidden, columns = model.model.embed_tokens(text[:1, :n]), list(range(n))
+    recent = int(n * 0.2) + 1
+    kept = schedule(n, solved_decay(n, 2, 0.7), 2, recent)
+    for layer, left in zip(model.model.layers, kept, strict=True):
+        cos, sin = model.model.rotary_emb(hidden, torch.tensor([columns]))
+        mask = torch.ones(len(columns), len(columns), dtype=torch.bool).tril()[None, None]
+        seen = list[Any]()
+        model.set_attn_implementation("eager")
+        with hooks(iter([layer.self_attn.register_forward_hook(lambda m, a, out, to=seen: to.append(out))])):
+            lowest = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
+            hidden = layer(hidden, attention_mask=lowest, position_embeddings=(cos, sin))
+        model.set_attn_implementation("sdpa")
+        maps, scores = seen[0][1][0].mean(0), {}
+        for j in range(4, len(columns) - recent):
+            rows = range(len(columns) - recent, len(columns))
+            scores[j] = sum((1 + 0.2 * i / (recent - 1)) * float(maps[row, j]) for i, row in enumerate(rows)) / recent
+        best = sorted(scores, key=lambda j: -scores[j])[: left - recent - 4]
+        stays = sorted([0, 1, 2, 3, *best, *range(len(columns) - recent, len(columns))])
+        columns, hidden = [columns[j] for j in stays], hidden[:, stays]
+        held = cache.layers[layer.self_attn.layer_idx]
+        assert held.slots == len(columns) == left
+    wanted = model.lm_head(model.model.norm(hidden))[0]
+    torch.testing.assert_close(found[columns], wanted, **CLOSE)  # RoPE is float32 here
+    dropped = [t for t in range(n) if t not in columns]
+    assert dropped and bool(found[dropped].isnan().all()), "positions that no layer computed have no logits"
+
+
+def test_pyramid_infer_reduces_what_it_writes_block_by_block(models: Models, text: Tensor) -> None:
+    model = models("stock")
+    cache = PyramidInfer(keep=0.7).cache(model)
+    logits(model, text[:, :100], cache)
+    before = [layer.slots for layer in cache.layers]
+    for step, token in enumerate(text[:, :60].split(1, dim=1)):
+        logits(model, token, cache)
+        blocks = max(0, (step + 1 - 16) // 16)
+        stay = [int(16 * 0.9), int(16 * 0.9 * (0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2))]
+        assert [x.slots for x in cache.layers] == [
+            b + step + 1 - blocks * (16 - s) for b, s in zip(before, stay, strict=True)
+        ]
+
+
+# --- what can't be
+
+
+def test_hooks_go_with_the_cache(models: Models, text: Tensor) -> None:
+    model = models("stock")
+    first, cache = SnapKV().cache(model), SnapKV().cache(model)
+    twin = copy.deepcopy(cache)
+    del first, cache
+    gc.collect()
+    logits(model, text[:, :100], twin)
+    assert twin.layers[0].slots == 50
+    del twin
+    gc.collect()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def refused(model: PreTrainedModel, text: Tensor, why: str) -> None:
+    """Ask for what can't be, named by a part of the reason."""
+    two, cache = padded(text[:2], [50, 40]), SnapKV().cache(model)
+    if why == "left padding alone":
+        logits(model, text[:2, :50], cache, attention_mask=two["attention_mask"].flip(1))
+    elif why == "no packed texts":
+        packed = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
+        packed[..., 10:, :10] = False
+        logits(model, text[:1, :20], cache, attention_mask=packed)
+    elif why == "padding inside a text":
+        logits(model, two["input_ids"], cache, attention_mask=two["attention_mask"])
+        more = torch.cat((two["attention_mask"], torch.tensor([[1, 1], [0, 1]])), dim=1)
+        logits(model, text[:2, :2], cache, attention_mask=more)
+    elif why == "another model":
+        logits(copy.deepcopy(model), text, SnapKV().cache(copy.deepcopy(model)))
+    elif why == "assisted decoding":
+        model.generate(text[:1], past_key_values=cache, prompt_lookup_num_tokens=3, **PLAIN)
+    elif why == "no gradient":
+        model.requires_grad_(True)(text, **{CACHE: cache})
+    elif why == "not as flash_attention_2":
+        other = copy.deepcopy(model)
+        other.config._attn_implementation = "flash_attention_2"
+        SnapKV().cache(other)
+    else:
+        SnapKV(keep=0.0)
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        "left padding alone", "no packed texts", "padding inside a text", "another model", "assisted decoding",
+        "no gradient", "not as flash_attention_2", "above 0",
+    ],
+)  # fmt: skip
+def test_what_cant_be_combined_is_refused(models: Models, text: Tensor, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        refused(models("stock"), text, why)
+
+
+def test_pyramid_infer_takes_no_model_with_sliding_layers(tiny_teacher: Models) -> None:
+    with pytest.raises(UserError, match="pyramid-infer takes tokens from all later layers"):
+        PyramidInfer().cache(tiny_teacher("gemma3_text"))
+
+
+def test_layers_are_of_the_kind_that_a_model_caches(models: Models) -> None:
+    for kind, layer in (("stock", EvictingLayer), ("portable", EvictingLayer), ("codes", EvictingWindowLayer)):
+        assert all(type(x) is layer for x in SnapKV().cache(models(kind)).layers)
+    assert PolicyCache(SnapKV(), models("stock")).share == 1
