@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kvlatent.errors import needs
 
 if TYPE_CHECKING:
+    from kvlatent.compose.policies import policy as policy
     from kvlatent.compose.prompt import compress_chat as compress_chat
     from kvlatent.compose.prompt import compress_prompt as compress_prompt
     from kvlatent.compress.budget import plan as plan
@@ -64,6 +65,7 @@ PUBLIC = {
     "bench": "kvlatent.evaluation.bench",
     "GenerateConfig": "kvlatent.evaluation.config",
     "generate": "kvlatent.evaluation.generate",
+    "policy": "kvlatent.compose.policies",
     "compress_prompt": "kvlatent.compose.prompt",
     "compress_chat": "kvlatent.compose.prompt",
     "ExportConfig": "kvlatent.serving.config",
@@ -99,6 +101,7 @@ __all__ = [
     "needle",
     "perplexity",
     "plan",
+    "policy",
     "probe",
     "read_text",
     "register",

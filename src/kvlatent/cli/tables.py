@@ -18,12 +18,19 @@ def side_by_side(result: Mapping[str, Any], keys: Sequence[str]) -> str:
     from kvlatent.evaluation.report.text import aligned
 
     models = [result, *([result["against"]] if "against" in result else [])]
-    header = ["", *(str(model["model"]) for model in models), *(["ratio"] if len(models) > 1 else [])]
+    header = ["", *map(_title, models), *(["ratio"] if len(models) > 1 else [])]
     rows = []
     for name, values in _numbers([{key: model[key] for key in keys if key in model} for model in models]).items():
         ratio = [f"{values[0] / values[1]:.4g}"] if len(values) > 1 and values[1] else [""] * (len(values) - 1)
         rows.append([name, *map(text_of, values), *ratio])
     return aligned(header, rows)
+
+
+def _title(model: Mapping[str, Any]) -> str:
+    """A model's name, with the policy that its cache keeps to."""
+    name = str(model["model"])
+    policy = f"{model['policy']} {model['keep']:g}" if "policy" in model else ""
+    return f"{name} ({policy})" if policy not in name else name
 
 
 def cache_table(rows: Sequence[Mapping[str, int]]) -> str:

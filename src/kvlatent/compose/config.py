@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 from tyro.conf import Positional, arg
 
 from kvlatent.errors import UserError
 from kvlatent.fields import Model, OptionalNumber
+
+Name = Literal["streaming", "snapkv", "tova", "pyramid-infer"]
+PolicyName = Annotated[Name | None, arg(metavar=f"{{{','.join(get_args(Name))}}}", help_behavior_hint="")]
+Keep = Annotated[float | None, arg(metavar="X", help_behavior_hint="(default: 0.5)")]
+
+
+def check_policy(policy: str | None, keep: float | None) -> None:
+    """Raise `UserError` for a share of tokens without a policy, or out of range."""
+    if policy is None and keep is not None:
+        raise UserError("--keep is the share of tokens that a policy keeps; name one with --policy")
+    if keep is not None and not 0 < keep <= 1:
+        raise UserError(f"--keep must be above 0 and at most 1; got {keep}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,7 +146,8 @@ class PolicyCache(DynamicCache):
             self._keep(index, layer, hidden, kwargs, layer.budgets)
         else:
             layer.fresh += count
-            while (oldest := self.policy.generated(layer.fresh - layer.near, *at)) is not None:
+            oldest = self.policy.generated(layer.fresh - layer.near, *at) if count == 1 else None
+            if oldest is not None:
                 self._keep_of_generated(index, layer, hidden, kwargs, *oldest)
 
     def _keep(
@@ -187,7 +188,7 @@ class PolicyCache(DynamicCache):
     ) -> None:
         """Of the oldest so many slots that came after the prompt keep so many, by the newest query's attention."""
         start = layer.slots - (layer.fresh - layer.near)
-        worth = self._worth(index, layer, hidden[:, -1:], kwargs, [0] * len(hidden))[:, :, start : start + looked_at]
+        worth = self._worth(index, layer, hidden, kwargs, [0] * len(hidden))[:, :, start : start + looked_at]
         best = worth.topk(stay, dim=-1).indices + start
         slots = torch.arange(layer.slots, device=hidden.device)
         kept = ((slots < start) | (slots >= start + looked_at)).expand(len(hidden), best.shape[1], -1).clone()

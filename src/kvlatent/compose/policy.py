@@ -45,6 +45,9 @@ class Policy:
         if not 0 < self.keep <= 1:
             raise UserError(f"keep must be above 0 and at most 1; got {self.keep}")
 
+    def __str__(self) -> str:
+        return f"{self.name} {self.keep:g}"
+
     def budget(self, tokens: int, layer: int, layers: int) -> int:
         """Tokens that a layer keeps of so many, if there are as many.
 

@@ -15,6 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from kvlatent.compose.evicting import PolicyCache
+from kvlatent.compose.policies import policy_of
+from kvlatent.compose.policy import Policy
 from kvlatent.errors import UserError, needs
 from kvlatent.evaluation.config import BenchConfig
 from kvlatent.files import new_folder
@@ -42,8 +45,11 @@ class Measurement:
     """Median over the decode steps."""
     peak_memory_bytes: int
     cache_bytes: int
-    cache_bytes_predicted: int
+    cache_bytes_predicted: int | None
+    """None where a policy keeps what the prompt tells."""
     cache_bytes_allocated: int
+    kept_share: float | None
+    """Of tokens, with a policy."""
     bandwidth: float
     """Bytes per second that a copy moved just before, reads and writes counted."""
 
@@ -65,17 +71,23 @@ def bench(config: BenchConfig, *, device: str = "auto", dtype: str = "auto", see
     names = [config.model, *([] if against is None else [against])]
     for name in names:
         load_config(name)
+    policy = policy_of(config.policy, config.keep)
+    label = f"{config.model} ({policy})"
+    policies = {} if policy is None else {label: policy}
     rows: list[dict[str, Any]] = []
     n_max: list[dict[str, Any]] = []
     with new_folder(config.out) if config.out is not None else nullcontext() as folder:
         for kind in config.dtypes or (dtype,):
-            models = {name: load_model(name, device=device, dtype=kind)[0] for name in names}
+            models = {name: load_model(name, device=device, dtype=kind)[0] for name in dict.fromkeys(names)}
+            if policy is not None:
+                models = {label: models[config.model], **({} if against is None else {against: models[against]})}
             if config.own and against is not None:
                 models[f"{against} (our path)"] = graft(models[against], share=True)
             for batch in config.batch:
                 for context in config.context:
-                    sizes = {"context": context, "batch": batch, "new_tokens": config.new_tokens}
-                    rows += benchmark(models, **sizes, repeats=config.repeats, synthetic=config.synthetic, seed=seed)
+                    sizes: dict[str, Any] = {"context": context, "batch": batch, "new_tokens": config.new_tokens}
+                    sizes |= {"repeats": config.repeats, "synthetic": config.synthetic, "seed": seed}
+                    rows += benchmark(models, **sizes, policies=policies)
                 if config.memory is not None:
                     n_max += [
                         {
@@ -105,6 +117,7 @@ def benchmark(
     repeats: int = 5,
     synthetic: bool = False,
     seed: int,
+    policies: Mapping[str, Policy] | None = None,
 ) -> list[dict[str, Any]]:
     """Time models on the same random tokens, in turns (A B A B), so that a drifting machine slows them alike.
 
@@ -124,6 +137,8 @@ def benchmark(
         synthetic: Fill the cache with random numbers instead of a prefill: decode time depends on shapes only, and
             a long prefill of a large batch takes minutes. TTFT is None then.
         seed: Chooses the tokens.
+        policies: By name of the model whose cache keeps to it; its row has `policy`, `keep` and `kept_share`, and no
+            prediction.
 
     Returns:
         A row per model: `model, context, batch, new_tokens, dtype, synthetic, cache_bytes` (in use at the end, from the
@@ -151,10 +166,12 @@ def benchmark(
     vocab_size = min(model.config.vocab_size for model in models.values())
     ids = torch.randint(vocab_size, (batch, context), generator=torch.Generator().manual_seed(seed))
 
+    policies = policies or {}
     measured: dict[str, list[Measurement]] = {name: [] for name in models}
     turns = [name for _ in range(repeats + 1) for name in models]
     for turn, name in enumerate(tqdm(turns, desc=f"bench {batch} x {context}", unit="runs")):
-        measurement = _measure(models[name], ids, new_tokens=new_tokens, synthetic=synthetic)
+        policy = policies.get(name)
+        measurement = _measure(models[name], ids, new_tokens=new_tokens, synthetic=synthetic, policy=policy)
         if turn >= len(models):  # the first round is the warm-up
             measured[name].append(measurement)
     return [
@@ -168,14 +185,27 @@ def benchmark(
             **_summary(model, measured[name], batch=batch),
             "cache_bytes_per_token": far_token_bytes(model.config, model.dtype.itemsize),
             "window_bytes": window_bytes(model.config, model.dtype.itemsize),
+            **_about(policies.get(name), measured[name][-1]),
         }
         for name, model in models.items()
     ]
 
 
+def _about(policy: Policy | None, last: Measurement) -> dict[str, Any]:
+    """What a row says of a policy."""
+    if policy is None:
+        return {}
+    return {"policy": policy.name, "keep": policy.keep, "kept_share": last.kept_share}
+
+
 @torch.no_grad()
 def _measure(
-    model: PreTrainedModel, ids: Int[Tensor, "batch context"], *, new_tokens: int, synthetic: bool
+    model: PreTrainedModel,
+    ids: Int[Tensor, "batch context"],
+    *,
+    new_tokens: int,
+    synthetic: bool,
+    policy: Policy | None = None,
 ) -> Measurement:
     device = model.device
     ids = ids.to(device)
@@ -187,8 +217,9 @@ def _measure(
     if synthetic:
         cache, token = filled_cache(model, batch=len(ids), tokens=ids.shape[1]), ids[:, -1:]
     else:
+        given = {} if policy is None else {CACHE: policy.cache(model)}
         start = _now(device)
-        output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **given)
         token = output.logits[:, -1:].argmax(dim=-1)  # (batch, 1)
         ttft = _now(device) - start
         cache = output[CACHE]
@@ -200,8 +231,9 @@ def _measure(
         steps.append(_now(device) - start)
 
     sizes = {"batch": len(ids), "tokens": ids.shape[1] + new_tokens, "element_size": model.dtype.itemsize}
-    live, predicted = cache_bytes(cache), predicted_cache_bytes(model.config, **sizes)
-    if live != predicted:
+    live = cache_bytes(cache)
+    predicted = predicted_cache_bytes(model.config, **sizes) if policy is None else None
+    if predicted is not None and live != predicted:
         raise RuntimeError(f"the live cache holds {live} bytes, but {predicted} were predicted")
     return Measurement(
         ttft_ms=None if ttft is None else 1000 * ttft,
@@ -210,6 +242,7 @@ def _measure(
         cache_bytes=live,
         cache_bytes_predicted=predicted,
         cache_bytes_allocated=allocated_bytes(cache),
+        kept_share=cache.share if isinstance(cache, PolicyCache) else None,
         bandwidth=bandwidth,
     )
 

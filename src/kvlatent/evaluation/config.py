@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from kvlatent.compose.config import Keep, PolicyName, check_policy
 from kvlatent.errors import UserError
 from kvlatent.fields import (
     Memory,
@@ -60,6 +61,11 @@ class EvalConfig:
     """Tasks of lm-eval (pip install 'kvlatent[eval]'), by name or .yaml file; with --against, tested in pairs."""
     limit: OptionalNumber = None
     """Samples of each task, from the first; all of them by default."""
+    policy: PolicyName = None
+    """Which tokens MODEL's cache keeps of a prompt: answers, and the second half of each block of text, are judged from
+    what is left of it; --against keeps all."""
+    keep: Keep = None
+    """Share of tokens that --policy keeps."""
 
     def __post_init__(self) -> None:
         if not (self.text or self.needle or self.retrieval or self.tasks):
@@ -75,6 +81,11 @@ class EvalConfig:
             )
         if self.retrieval and not self.retrieval_contexts:
             raise UserError("give at least one of --retrieval-contexts")
+        check_policy(self.policy, self.keep)
+        if self.policy and self.tasks:
+            raise UserError(
+                "--tasks score whole prompts in one pass, before a policy acts; leave --policy or --tasks out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +112,20 @@ class BenchConfig:
     """Measure the model of --against on kvlatent's cache and attention too."""
     memory: Memory = None
     """Also find the longest context that fits in so much memory, for every batch and dtype, and allocate it."""
+    policy: PolicyName = None
+    """Which tokens MODEL's cache keeps after the prefill."""
+    keep: Keep = None
+    """Share of tokens that --policy keeps."""
     out: OptionalFolder = None
     """A new folder for bench.json and bench.html with plots."""
 
     def __post_init__(self) -> None:
-        if self.model == self.against:
+        check_policy(self.policy, self.keep)
+        if self.policy and (self.synthetic or self.memory is not None):
+            raise UserError(
+                "a policy acts after a prefill, which --synthetic and --memory leave out; leave --policy or these out"
+            )
+        if self.model == self.against and not self.policy:
             raise UserError(f"--against must be another model; got {self.model} twice")
         if self.own and self.against is None:
             raise UserError("--own measures the model of --against on our path; give --against")
@@ -150,9 +170,14 @@ class GenerateConfig:
     """Most tokens to write."""
     chat: bool = False
     """Put the prompt into the model's chat template."""
+    policy: PolicyName = None
+    """Which tokens the cache keeps after the prompt."""
+    keep: Keep = None
+    """Share of tokens that --policy keeps."""
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise UserError("the prompt is empty; give at least a word")
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1; got {self.max_new_tokens}")
+        check_policy(self.policy, self.keep)

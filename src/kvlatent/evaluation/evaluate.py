@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvlatent.compose.policies import policy_of
 from kvlatent.data.blocks import batch_size_for, check_held_out
 from kvlatent.data.sources import read_text
 from kvlatent.errors import UserError
@@ -27,6 +28,7 @@ def evaluate(config: EvalConfig, *, device: str = "auto", dtype: str = "auto", s
     With another model, every metric of a task comes with a test on the samples that both answered, under `paired`: its
     difference (model less the other), the standard error of that, and the p-value. With `far`, both and the other one
     without far text (`near_only`) have `far_gain_kept` and the perplexity ratio over the tokens that need far text.
+    With a policy, the model answers from what it keeps of prompts, and text is the second half of each block.
 
     Raises:
         UserError: The text was used for calibration or training, or a model can't be used.
@@ -48,26 +50,33 @@ def evaluate(config: EvalConfig, *, device: str = "auto", dtype: str = "auto", s
     scores: list[Perplexity] = []
     samples: list[dict[str, dict[str, list[float]]]] = []  # of each model, by task and metric
     entries: list[dict[str, Any]] = []
-    near_only = None
-    for name in names:
+    near_only, asked = None, policy_of(config.policy, config.keep)
+    for index, name in enumerate(names):
         loaded, _ = load_model(name, device=device, dtype=dtype)
         entry: dict[str, Any] = {"model": name}
+        policy = asked if index == 0 else None
+        if policy is not None:
+            entry |= {"policy": policy.name, "keep": policy.keep}
         samples.append({})
         if blocks is not None:
             settings: dict[str, Any] = {"text_bytes": blocks.bytes, "batch_size": batch_size_for(config.block_size)}
-            scores.append(perplexity(loaded, blocks.ids, **settings))
-            if config.far and name == config.against:
-                near_only = near_only_perplexity(loaded, blocks.ids, **settings)
+            found = [perplexity(loaded, blocks.ids, **settings, policy=policy)]
+            if config.far and index == 1:
+                found.append(near_only_perplexity(loaded, blocks.ids, **settings))
+            if asked is not None and policy is None:
+                found = [score.of_second_half() for score in found]
+            scores.append(found[0])
+            near_only = found[1] if len(found) > 1 else None
         if config.needle:
             entry["needle"] = {
-                str(context): needle(loaded, tokenizer, context=context, trials=NEEDLE_TRIALS, seed=seed)
+                str(context): needle(loaded, tokenizer, context=context, trials=NEEDLE_TRIALS, seed=seed, policy=policy)
                 for context in _within(positions, NEEDLE_CONTEXTS)
             }
         if config.retrieval:
             sizes = itertools.product(RETRIEVAL_TESTS, _within(positions, config.retrieval_contexts))
             answered = {
                 f"{test} {context}": retrieval(
-                    loaded, tokenizer, test, context=context, trials=config.trials, seed=seed
+                    loaded, tokenizer, test, context=context, trials=config.trials, seed=seed, policy=policy
                 )
                 for test, context in sizes
             }
@@ -122,6 +131,8 @@ def scores_of(
         "perplexity_stderr": score.perplexity_stderr,
         "bits_per_byte": score.bits_per_byte,
     }
+    if score.kept_share is not None:
+        told["kept_share"] = score.kept_share
     if len(score.by_position) > 1:
         told["perplexity_at"] = score.by_position
     if teacher is not None:

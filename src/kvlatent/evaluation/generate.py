@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvlatent.compose.evicting import PolicyCache
+from kvlatent.compose.policies import policy_of
 from kvlatent.data.blocks import check_ids
 from kvlatent.data.chats import chat_text
 from kvlatent.errors import UserError
 from kvlatent.evaluation.config import GenerateConfig
+from kvlatent.model.cache import cache_bytes
 from kvlatent.model.checkpoints import load_model
+from kvlatent.model.compatibility import CACHE
 from kvlatent.model.loading import load_config
 
 
@@ -27,15 +31,28 @@ def generate(config: GenerateConfig, *, device: str = "auto", dtype: str = "auto
     if config.chat and not tokenizer.chat_template:
         raise UserError(f"{config.model} has no chat template; leave --chat out")
     torch.manual_seed(seed)
+    policy = policy_of(config.policy, config.keep)
+    cache = None if policy is None else policy.cache(loaded)
     began = time.monotonic()
-    completion, new_tokens = complete(loaded, tokenizer, config.prompt, config.max_new_tokens, chat=config.chat)
+    completion, new_tokens = complete(
+        loaded, tokenizer, config.prompt, config.max_new_tokens, chat=config.chat, cache=cache
+    )
     seconds = time.monotonic() - began
-    about = {"model": config.model, "prompt": config.prompt}
+    about: dict[str, Any] = {"model": config.model, "prompt": config.prompt}
+    if policy is not None and cache is not None:
+        about |= {"policy": policy.name, "keep": policy.keep}
+        about |= {"kept_share": cache.share, "cache_bytes": cache_bytes(cache)}
     return about | {"completion": completion, "new_tokens": new_tokens, "seconds": seconds}
 
 
 def complete(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, *, chat: bool = False
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    chat: bool = False,
+    cache: PolicyCache | None = None,
 ) -> tuple[str, int]:
     """Return the greedy continuation as text, and its number of tokens."""
     text = prompt
@@ -52,7 +69,8 @@ def complete(
     # Beams and penalties of the model's own config, which fill unset fields, would make it anything but greedy.
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=config.eos_token_id, pad_token_id=pad)
     try:
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens)
+        given = {} if cache is None else {CACHE: cache}
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **given)
     finally:
         model.generation_config = config
     new = output[0, ids.shape[1] :]

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvlatent.compose.policy import Policy
 from kvlatent.errors import UserError
+from kvlatent.model.compatibility import CACHE
 from kvlatent.model.layers import check_positions, evaluation_mode
 
 DEPTH_BINS = 5
@@ -17,7 +19,13 @@ DEPTH_BINS = 5
 
 @torch.no_grad()
 def needle(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, context: int, trials: int, seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int,
+    trials: int,
+    seed: int,
+    policy: Policy | None = None,
 ) -> dict[str, Any]:
     """Ask for a 5-digit code that was mentioned once at a random depth of filler text.
 
@@ -31,6 +39,7 @@ def needle(
         context: Tokens of the prompt and answer together; a few fewer are used, since filler comes in sentences.
         trials: Prompts to try; depths are spread evenly over `DEPTH_BINS` bins.
         seed: Chooses codes, depths and filler; the same seed gives two models the same prompts.
+        policy: Answer from what it keeps of the prompt.
 
     Returns:
         `context`, `trials`, `exact_match` (a fraction), `code_log_probability` (mean), and `by_depth`: per bin its
@@ -49,7 +58,7 @@ def needle(
             bin_index = trial % DEPTH_BINS
             depth = (bin_index + rng.random()) / DEPTH_BINS
             prompt, answer = _needle_prompt(tokenizer, context=context, depth=depth, rng=rng)
-            scores[bin_index].append(score_answer(model, prompt, answer))
+            scores[bin_index].append(score_answer(model, prompt, answer, policy=policy))
     by_depth = [
         {"depth": [index / DEPTH_BINS, (index + 1) / DEPTH_BINS], "trials": len(of_bin), **_mean_scores(of_bin)}
         for index, of_bin in enumerate(scores)
@@ -127,11 +136,32 @@ def filled_prompt(
     return ids
 
 
-def score_answer(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> tuple[bool, float]:
-    """Return whether greedy decoding gives the answer, and the answer's log-probability in nats."""
+def score_answer(
+    model: PreTrainedModel,
+    prompt: list[int],
+    answer: list[int],
+    *,
+    policy: Policy | None = None,
+    before: int | None = None,
+) -> tuple[bool, float]:
+    """Return whether greedy decoding gives the answer, and the answer's log-probability in nats.
+
+    Args:
+        model: On any device.
+        prompt: Tokens.
+        answer: Those that should follow.
+        policy: Answer from what it keeps of the prompt.
+        before: How many of the prompt's tokens there are when it chooses; all but the last by default, so that it knows
+            the question.
+    """
     ids = torch.tensor([prompt + answer], device=model.device)
+    kwargs: dict[str, Any] = {"use_cache": False}
+    if policy is not None:
+        kwargs = {"use_cache": True, CACHE: policy.cache(model)}
+        before = len(prompt) - 1 if before is None else before
+        model(input_ids=ids[:, :before], logits_to_keep=1, **kwargs)
     # One row more than the answer has tokens: each row predicts the next token, and the last row has none to predict.
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1].float()
+    logits = model(input_ids=ids[:, before:], logits_to_keep=len(answer) + 1, **kwargs).logits[0, :-1].float()
     targets = ids[0, -len(answer) :]
     log_probability = -F.cross_entropy(logits, targets, reduction="sum").item()
     return bool((logits.argmax(dim=-1) == targets).all()), log_probability

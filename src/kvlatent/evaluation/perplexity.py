@@ -3,7 +3,7 @@
 import itertools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,7 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from kvlatent.compose.policy import Policy
 from kvlatent.errors import UserError
+from kvlatent.model.compatibility import CACHE
 from kvlatent.model.layers import check_positions, evaluation_mode, token_nll
 
 SHORT = 512  # tokens of a short context
@@ -27,6 +29,18 @@ class Perplexity:
     """In nats, of every predicted token; float64, on the CPU. The first of a block has nothing to be predicted from."""
     bytes: int
     """UTF-8 bytes of the text behind all tokens, the first of each block included."""
+    first: int = 1
+    """Place in a block of the first predicted token; what is before it is neither predicted nor counted."""
+    kept_share: float | None = None
+    """Of what is before it, where a policy took tokens out of the cache."""
+
+    def of_second_half(self) -> "Perplexity":
+        """What `perplexity` measures with a policy: the same without the first half of each block."""
+        block_size = self.token_nll.shape[1] + 1
+        half = block_size // 2
+        return Perplexity(
+            token_nll=self.token_nll[:, half:], bytes=_share(self.bytes, block_size - half, block_size), first=half + 1
+        )
 
     @property
     def nll(self) -> float:
@@ -65,13 +79,14 @@ class Perplexity:
 
         A student may be good at the start of a context and bad far into it, which a mean over short blocks can't show.
         """
-        bounds, block_size = [0, SHORT], len(self.position_nll) + 1
+        bounds, block_size = [0, SHORT], len(self.position_nll) + self.first
         while bounds[-1] < block_size:
             bounds.append(2 * bounds[-1])
         bounds[-1] = block_size
         return {  # the first token is not predicted
-            f"{start}-{end}": math.exp(self.position_nll[max(0, start - 1) : end - 1].mean())
+            f"{start}-{end}": math.exp(self.position_nll[max(0, start - self.first) : end - self.first].mean())
             for start, end in itertools.pairwise(bounds)
+            if end > self.first
         }
 
     @property
@@ -101,6 +116,7 @@ def perplexity(
     text_bytes: int,
     batch_size: int,
     visible: Bool[Tensor, "1 1 block_size block_size"] | dict[str, Tensor] | None = None,
+    policy: Policy | None = None,
 ) -> Perplexity:
     """Measure how well a model predicts packed text.
 
@@ -113,18 +129,26 @@ def perplexity(
         text_bytes: UTF-8 bytes of the text that all of `ids` stands for.
         batch_size: Blocks per forward pass; changes speed and memory, not the result.
         visible: Which tokens of its block each token sees, in all layers or by type of layer; None is all up to itself.
+        policy: Predict the second half of each block from what it keeps of the first half.
 
     Raises:
         UserError: No text, blocks too short or longer than the model's positions, ids outside its vocabulary, or
             probabilities of 0 or that are no numbers.
     """
     _check_blocks(model, ids, text_bytes=text_bytes, batch_size=batch_size)
-    kwargs = {} if visible is None else {"attention_mask": _on(model.device, visible)}
-    parts: list[Tensor] = []
+    kwargs: dict[str, Any] = {} if visible is None else {"attention_mask": _on(model.device, visible)}
+    half, kept_share, parts = 0, None, list[Tensor]()
+    if policy is not None:
+        half, cache = ids.shape[1] // 2, policy.cache(model)
+        kwargs |= {"use_cache": True, CACHE: cache}
     progress = tqdm(total=ids.numel(), desc="perplexity", unit="tokens", unit_scale=True)
     with evaluation_mode(model), progress:
         for batch in ids.split(batch_size):
-            parts.append(token_nll(model, batch.to(model.device), **kwargs).cpu().double())
+            if policy is not None:
+                cache.reset()
+                model.get_decoder()(input_ids=batch[:, :half].to(model.device), **kwargs)
+                kept_share = cache.share
+            parts.append(token_nll(model, batch[:, half:].to(model.device), **kwargs).cpu().double())
             if not bool((parts[-1] <= MOST_NATS).all()):
                 raise UserError(
                     f"a token of the text costs {parts[-1].max():.4g} nats, and beyond {MOST_NATS:.0f} a perplexity "
@@ -132,7 +156,8 @@ def perplexity(
                 )
             progress.set_postfix(perplexity=f"{torch.cat(parts).mean().exp():.2f}", refresh=False)
             progress.update(batch.numel())
-    return Perplexity(token_nll=torch.cat(parts), bytes=text_bytes)
+    text_bytes = _share(text_bytes, ids.shape[1] - half, ids.shape[1])
+    return Perplexity(token_nll=torch.cat(parts), bytes=text_bytes, first=half + 1, kept_share=kept_share)
 
 
 def compare(teacher: Perplexity, student: Perplexity) -> PerplexityRatio:
@@ -158,6 +183,11 @@ def compare(teacher: Perplexity, student: Perplexity) -> PerplexityRatio:
     ratio = math.exp(log_ratios.mean().item())
     error = standard_error(log_ratios)
     return PerplexityRatio(ratio, None if error is None else ratio * error)
+
+
+def _share(text_bytes: int, tokens: int, of: int) -> int:
+    """The bytes of so many tokens of so many."""
+    return max(1, round(text_bytes * tokens / of))
 
 
 def _check_blocks(model: PreTrainedModel, ids: Tensor, *, text_bytes: int, batch_size: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvlatent.compose.policy import Policy
 from kvlatent.errors import UserError
 from kvlatent.evaluation.config import NEAR
 from kvlatent.evaluation.needle import filled_prompt, score_answer
@@ -66,6 +67,7 @@ def retrieval(
     context: int,
     trials: int,
     seed: int,
+    policy: Policy | None = None,
 ) -> Retrieval:
     """Ask for the code of one name among several, once per prompt, scored as `needle` scores.
 
@@ -76,6 +78,7 @@ def retrieval(
         context: Tokens of prompt and answer together; a few fewer are used.
         trials: Prompts; what is asked for is spread evenly over all of the text but the newest `2 * NEAR` tokens.
         seed: Chooses names, codes and filler; the same seed gives two models the same prompts.
+        policy: Answer from what it keeps of the prompt.
 
     Raises:
         UserError: `context` is too short for far text or for the pairs, or too long for the model, or `trials` < 1.
@@ -92,7 +95,7 @@ def retrieval(
         for trial in tqdm(range(trials), desc=f"{test} {context}", unit="prompts"):
             depth = (trial + rng.random()) / trials * (1 - 2 * NEAR / context)
             prompt, answer = retrieval_prompt(tokenizer, pairs, context=context, depth=depth, rng=rng)
-            answers.append(score_answer(model, prompt, answer))
+            answers.append(score_answer(model, prompt, answer, policy=policy))
     samples = {"exact_match": [float(exact) for exact, _ in answers], "log_probability": [p for _, p in answers]}
     return Retrieval(pairs=pairs, samples=samples)
 

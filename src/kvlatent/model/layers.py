@@ -131,7 +131,9 @@ def token_nll(
     model: PreTrainedModel, ids: Int[Tensor, "batch block_size"], **kwargs: Any
 ) -> Float[Tensor, "batch block_size-1"]:
     """Return nats per predicted token in float32, holding full-vocabulary logits of one chunk at a time."""
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False, **kwargs).last_hidden_state[:, :-1].flatten(0, 1)
+    hidden = (
+        model.get_decoder()(input_ids=ids, **{"use_cache": False, **kwargs}).last_hidden_state[:, :-1].flatten(0, 1)
+    )
     lm_head, hidden = model.get_output_embeddings(), before_head(model, hidden)
     chunks = zip(hidden.split(POSITIONS_PER_CHUNK), ids[:, 1:].flatten().split(POSITIONS_PER_CHUNK), strict=True)
     nll = [F.cross_entropy(lm_head(states).float(), targets, reduction="none") for states, targets in chunks]
