@@ -17,11 +17,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvlatent.compose.attended import Received
+from kvlatent.compose.codebook import Codebook, leaders
+from kvlatent.compose.coded_layer import CodedLayer, turned
 from kvlatent.compose.evicting import PolicyCache
 from kvlatent.compose.layers import EvictingLayer, EvictingWindowLayer, to_the_right
 from kvlatent.compose.policies import POLICIES
 from kvlatent.compose.policies.pyramid_infer import PyramidInfer, schedule, solved_decay
 from kvlatent.compose.policies.snapkv import POOL, SnapKV
+from kvlatent.compose.policies.spindle import SpindleKV, shares
 from kvlatent.compose.policies.streaming import StreamingLLM
 from kvlatent.compose.policies.tova import TOVA
 from kvlatent.compose.policy import LEAST, Policy, chosen
@@ -32,12 +35,14 @@ from kvlatent.model.layers import hooks
 from kvlatent.model.window import FarMaps
 from kvlatent.model.window_cache import WindowLayer
 
+BEFORE_ROPE = ["stock", "portable", "paper"]
+"""Kinds whose keys can be had as they were before RoPE."""
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 PLAIN: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 Models = Callable[[str], PreTrainedModel]
-each_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 KINDS = ["stock", "best", "window", "codes"]
-each_kind = pytest.mark.parametrize("kind", KINDS)
+PAIRS = [(policy, kind) for policy in POLICIES.values() for kind in (KINDS if policy is not SpindleKV else BEFORE_ROPE)]
+each_pair = pytest.mark.parametrize(("policy", "kind"), PAIRS, ids=lambda x: getattr(x, "name", x))
 
 
 @pytest.fixture(scope="session")
@@ -213,8 +218,7 @@ def test_the_schedule_is_that_of_the_paper() -> None:
 # --- what is computed from what stays
 
 
-@each_policy
-@each_kind
+@each_pair
 def test_a_policy_that_keeps_all_changes_nothing(models: Models, text: Tensor, policy: type[Policy], kind: str) -> None:
     model, cache = models(kind), None
     cache, plain = policy(keep=1.0).cache(model), DynamicCache(config=model.config) if kind == "stock" else None
@@ -262,7 +266,7 @@ def test_decoding_is_attention_to_what_stays_at_its_own_positions(
 
 @pytest.mark.parametrize(
     ("policy", "kind", "how"),
-    [(policy, kind, {}) for policy in POLICIES.values() for kind in KINDS]
+    [(policy, kind, {}) for policy, kind in PAIRS]
     + [(policy, "codes", {"do_sample": True, "top_k": 20}) for policy in (SnapKV, PyramidInfer)]
     + [(policy, kind, {"num_beams": 2}) for policy, kind in ((TOVA, "stock"), (SnapKV, "codes"))],
     ids=str,
@@ -293,8 +297,7 @@ def test_sequences_in_a_batch_are_as_alone(
         assert torch.equal(found[row, max(lengths) - length :], wanted[0])
 
 
-@each_policy
-@each_kind
+@each_pair
 def test_bytes_are_those_of_the_tensors_held(models: Models, text: Tensor, policy: type[Policy], kind: str) -> None:
     model = models(kind)
     for batch in ({"input_ids": text}, padded(text, [120, 85, 17])):
@@ -310,11 +313,15 @@ def test_bytes_are_those_of_the_tensors_held(models: Models, text: Tensor, polic
                 tokens += sum(min(7, int(n)) for n in lengths)
                 tokens += layer.far.length * 3 if valid is None else int(valid.sum())
             else:
-                held += layer.keys.nbytes + layer.values.nbytes + flags
+                own = (layer.keys, layer.values)
+                if isinstance(layer, CodedLayer):
+                    assert layer.coded is not None and layer._keys is layer._values is None
+                    own = (layer.positions, *layer.coded[0].tensors(), *layer.coded[1].tensors())
+                held += sum(x.nbytes for x in own) + flags
                 tokens += layer.keys.shape[2] * 3 if valid is None else int(valid.sum())
         assert cache_bytes(cache) == held
         assert cache.share == pytest.approx(tokens / len(cache.layers) / sum(lengths))
-        if policy is not PyramidInfer:
+        if policy not in (PyramidInfer, SpindleKV):
             assert tokens == sum(max(LEAST, round(0.4 * n)) for n in lengths) * len(cache.layers)
 
 
@@ -333,12 +340,41 @@ def test_budgets_of_fixed_size_hold_while_decoding(models: Models, text: Tensor,
     assert [layer.held_tokens()[0] + layer.near for layer in grows.layers] == [60, 60]
 
 
-def test_several_prefills_keep_their_share_of_all_tokens(models: Models, text: Tensor) -> None:
+@pytest.mark.parametrize(
+    ("policy", "kind"), [(SnapKV, "stock"), (TOVA, "window"), (SnapKV, "codes"), (SpindleKV, "stock")], ids=str
+)
+def test_later_prefills_keep_their_share_of_all_tokens_in_a_batch_as_alone(
+    models: Models, text: Tensor, policy: type[Policy], kind: str
+) -> None:
+    model, lengths, more = models(kind).double(), [70, 40], text[:2, 70:]
+    batch = padded(text[:2], lengths)
+    cache, found = policy(keep=0.5).cache(model), []
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    for piece in (None, *more.split([1, 47, 2], dim=1)):
+        if piece is not None:
+            ids, mask = piece, torch.cat((mask, torch.ones_like(piece)), dim=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        found.append(logits(model, ids, cache, attention_mask=mask, position_ids=positions))
+    assert cache.get_seq_length() == 120
+    if policy is not SpindleKV:
+        wanted = [round(0.5 * (length + 50)) for length in lengths]
+        assert [[n + layer.near for n in layer.held_tokens()] for layer in cache.layers] == [wanted, wanted]
+    for row, length in enumerate(lengths):
+        alone = policy(keep=0.5).cache(model)
+        pieces = (batch["input_ids"][row : row + 1, -length:], *more[row : row + 1].split([1, 47, 2], dim=1))
+        for piece, whole in zip(pieces, found, strict=True):
+            wanted_logits = logits(model, piece, alone)[0]
+            torch.testing.assert_close(whole[row, -piece.shape[1] :], wanted_logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_conversation_goes_on_in_the_same_cache(models: Models, text: Tensor) -> None:
     model = models("stock")
     cache = SnapKV(keep=0.5).cache(model)
-    for piece in text.split([70, 1, 49], dim=1):
-        logits(model, piece, cache)
-    assert [layer.slots for layer in cache.layers] == [60, 60] and cache.get_seq_length() == 120
+    first = model.generate(text[:1, :80], past_key_values=cache, **PLAIN)
+    longer = torch.cat((first, text[:1, 80:]), dim=1)
+    out = model.generate(longer, past_key_values=cache, **PLAIN)
+    assert out.shape[1] == longer.shape[1] + 6 and cache.get_seq_length() == out.shape[1] - 1
+    assert [layer.slots for layer in cache.layers] == [round(longer.shape[1] / 2) + 5] * 2
 
 
 # --- PyramidInfer
@@ -389,6 +425,106 @@ def test_pyramid_infer_reduces_what_it_writes_block_by_block(models: Models, tex
         ]
 
 
+# --- SpindleKV
+
+
+def test_the_line_over_layers_has_its_mean() -> None:
+    for mean in (0.03, 0.05, 0.2, 0.525, 0.7, 1.0):
+        found = shares(mean, 30)
+        assert sum(found) / 30 == pytest.approx(mean) and 0.0 <= min(found) <= max(found) <= 1 + 1e-9
+        if mean > 0.05:
+            assert (found[0], found[-1]) == pytest.approx(
+                (2 * mean - 0.05, 0.05) if mean <= 0.525 else (1, 2 * mean - 1)
+            )
+    assert shares(0.04, 3) == [0.04] * 3 and shares(0.6, 1) == [0.6]
+
+
+@given(seed=st.integers(0, 200), slots=st.integers(1, 12))
+def test_leaders_are_those_of_a_plain_loop(seed: int, slots: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(2, slots, 2, generator=generator, dtype=torch.float64)
+    valid = torch.rand(2, slots, generator=generator) < 0.8
+    found = leaders(vectors, valid, least=0.9)
+    for row in range(2):
+        left, wanted = {i for i in range(slots) if valid[row, i]}, list(range(slots))
+        unit = [v / v.norm() for v in vectors[row]]
+        near = {i: {j for j in left if j == i or float(unit[i] @ unit[j]) >= 0.9} for i in left}
+        while left:
+            best = min(left, key=lambda i: (-len(near[i] & left), i))
+            for j in near[best] & left:
+                wanted[j] = best
+            left -= near[best]
+        assert found[row].tolist() == wanted
+
+
+def test_planted_duplicates_are_one_word_and_magnitudes_are_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randn(2, 3, 5, 64, generator=generator)  # five directions of each set, far from each other
+    which = torch.randint(5, (2, 3, 40), generator=generator)
+    size = torch.rand(2, 3, 40, generator=generator) * 9 + 1
+    vectors = words.gather(2, which[..., None].expand(-1, -1, -1, 64))
+    vectors = vectors / vectors.norm(dim=-1, keepdim=True) * size[..., None]
+    codebook = Codebook(vectors, None, least=0.98)
+    assert len(codebook.words) == sum(len(set(x.tolist())) for x in which.flatten(0, 1))
+    torch.testing.assert_close(codebook.magnitude, vectors.norm(dim=-1), rtol=0, atol=0)
+    torch.testing.assert_close(codebook.read(), vectors)
+    codebook.join(vectors[:, :, :1] * 3)
+    assert torch.equal(codebook.index[:, :, -1], codebook.index[:, :, 0])
+    torch.testing.assert_close(codebook.read()[:, :, -1], 3 * vectors[:, :, 0])
+    before, new = len(codebook.words), torch.randn(2, 3, 2, 64, generator=generator)
+    codebook.join(new)
+    assert len(codebook.words) == before + 12
+    torch.testing.assert_close(codebook.read()[:, :, -2:], new)
+    codebook.take(torch.tensor([41, 42]).expand(2, 3, -1))
+    assert len(codebook.words) == len(codebook.owner) == 12
+    torch.testing.assert_close(codebook.read(), new)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "glm4", "granite", "llama-yarn", "smollm3", "portable", "paper"])
+def test_keys_before_rope_are_those_that_rope_turns(
+    tiny_teacher: Models, tiny_student: Callable[..., PreTrainedModel], text: Tensor, name: str
+) -> None:
+    model = tiny_student("llama", name) if name in BEFORE_ROPE else tiny_teacher(name)
+    observer = SpindleKV(keep=0.9).cache(model).hooks.observer
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    for cache, positions in zip(caches, (torch.zeros(1, 9), torch.arange(9)[None]), strict=True):
+        logits(model, text[:1, :9], cache, position_ids=positions.long())
+    still, rotated = (cache.layers[0].keys for cache in caches)  # layer 0 has seen no other layer
+    places = torch.arange(9).expand(1, still.shape[1], -1)
+    scaling = observer.attention(0).rope_scaling  # of keys at position 0 too
+    torch.testing.assert_close(turned(observer, 0, still, places), scaling * rotated, **CLOSE)
+    torch.testing.assert_close(turned(observer, 0, rotated, places, back=True) * scaling, still, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", BEFORE_ROPE)
+def test_a_codebook_that_merges_nothing_is_the_cache_without_one(
+    models: Models, text: Tensor, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    model = models(kind).double()
+    monkeypatch.setattr(SpindleKV, "similar", (1.1, 1.1))
+    coded = SpindleKV(keep=0.5).cache(model)
+    monkeypatch.setattr(SpindleKV, "similar", None)
+    plain = SpindleKV(keep=0.5).cache(model)
+    for piece in text[:, :110].split([100, 1, 1, 8], dim=1):
+        wanted = logits(model, piece, plain)
+        torch.testing.assert_close(logits(model, piece, coded).double(), wanted.double(), rtol=1e-3, atol=1e-4)
+    assert [layer.slots for layer in coded.layers] == [layer.slots for layer in plain.layers]
+
+
+def test_repeated_text_takes_few_words(models: Models, text: Tensor) -> None:
+    model = models("stock")
+    again, once = text[:1, :10].repeat(1, 12), text[:1]
+    words = []
+    for ids in (again, once):
+        cache = SpindleKV(keep=0.9).cache(model)
+        logits(model, ids, cache)
+        layer = cache.layers[0]
+        assert isinstance(layer, CodedLayer) and layer.coded is not None
+        words.append([len(codebook.words) for codebook in layer.coded])
+    assert words[0] == [20, 20], "ten tokens in two heads: keys of the first layer are equal before RoPE"
+    assert min(words[1]) > 40
+
+
 # --- what can't be
 
 
@@ -422,6 +558,8 @@ def refused(model: PreTrainedModel, text: Tensor, why: str) -> None:
         logits(copy.deepcopy(model), text, SnapKV().cache(copy.deepcopy(model)))
     elif why == "assisted decoding":
         model.generate(text[:1], past_key_values=cache, prompt_lookup_num_tokens=3, **PLAIN)
+    elif why == "no beams":
+        model.generate(text, past_key_values=SpindleKV().cache(model), num_beams=2, **PLAIN)
     elif why == "no gradient":
         model.requires_grad_(True)(text, **{CACHE: cache})
     elif why == "not as flash_attention_2":
@@ -436,7 +574,7 @@ def refused(model: PreTrainedModel, text: Tensor, why: str) -> None:
     "why",
     [
         "left padding alone", "no packed texts", "padding inside a text", "another model", "assisted decoding",
-        "no gradient", "not as flash_attention_2", "above 0",
+        "no beams", "no gradient", "not as flash_attention_2", "above 0",
     ],
 )  # fmt: skip
 def test_what_cant_be_combined_is_refused(models: Models, text: Tensor, why: str) -> None:
@@ -447,6 +585,12 @@ def test_what_cant_be_combined_is_refused(models: Models, text: Tensor, why: str
 def test_pyramid_infer_takes_no_model_with_sliding_layers(tiny_teacher: Models) -> None:
     with pytest.raises(UserError, match="pyramid-infer takes tokens from all later layers"):
         PyramidInfer().cache(tiny_teacher("gemma3_text"))
+
+
+@pytest.mark.parametrize("kind", ["best", "window"])
+def test_spindle_takes_no_student_whose_keys_are_reduced_behind_rope(models: Models, kind: str) -> None:
+    with pytest.raises(UserError, match="spindle merges keys as they are before RoPE"):
+        SpindleKV().cache(models(kind))
 
 
 def test_layers_are_of_the_kind_that_a_model_caches(models: Models) -> None:

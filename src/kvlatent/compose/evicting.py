@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from kvlatent.compose.attended import causal
+from kvlatent.compose.coded_layer import CodedLayer
 from kvlatent.compose.hooks import Hooks
 from kvlatent.compose.layers import EvictingLayer, EvictingWindowLayer, to_the_right
 from kvlatent.compose.policy import Policy, chosen
@@ -53,11 +54,20 @@ class PolicyCache(DynamicCache):
             )
         super().__init__(config=model.config)
         self.policy, self.eager, spec = policy, asked == "eager", spec_of(model)
+        if policy.similar is not None and spec is not None and spec.qk_map == "after_rope":
+            raise UserError(
+                f"{policy.name} merges keys as they are before RoPE, and this student's are reduced behind it; take "
+                "another policy, or a student of --preset portable or paper"
+            )
+        self.hooks = Hooks(model)
         self.acts_on: list[int] = []
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
                 near = spec if spec is not None and spec.window and index not in spec.whole_layers else None
-                self.layers[index] = EvictingWindowLayer(near.window, near.sinks) if near else EvictingLayer()
+                if policy.similar is not None and policy.keep < 1:
+                    self.layers[index] = CodedLayer(self.hooks, index, keys=policy.similar[0], values=policy.similar[1])
+                else:
+                    self.layers[index] = EvictingWindowLayer(near.window, near.sinks) if near else EvictingLayer()
                 self.acts_on.append(index)
         if not self.acts_on:
             raise UserError(
@@ -71,7 +81,6 @@ class PolicyCache(DynamicCache):
         if spec is not None:
             write_in_place(self, model.config)
         self.left: Left | None = None
-        self.hooks = Hooks(model)
 
     @property
     def share(self) -> float:
@@ -106,7 +115,7 @@ class PolicyCache(DynamicCache):
             _check_padding(own, new, first=known == 0)
         if new is not None and bool(new.all()):
             new = None
-        layer.note(new, batch, count, hidden.device)
+        layer.note(new, kwargs["position_ids"], batch)
         if known == 0 and new is None:
             return kwargs
         if count == 1:
@@ -142,6 +151,8 @@ class PolicyCache(DynamicCache):
             kept = self._keep(index, layer, hidden, kwargs, layer.budgets)
             if self.policy.shortens:
                 self._leave(layer, kept, count)
+            if self.policy.similar is not None:
+                layer.encode()
         elif self.policy.steps:
             self._keep(index, layer, hidden, kwargs, layer.budgets)
         else:

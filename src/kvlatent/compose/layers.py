@@ -65,9 +65,10 @@ class Evicting:
         valid = self.valid()
         return [self.slots] * len(self.tokens) if valid is None else valid.sum(-1).tolist()
 
-    def note(self, new: Bool[Tensor, "batch new"] | None, batch: int, count: int, device: torch.device) -> None:
+    def note(self, new: Bool[Tensor, "batch new"] | None, position_ids: Int[Tensor, "_ new"], batch: int) -> None:
         """Take down which of the tokens that are about to come are real; None is all."""
         known, self.announced = self.columns, True
+        count, device = position_ids.shape[1], position_ids.device
         counts = [count] * batch if new is None else new.sum(-1).tolist()
         if self.tokens:
             counts = [before + more for before, more in zip(self.tokens, counts, strict=True)]

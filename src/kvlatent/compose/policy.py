@@ -37,6 +37,8 @@ class Policy:
     """Whether what a prefill left room for is also kept to while decoding, a token out for each that comes."""
     shortens: ClassVar[bool] = False
     """Whether later layers never see what a layer drops of the first forward pass, which is the shorter for it."""
+    similar: ClassVar[tuple[float, float] | None] = None
+    """The least cosines of keys before RoPE, and of values, with the code words that they become, if they do."""
 
     keep: float = 0.5
     """Share of a prompt's tokens that stay, over all layers."""

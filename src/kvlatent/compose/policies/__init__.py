@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from kvlatent.compose.policies.pyramid_infer import PyramidInfer
 from kvlatent.compose.policies.snapkv import SnapKV
+from kvlatent.compose.policies.spindle import SpindleKV
 from kvlatent.compose.policies.streaming import StreamingLLM
 from kvlatent.compose.policies.tova import TOVA
 from kvlatent.compose.policy import Policy
 from kvlatent.errors import UserError
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (StreamingLLM, SnapKV, TOVA, PyramidInfer)}
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (StreamingLLM, SnapKV, TOVA, PyramidInfer, SpindleKV)
+}
 
 
 def policy(name: str, *, keep: float = 0.5) -> Policy:
     """A policy by its name; `policy(…).cache(model)` is a cache for `model.generate(…, past_key_values=…)`.
 
     Args:
-        name: `streaming`, `snapkv`, `tova` or `pyramid-infer`.
+        name: `streaming`, `snapkv`, `tova`, `pyramid-infer` or `spindle`.
         keep: Share of a prompt's tokens that stay.
 
     Raises:
