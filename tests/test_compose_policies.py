@@ -340,6 +340,18 @@ def test_budgets_of_fixed_size_hold_while_decoding(models: Models, text: Tensor,
     assert [layer.held_tokens()[0] + layer.near for layer in grows.layers] == [60, 60]
 
 
+@pytest.mark.parametrize("name", ["olmo3", "gemma3_text"])
+def test_layers_with_a_sliding_window_stay_as_they_are(tiny_teacher: Models, text: Tensor, name: str) -> None:
+    model, batch = windowed(tiny_teacher(name), codes=True), padded(text[:2], [100, 60])
+    cache = SnapKV(keep=0.5).cache(model)
+    found = model.generate(**batch, past_key_values=cache, **PLAIN)
+    assert cache.acts_on == [1] and cache.layers[0].far.length > 0
+    for row, length in enumerate((100, 60)):
+        alone = batch["input_ids"][row : row + 1, -length:]
+        wanted = model.generate(alone, past_key_values=SnapKV(keep=0.5).cache(model), **PLAIN)
+        assert torch.equal(found[row, 100 - length :], wanted[0])
+
+
 @pytest.mark.parametrize(
     ("policy", "kind"), [(SnapKV, "stock"), (TOVA, "window"), (SnapKV, "codes"), (SpindleKV, "stock")], ids=str
 )

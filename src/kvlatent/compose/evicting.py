@@ -14,7 +14,7 @@ from kvlatent.compose.attended import causal
 from kvlatent.compose.coded_layer import CodedLayer
 from kvlatent.compose.hooks import Hooks
 from kvlatent.compose.layers import EvictingLayer, EvictingWindowLayer, to_the_right
-from kvlatent.compose.policy import Policy, chosen
+from kvlatent.compose.policy import LEAST, Policy, chosen
 from kvlatent.errors import UserError
 from kvlatent.model.cache import write_in_place
 from kvlatent.model.graft import spec_of
@@ -81,6 +81,8 @@ class PolicyCache(DynamicCache):
         if spec is not None:
             write_in_place(self, model.config)
         self.left: Left | None = None
+        if policy.observed(LEAST) or policy.similar is not None:
+            self.hooks.observer  # noqa: B018 (now, rather than in the first prefill)
 
     @property
     def share(self) -> float:
