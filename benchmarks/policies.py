@@ -75,13 +75,12 @@ def main() -> None:
                 "context": asked.context,
                 "trials": asked.trials,
             }
+            cache = None if policy is None else policy.cache(model)
             with evaluation_mode(model), torch.no_grad():
                 for test, asked_for in tests.items():
                     for way in ("asked", "unasked"):
                         scores = [
-                            score_answer(
-                                model, prompt, answer, policy=policy, before=None if way == "asked" else before
-                            )
+                            score_answer(model, prompt, answer, cache=cache, before=None if way == "asked" else before)
                             for prompt, answer, before in asked_for
                             if policy is not None or way == "asked"
                         ]
@@ -89,7 +88,8 @@ def main() -> None:
                             row[f"{test}_{way}"] = sum(nats for _, nats in scores) / len(scores)
                             row[f"{test}_{way}_right"] = sum(right for right, _ in scores) / len(scores)
                 ids = torch.tensor([tests["needles"][0][0]], device=model.device)
-                cache = None if policy is None else policy.cache(model)
+                if cache is not None:
+                    cache.reset()
                 row["cache_bytes"] = cache_bytes(model(ids, use_cache=True, logits_to_keep=1, **{CACHE: cache})[CACHE])
                 row["kept_share"] = 1.0 if cache is None else cache.share
             (cost,) = benchmark(

@@ -155,7 +155,7 @@ def test_prompts_fill_the_context_ask_what_is_far_and_repeat_with_the_seed(
 ) -> None:
     seen: list[tuple[list[int], list[int]]] = []
 
-    def record(_model: PreTrainedModel, prompt: list[int], answer: list[int], *, policy: None) -> tuple[bool, float]:
+    def record(_model: PreTrainedModel, prompt: list[int], answer: list[int], *, cache: None) -> tuple[bool, float]:
         seen.append((prompt, answer))
         return False, 0.0
 

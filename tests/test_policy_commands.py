@@ -14,7 +14,6 @@ from kvlatent import cli
 from kvlatent.compose.config import Name
 from kvlatent.compose.policies import POLICIES
 from kvlatent.compose.policies.snapkv import SnapKV
-from kvlatent.compose.policies.streaming import StreamingLLM
 from kvlatent.evaluation.needle import score_answer
 from kvlatent.evaluation.perplexity import perplexity
 
@@ -80,13 +79,17 @@ def test_answers_come_from_what_is_left(tiny_teacher: MODELS, text: torch.Tensor
     model, prompt, right = tiny_teacher("llama"), text[0, :150].tolist(), text[1, :3].tolist()
     with torch.no_grad():
         whole = score_answer(model, prompt, right)[1]
-        assert score_answer(model, prompt, right, policy=SnapKV(keep=1.0))[1] == pytest.approx(whole, abs=1e-4)
-        found = score_answer(model, prompt, right, policy=StreamingLLM(keep=0.2))[1]
-        cache = StreamingLLM(keep=0.2).cache(model)
-        model(torch.tensor([prompt[:-1]]), past_key_values=cache)
-        logits = model(torch.tensor([prompt[-1:] + right]), past_key_values=cache).logits[0].log_softmax(-1)
-        assert found == pytest.approx(sum(float(logits[i, token]) for i, token in enumerate(right)), abs=1e-4)
-        assert score_answer(model, prompt, right, policy=StreamingLLM(keep=0.2), before=100)[1] != found != whole
+        for policy in POLICIES.values():
+            all_kept = policy(keep=1.0).cache(model)
+            assert score_answer(model, prompt, right, cache=all_kept)[1] == pytest.approx(whole, abs=1e-4)
+            cache = policy(keep=0.2).cache(model)
+            found = score_answer(model, prompt, right, cache=cache)[1]
+            assert score_answer(model, prompt, right, cache=cache, before=100)[1] != found != whole
+            cache.reset()
+            model(torch.tensor([prompt[:-1]]), past_key_values=cache)
+            logits = model(torch.tensor([prompt[-1:] + right]), past_key_values=cache).logits[0].log_softmax(-1)
+            wanted = sum(float(logits[i, token]) for i, token in enumerate(right))
+            assert found == pytest.approx(wanted, abs=1e-4)
 
 
 def test_generate_and_bench_tell_what_was_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

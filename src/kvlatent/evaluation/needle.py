@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvlatent.compose.evicting import PolicyCache
 from kvlatent.compose.policy import Policy
 from kvlatent.errors import UserError
 from kvlatent.model.compatibility import CACHE
@@ -51,14 +52,14 @@ def needle(
     if trials < 1:
         raise UserError(f"the needle test needs at least 1 trial; got {trials}")
     check_positions(model, context)
-    rng = random.Random(seed)
+    rng, cache = random.Random(seed), None if policy is None else policy.cache(model)
     scores: list[list[tuple[bool, float]]] = [[] for _ in range(DEPTH_BINS)]
     with evaluation_mode(model):
         for trial in tqdm(range(trials), desc="needle", unit="prompts"):
             bin_index = trial % DEPTH_BINS
             depth = (bin_index + rng.random()) / DEPTH_BINS
             prompt, answer = _needle_prompt(tokenizer, context=context, depth=depth, rng=rng)
-            scores[bin_index].append(score_answer(model, prompt, answer, policy=policy))
+            scores[bin_index].append(score_answer(model, prompt, answer, cache=cache))
     by_depth = [
         {"depth": [index / DEPTH_BINS, (index + 1) / DEPTH_BINS], "trials": len(of_bin), **_mean_scores(of_bin)}
         for index, of_bin in enumerate(scores)
@@ -141,7 +142,7 @@ def score_answer(
     prompt: list[int],
     answer: list[int],
     *,
-    policy: Policy | None = None,
+    cache: PolicyCache | None = None,
     before: int | None = None,
 ) -> tuple[bool, float]:
     """Return whether greedy decoding gives the answer, and the answer's log-probability in nats.
@@ -150,14 +151,15 @@ def score_answer(
         model: On any device.
         prompt: Tokens.
         answer: Those that should follow.
-        policy: Answer from what it keeps of the prompt.
-        before: How many of the prompt's tokens there are when it chooses; all but the last by default, so that it knows
-            the question.
+        cache: Answer from what its policy keeps of the prompt; what it holds is forgotten first.
+        before: How many of the prompt's tokens there are when the policy chooses; all but the last by default, so that
+            it knows the question.
     """
     ids = torch.tensor([prompt + answer], device=model.device)
     kwargs: dict[str, Any] = {"use_cache": False}
-    if policy is not None:
-        kwargs = {"use_cache": True, CACHE: policy.cache(model)}
+    if cache is not None:
+        cache.reset()
+        kwargs = {"use_cache": True, CACHE: cache}
         before = len(prompt) - 1 if before is None else before
         model(input_ids=ids[:, :before], logits_to_keep=1, **kwargs)
     # One row more than the answer has tokens: each row predicts the next token, and the last row has none to predict.

@@ -90,12 +90,12 @@ def retrieval(
     check_positions(model, context)
     rng = random.Random(f"{test} {context} {seed}")
     pairs = NEEDLES if test == "needles" else context // TOKENS_PER_PAIR
-    answers = []
+    answers, cache = [], None if policy is None else policy.cache(model)
     with evaluation_mode(model):
         for trial in tqdm(range(trials), desc=f"{test} {context}", unit="prompts"):
             depth = (trial + rng.random()) / trials * (1 - 2 * NEAR / context)
             prompt, answer = retrieval_prompt(tokenizer, pairs, context=context, depth=depth, rng=rng)
-            answers.append(score_answer(model, prompt, answer, policy=policy))
+            answers.append(score_answer(model, prompt, answer, cache=cache))
     samples = {"exact_match": [float(exact) for exact, _ in answers], "log_probability": [p for _, p in answers]}
     return Retrieval(pairs=pairs, samples=samples)
 
