@@ -268,6 +268,19 @@ def test_a_plan_of_a_config_alone_shows_the_bytes_and_says_how_to_get_the_losses
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_a_plan_says_where_the_window_takes_much_of_a_budget(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_teacher: Callable[[str], PreTrainedModel]
+) -> None:
+    config = tiny_teacher("llama").config
+    config.max_position_embeddings = 8192
+    config.to_json_file(tmp_path / "config.json")
+    for window, much in ((100, False), (400, True)):
+        argv = ["plan", f"{tmp_path}/config.json", "--budget", "0.125", "--window", str(window), "--dtype", "bfloat16"]
+        assert cli.main(argv) == 0
+        told = f"The window and its sinks take {(window + 4) / (0.125 * 8192):.0%} of these bytes. A shorter --window"
+        assert (told in capsys.readouterr().out) == much
+
+
 def test_a_plan_of_a_config_alone_pays_for_no_more_than_all_dims(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_teacher: Callable[[str], PreTrainedModel]
 ) -> None:

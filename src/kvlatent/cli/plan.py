@@ -13,6 +13,9 @@ from kvlatent.cli.tables import longest_table, pairs, plan_cache_table
 from kvlatent.compress.config import PlanConfig
 from kvlatent.fields import Model
 
+MUCH_WINDOW = 0.25
+"""Share of a student's cache from which on a window is worth a word."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Command):
@@ -45,6 +48,11 @@ class Plan(Command):
         blocks += [pairs(told), plan_cache_table(result)]
         if "n_max" in result:
             blocks.append(longest_table(result))
+        if (share := result["window_bytes"] / result["cache_bytes"]) > MUCH_WINDOW:
+            blocks.append(
+                f"The window and its sinks take {share:.0%} of these bytes. A shorter --window leaves more of them to "
+                "far tokens: more far gain is kept, at the cost of average perplexity."
+            )
         if layers := len(result["whole_layers"]):
             share = result["whole_layers_bytes"] / result["teacher_cache_bytes"]
             blocks.append(

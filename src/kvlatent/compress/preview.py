@@ -147,6 +147,7 @@ def _bytes_told(
         "teacher_cache_bytes_per_token": whole_token_bytes(config, element_size),
         "cache_bytes": cache_parts(student, context)["bytes"],
         "teacher_cache_bytes": cache_parts(teacher, context)["bytes"],
+        "window_bytes": sum(layer.held(context)[0] * layer.whole for layer in student),
         "whole_layers_bytes": cache_parts([student[index] for index in whole], context)["bytes"] if whole else 0,
         "cache": [cache_parts(student, tokens) for tokens in contexts],
         "teacher_cache": [cache_parts(teacher, tokens) for tokens in contexts],
