@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from kvlatent.cli.options import Command
-from kvlatent.cli.tables import side_by_side
+from kvlatent.cli.tables import diagnosis_text, side_by_side
 from kvlatent.evaluation.config import EvalConfig
 
 
@@ -30,10 +30,12 @@ class Eval(Command):
         from kvlatent.evaluation.report.text import models_table
 
         quantities = ("perplexity", "perplexity_stderr", "perplexity_at", "bits_per_byte")
-        blocks = [side_by_side(result, (*quantities, "needle", "retrieval", "tasks"))]
+        blocks = [side_by_side(result, (*quantities, "needle", "retrieval", "tasks", "diagnose"))]
         if "near_only" in result:
             rows = {"teacher": result["against"], result["near_only"]["model"]: result["near_only"], "student": result}
             blocks.append(models_table(rows))
+        if "diagnose" in result:
+            blocks.append(diagnosis_text(result["diagnose"]))
         lines = [
             f"{task} {metric}: {test['difference']:+.4f} ± {test['stderr']:.4f}, p = {test['p_value']:.3g}"
             for task, tests in result.get("paired", {}).items()

@@ -27,6 +27,7 @@ from kvlatent.data.sources import read_text
 from kvlatent.errors import UserError
 from kvlatent.evaluation.bench import benchmark
 from kvlatent.evaluation.config import LEAST_FAR_BLOCK, NEAR_ONLY
+from kvlatent.evaluation.diagnose import beside, diagnose, material_of
 from kvlatent.evaluation.evaluate import scores_of
 from kvlatent.evaluation.far import near_only_perplexity
 from kvlatent.evaluation.generate import complete
@@ -105,7 +106,8 @@ def run_recipe(wanted: Recipe, out: Path, *, device: str, dtype: str) -> dict[st
 
 
 LATER: dict[str, tuple[str, ...]] = {
-    "held_out": ("text/held_out.safetensors", "evaluate", "report.html"),
+    "held_out": ("text/held_out.safetensors", "evaluate", "diagnose.json", "report.html"),
+    "diagnose": ("diagnose.json", "report.html"),
     "bench": ("bench.json", "report.html"),
     "generate": ("generations.json", "report.html"),
     "title": ("report.html",),
@@ -257,6 +259,8 @@ class _Run:
             if student.heal is not None:
                 steps.append(_Step(f"heal {name}", final, partial(self._heal, name), all_processes=True))
                 steps.append(evaluate(f"{name}, healed", str(final)))
+        if self.recipe.diagnose:
+            steps.append(_Step("diagnose", self.out / "diagnose.json", self._diagnose))
         return [
             *steps,
             _Step("bench", self.out / "bench.json", self._bench),
@@ -333,6 +337,14 @@ class _Run:
     def _pair(self) -> dict[str, PreTrainedModel]:
         return {"teacher": self.teacher(self.dtype), "student": self._load(str(self.final(self.first)), self.dtype)}
 
+    def _diagnose(self, out: Path) -> None:
+        material = material_of(
+            self.recipe.held_out.text, self.tokenizer, self._blocks("held_out"), seed=self.recipe.seed,
+            vocab_size=self.config.vocab_size,
+        )  # fmt: skip
+        material.check_held_out(str(self.final(self.first)))
+        write_json(out, beside({name: diagnose(model, material) for name, model in self._pair().items()}))
+
     def _bench(self, out: Path) -> None:
         write_json(out, benchmark(self._pair(), **self.recipe.bench.model_dump(), seed=self.recipe.seed))
 
@@ -362,7 +374,7 @@ class _Run:
         scores = {label: read_score(path) for label, path in self.evaluations().items()}
         teacher, near_only = scores["teacher"], scores.get(NEAR_ONLY)
         models = {label: scores_of(score, teacher, near_only) for label, score in scores.items()}
-        held_out = self._blocks("held_out")
+        held_out, diagnosed = self._blocks("held_out"), self.out / "diagnose.json"
         return {
             "title": self.recipe.title,
             "model": self.recipe.model,
@@ -375,6 +387,7 @@ class _Run:
                 "bytes": held_out.bytes,
                 "models": models,
             },
+            **({"diagnose": read_json(diagnosed, dict[str, Any])} if self.recipe.diagnose else {}),
             "bench": {"rows": read_json(self.out / "bench.json", list[dict[str, Any]])},
             "generations": read_json(self.out / "generations.json", list[dict[str, str]]),
             "spec": load_config(str(self.final(self.first))).latent,

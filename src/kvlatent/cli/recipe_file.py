@@ -106,6 +106,8 @@ class Recipe(Entry):
     training: Sources | None = None
     held_out: Text
     students: list[Student] = Field(min_length=1)
+    diagnose: bool = False
+    """Whether the first student is diagnosed beside the teacher, as `eval --diagnose` does."""
     bench: Bench
     generate: Generate
 

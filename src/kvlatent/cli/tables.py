@@ -61,6 +61,20 @@ def longest_table(result: Mapping[str, Any]) -> str:
     return aligned(header, rows)
 
 
+def diagnosis_text(found: Mapping[str, Any]) -> str:
+    """How a student's diagnosis differs from its teacher's: entropy of attention, and perplexity by source."""
+    change = found["entropy_change"]
+    most = change["largest"]
+    lines = [
+        f"entropy of attention differs by {change['mean_size']:.3g} nats a head, most by {most['change']:+.3g} in "
+        f"layer {most['layer']}, head {most['head']}"
+    ]
+    for source, ratio in found["ratio_by_source"].items():
+        error = "" if ratio["stderr"] is None else f" ± {ratio['stderr']:.4f}"
+        lines.append(f"perplexity ratio on {source}: {ratio['perplexity_ratio']:.4f}{error}")
+    return "\n".join(lines)
+
+
 def plan_cache_table(plan: Mapping[str, Any]) -> str:
     """Bytes of a planned student's cache by context, beside the teacher's, and where they are."""
     from kvlatent.evaluation.report.text import aligned
@@ -87,7 +101,8 @@ def _numbers(models: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str,
         values = [model.get(key) for model in models]
         name = f"{prefix}{key.replace('_', ' ')}"
         if isinstance(first, Mapping):
-            found |= _numbers([value for value in values if isinstance(value, Mapping)], f"{name} ")
+            inner = [value for value in values if isinstance(value, Mapping)]
+            found |= _numbers(inner, f"{name} ") if len(inner) == len(values) else {}
         elif all(isinstance(value, int | float) for value in values):
             found[name] = [float(value) if isinstance(value, float) else value for value in values if value is not None]
     return found

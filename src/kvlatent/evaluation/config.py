@@ -49,6 +49,9 @@ class EvalConfig:
     far: bool = False
     """Also judge by the tokens of the text that need more than the newest 128 before them: the share of far gain kept,
     beside the model of --against as the teacher, whole and without far text."""
+    diagnose: bool = False
+    """Also look for how a model fails, beside that of --against: entropy of attention by layer and head, preference for
+    the true order of words, perplexity by source of text."""
     needle: bool = False
     """Ask for a code hidden in 1,024, 2,048 and 4,096 tokens of filler."""
     retrieval: bool = False
@@ -79,6 +82,8 @@ class EvalConfig:
                 f"--far needs text with far tokens: give --block-size of at least {LEAST_FAR_BLOCK}; "
                 f"got {self.block_size}"
             )
+        if self.diagnose and not (self.text and self.against):
+            raise UserError("--diagnose compares with a teacher on held-out text; give --text and --against")
         if self.retrieval and not self.retrieval_contexts:
             raise UserError("give at least one of --retrieval-contexts")
         check_policy(self.policy, self.keep)

@@ -11,6 +11,7 @@ from kvlatent.data.blocks import batch_size_for, check_held_out
 from kvlatent.data.sources import read_text
 from kvlatent.errors import UserError
 from kvlatent.evaluation.config import NEAR_ONLY, EvalConfig
+from kvlatent.evaluation.diagnose import Diagnosis, Material, diagnose, material_of, told
 from kvlatent.evaluation.far import far_scores, near_only_perplexity
 from kvlatent.evaluation.needle import needle
 from kvlatent.evaluation.perplexity import Perplexity, compare, perplexity
@@ -46,6 +47,13 @@ def evaluate(config: EvalConfig, *, device: str = "auto", dtype: str = "auto", s
         )  # fmt: skip
         for name in names:
             check_held_out(record_of(name).get("fingerprints", ()), blocks)
+    material: Material | None = None
+    if config.diagnose and blocks is not None:
+        material = material_of(
+            config.text, tokenizer, blocks, seed=seed, vocab_size=min(shape.vocab_size for shape in shapes)
+        )
+        material.check_held_out(*names)
+    diagnoses: list[Diagnosis] = []
     positions = min(shape.max_position_embeddings for shape in shapes)
     scores: list[Perplexity] = []
     samples: list[dict[str, dict[str, list[float]]]] = []  # of each model, by task and metric
@@ -67,6 +75,9 @@ def evaluate(config: EvalConfig, *, device: str = "auto", dtype: str = "auto", s
                 found = [score.of_second_half() for score in found]
             scores.append(found[0])
             near_only = found[1] if len(found) > 1 else None
+        if material is not None:
+            diagnoses.append(diagnose(loaded, material))
+            samples[-1]["word_order"] = diagnoses[-1].word_order
         if config.needle:
             entry["needle"] = {
                 str(context): needle(loaded, tokenizer, context=context, trials=NEEDLE_TRIALS, seed=seed, policy=policy)
@@ -91,6 +102,8 @@ def evaluate(config: EvalConfig, *, device: str = "auto", dtype: str = "auto", s
     teacher = scores[1] if len(scores) > 1 else None
     for entry, score in zip(entries, scores, strict=False):
         entry |= scores_of(score, teacher, near_only)
+    for entry, diagnosis in zip(entries, diagnoses, strict=False):
+        entry["diagnose"] = told(diagnosis, None if diagnosis is diagnoses[-1] else diagnoses[-1])
     result = entries[0]
     if blocks is not None:
         result |= {"text": list(blocks.sources), "tokens": blocks.ids.numel(), "bytes": blocks.bytes}
@@ -98,7 +111,7 @@ def evaluate(config: EvalConfig, *, device: str = "auto", dtype: str = "auto", s
         result["against"] = entries[1]
         if near_only is not None:
             result["near_only"] = {"model": NEAR_ONLY, **scores_of(near_only, teacher, near_only)}
-        if config.retrieval or config.tasks:
+        if config.retrieval or config.tasks or config.diagnose:
             result["paired"] = _paired(*samples)
     return result
 

@@ -1,139 +1,31 @@
-"""Figures of a report, drawn by matplotlib as inline SVG in a light and in a dark colour scheme."""
+"""Figures of a report."""
 
-import io
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any
 
-import matplotlib
-from cycler import cycler
-from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
-from kvlatent.evaluation.config import NEAR_ONLY
+from kvlatent.evaluation.report.drawing import (
+    INK,
+    MUTED,
+    OTHER,
+    STUDENT,
+    TEACHER,
+    Picture,
+    colour_of,
+    picture,
+    plain_axis,
+    short,
+    thin,
+    wide,
+)
 from kvlatent.evaluation.report.results import Results, Score, Step
 from kvlatent.evaluation.report.summary import milliseconds, score_ratio, times
 from kvlatent.model.card import per_layer
-
-_T = TypeVar("_T")
-
-
-PALETTES = {
-    "light": {
-        "paper": "#ffffff",
-        "ink": "#1d2430",
-        "muted": "#5d6877",
-        "line": "#dfe3e8",
-        "wash": "#f5f6f8",
-        "teacher": "#8d98a7",
-        "student": "#23639f",
-        "other": "#b86a1f",
-        "caution": "#a1340f",
-    },
-    "dark": {
-        "paper": "#14181f",
-        "ink": "#e4e8ee",
-        "muted": "#9aa5b4",
-        "line": "#2f3743",
-        "wash": "#1c222b",
-        "teacher": "#7f8b9b",
-        "student": "#62a4e2",
-        "other": "#dd9a52",
-        "caution": "#f09468",
-    },
-}
-"""Colours of page and figures by the reader's colour scheme; a figure is drawn once in each."""
-TEACHER, STUDENT, OTHER, INK, MUTED = (f"C{number}" for number in range(5))
-"""Colours of a figure, as matplotlib names those of the current style's cycle."""
-
-
-def _style(scheme: str) -> Any:
-    colours = PALETTES[scheme]
-    cycle = [colours[name] for name in ("teacher", "student", "other", "ink", "muted")]
-    return {
-        "svg.fonttype": "none",
-        "svg.hashsalt": scheme,  # so that both drawings of a figure can be on one page
-        "font.size": 9,
-        "text.color": colours["ink"],
-        "axes.edgecolor": colours["muted"],
-        "axes.labelcolor": colours["ink"],
-        "axes.linewidth": 0.6,
-        "axes.prop_cycle": cycler(color=cycle),
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": colours["line"],
-        "grid.linewidth": 0.6,
-        "xtick.color": colours["muted"],
-        "ytick.color": colours["muted"],
-        "xtick.labelcolor": colours["ink"],
-        "ytick.labelcolor": colours["ink"],
-        "legend.frameon": False,
-        "legend.fontsize": 8.5,
-        "lines.linewidth": 1.5,
-        "text.parse_math": False,
-    }
-
-
-class Picture(NamedTuple):
-    """A figure as inline SVG, one for each of `PALETTES`, with its texts."""
-
-    title: str
-    caption: str
-    svg: Markup
-
-
-def _picture(title: str, caption: str, draw: Callable[[Axes], None]) -> Picture:
-    return Picture(title, caption, Markup("\n").join(_drawn(title, draw, scheme) for scheme in PALETTES))
-
-
-def _drawn(title: str, draw: Callable[[Axes], None], scheme: str) -> Markup:
-    """The figure in one colour scheme, which its class names."""
-    with matplotlib.rc_context(_style(scheme)):
-        figure = Figure(figsize=(4.8, 3.1), layout="constrained")
-        draw(figure.add_subplot())
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, dpi=200, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # figure_1, axes_1, … would repeat within the page
-    view = re.search(r'viewBox="[^"]*"', svg)
-    assert view is not None
-    return Markup(  # matplotlib has escaped the texts it drew
-        f'<svg class="{scheme}" {view[0]} role="img" aria-label="{escape(title)}" '
-        f'xmlns:xlink="http://www.w3.org/1999/xlink">{svg[svg.index(">") + 1 :]}'
-    )
-
-
-def _colour(model: str) -> str:
-    return TEACHER if model in ("teacher", NEAR_ONLY) else OTHER if model.startswith("paper") else STUDENT
-
-
-def _short(text: str, width: int = 26) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def _thin(items: Sequence[_T], most: int) -> list[_T]:
-    """At most `most` items, evenly spread, with the first and the last."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
-
-
-def _plain_axis(axis: Any) -> None:
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _wide(values: Iterable[float], times: float) -> bool:
-    values = list(values)
-    return min(values) > 0 and max(values) / min(values) > times
 
 
 def perplexity_bars(results: Results) -> Iterator[Picture]:
@@ -143,25 +35,25 @@ def perplexity_bars(results: Results) -> Iterator[Picture]:
     bars = {name: ratio for name, ratio in ratios.items() if ratio is not None and math.isfinite(ratio)}
     if len(bars) < 2:
         return
-    log = _wide(bars.values(), 20)
+    log = wide(bars.values(), 20)
 
     def draw(ax: Axes) -> None:
-        ax.barh(range(len(bars)), list(bars.values()), color=[_colour(name) for name in bars], height=0.62)
+        ax.barh(range(len(bars)), list(bars.values()), color=[colour_of(name) for name in bars], height=0.62)
         for y, ratio in enumerate(bars.values()):
             ax.annotate(times(ratio), (ratio, y), xytext=(4, 0), textcoords="offset points", va="center")
-        ax.set_yticks(range(len(bars)), [_short(name) for name in bars])
+        ax.set_yticks(range(len(bars)), [short(name) for name in bars])
         ax.invert_yaxis()
         ax.grid(visible=False, axis="y")
         if log:
             ax.set_xscale("log")
             ax.set_xlim(0.5, max(bars.values()) * 12)
-            _plain_axis(ax.xaxis)
+            plain_axis(ax.xaxis)
         else:
             ax.set_xlim(0, max(bars.values()) * 1.25)
         ax.axvline(1, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
         ax.set_xlabel(f"Perplexity, × the teacher's{' (log scale)' if log else ''}")
 
-    yield _picture("Perplexity of every model", "Lower is better; the dashed line is the teacher.", draw)
+    yield picture("Perplexity of every model", "Lower is better; the dashed line is the teacher.", draw)
 
 
 def loss_curve(steps: Sequence[Step], stage: int, what: str) -> Iterator[Picture]:
@@ -171,16 +63,16 @@ def loss_curve(steps: Sequence[Step], stage: int, what: str) -> Iterator[Picture
         return
 
     def draw(ax: Axes) -> None:
-        x, y = zip(*_thin(points, 1000), strict=True)
+        x, y = zip(*thin(points, 1000), strict=True)
         ax.plot(x, y, color=STUDENT, marker="o" if len(x) < 40 else None, markersize=2.5)
-        if _wide(y, 8):
+        if wide(y, 8):
             ax.set_yscale("log")
-            _plain_axis(ax.yaxis)
+            plain_axis(ax.yaxis)
         ax.set_xlabel("Step")
         ax.set_ylabel(what)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
-    yield _picture(f"Stage {stage} training loss", "Lower is better.", draw)
+    yield picture(f"Stage {stage} training loss", "Lower is better.", draw)
 
 
 def layer_loss_map(steps: Sequence[Step]) -> Iterator[Picture]:
@@ -189,35 +81,36 @@ def layer_loss_map(steps: Sequence[Step]) -> Iterator[Picture]:
     rows = [(step, loss) for step, loss in rows if len(loss) == len(rows[-1][1])]
     if len(rows) < 2:
         return
-    rows = _thin(rows, 120)
+    rows = thin(rows, 120)
     columns = [loss for _, loss in rows]
     positive = all(math.isfinite(value) and value > 0 for loss in columns for value in loss)
 
     def draw(ax: Axes) -> None:
-        ax.grid(visible=False)
-        mesh = ax.pcolormesh(
-            [step for step, _ in rows],
-            range(len(columns[0])),
-            [list(layer) for layer in zip(*columns, strict=True)],
-            shading="nearest",
-            cmap="viridis",
-            norm=LogNorm() if positive else None,
-            rasterized=True,
-        )
-        figure = ax.get_figure(root=True)
-        assert figure is not None
-        bar = figure.colorbar(mesh, ax=ax, pad=0.02)
-        bar.solids.set_rasterized(True)  # type: ignore[union-attr]
-        bar.set_label(f"Loss{' (log scale)' if positive else ''}")
-        bar.outline.set_visible(False)
+        by_layer = [list(layer) for layer in zip(*columns, strict=True)]
+        norm = LogNorm() if positive else None
+        label = f"Loss{' (log scale)' if positive else ''}"
+        bar = _layer_map(ax, [step for step, _ in rows], by_layer, label, cmap="viridis", norm=norm)
         if positive:
-            _plain_axis(bar.ax.yaxis)
+            plain_axis(bar.ax.yaxis)
         ax.set_xlabel("Step")
-        ax.set_ylabel("Layer")
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
 
-    yield _picture("Stage 1 loss of every layer", "Darker is lower, and lower is better.", draw)
+    yield picture("Stage 1 loss of every layer", "Darker is lower, and lower is better.", draw)
+
+
+def _layer_map(ax: Axes, x: Sequence[int], by_layer: Sequence[Sequence[float]], label: str, **how: Any) -> Any:
+    """Colours by layer and something else, and the bar beside them that says what they mean."""
+    ax.grid(visible=False)
+    mesh = ax.pcolormesh(x, range(len(by_layer)), by_layer, shading="nearest", rasterized=True, **how)
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    bar = figure.colorbar(mesh, ax=ax, pad=0.02)
+    bar.solids.set_rasterized(True)  # type: ignore[union-attr]
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+    ax.set_ylabel("Layer")
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    return bar
 
 
 def held_out_curve(steps: Sequence[Step]) -> Iterator[Picture]:
@@ -242,17 +135,47 @@ def held_out_curve(steps: Sequence[Step]) -> Iterator[Picture]:
             if points[stage]:
                 x, y = zip(*points[stage], strict=True)
                 ax.plot(x, y, color=colour, marker="o", markersize=3, label=f"stage {stage}")
-        if _wide((y for _, y in everything), 8):
+        if wide((y for _, y in everything), 8):
             ax.set_yscale("log")
-            _plain_axis(ax.yaxis)
-        _plain_axis(ax.xaxis)
+            plain_axis(ax.yaxis)
+        plain_axis(ax.xaxis)
         ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.set_xlabel("Healing tokens")
         ax.set_ylabel("Held-out perplexity")
         if points[1] and points[2]:
             ax.legend()
 
-    yield _picture("Held-out perplexity while healing", "Lower is better.", draw)
+    yield picture("Held-out perplexity while healing", "Lower is better.", draw)
+
+
+def entropy_figures(results: Results) -> Iterator[Picture]:
+    """Entropy of attention by layer, teacher and student, and how far the student's differs by head."""
+    maps = {name: found.entropy_by_head for name, found in results.diagnose.items() if found.entropy_by_head}
+    if not maps:
+        return
+
+    def draw(ax: Axes) -> None:
+        for name, layers in maps.items():
+            ax.plot([fmean(heads) for heads in layers], color=colour_of(name), marker="o", markersize=2.5, label=name)
+        ax.set_xlabel("Layer")
+        ax.set_ylabel("Entropy of attention (nats)")
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        ax.legend()
+
+    yield picture("Entropy of attention", "Mean over heads and queries; the teacher's is what to meet.", draw)
+    pairs = list(zip(maps.get("student", []), maps.get("teacher", []), strict=False))
+    change = [[mine - theirs for mine, theirs in zip(*heads, strict=False)] for heads in pairs]
+    if not change:
+        return
+    most = max(abs(x) for heads in change for x in heads) or 1.0
+
+    def draw_change(ax: Axes) -> None:
+        how = {"cmap": "RdBu_r", "vmin": -most, "vmax": most}
+        _layer_map(ax, range(len(change[0])), change, "Student less teacher (nats)", **how)
+        ax.set_xlabel("Query head")
+
+    note = "Red heads look at more tokens alike than the teacher's, blue ones at fewer; white is no change."
+    yield picture("Change of entropy by head", note, draw_change)
 
 
 def cache_lines(results: Results) -> Iterator[Picture]:
@@ -269,12 +192,12 @@ def cache_lines(results: Results) -> Iterator[Picture]:
 
     def draw(ax: Axes) -> None:
         for name, (tokens, size) in lines.items():
-            ax.plot(tokens, size, color=_colour(name))
+            ax.plot(tokens, size, color=colour_of(name))
             ax.annotate(name, (longest, size[-1]), xytext=(-4, 6), textcoords="offset points", ha="right")
         ax.set_xlim(0, longest)
         ax.set_ylim(0, max(size[-1] for _, size in lines.values()) * 1.12)
         ax.set_xticks([longest * i // 4 for i in range(5)])
-        _plain_axis(ax.xaxis)
+        plain_axis(ax.xaxis)
         ax.set_xlabel("Context (tokens)")
         ax.set_ylabel("KV cache of one sequence (MiB)")
 
@@ -282,7 +205,7 @@ def cache_lines(results: Results) -> Iterator[Picture]:
     window = any(row.window_bytes for row in results.bench_pair.values())
     whole = f", the student's first {results.whole_tokens} tokens whole" if window else ""
     note = f"Computed from the bytes per token{f' in {dtype}' if dtype else ''}{whole}. Lower is better."
-    yield _picture("KV cache against context", note, draw)
+    yield picture("KV cache against context", note, draw)
 
 
 def latency_bars(results: Results, field: str, title: str) -> Iterator[Picture]:
@@ -297,7 +220,7 @@ def latency_bars(results: Results, field: str, title: str) -> Iterator[Picture]:
             for row in (row for row in rows if row.model == model):
                 value, low_high = getattr(row, field), getattr(row, f"{field}_range")
                 x = workloads.index(row.workload) + side
-                ax.bar(x, value, width=0.36, color=_colour(model))
+                ax.bar(x, value, width=0.36, color=colour_of(model))
                 if low_high:
                     ax.vlines(x, low_high[0], low_high[1], color=INK, linewidth=0.9)
                 ax.annotate(
@@ -309,7 +232,7 @@ def latency_bars(results: Results, field: str, title: str) -> Iterator[Picture]:
                     fontsize=8 if len(workloads) < 4 else 6.5,
                 )
         for model in ("teacher", "student"):
-            ax.bar(0, 0, color=_colour(model), label=model)
+            ax.bar(0, 0, color=colour_of(model), label=model)
         ax.set_xticks(range(len(workloads)), [f"{c:,} × {b}" for c, b, *_ in workloads])
         ax.set_xlim(-0.75, len(workloads) - 0.25)
         ax.grid(visible=False, axis="x")
@@ -317,7 +240,7 @@ def latency_bars(results: Results, field: str, title: str) -> Iterator[Picture]:
         ax.set_ylim(0, ax.get_ylim()[1])
         ax.set_xlabel("Context (tokens) × batch")
         ax.set_ylabel(f"{title} (ms)")
-        _plain_axis(ax.yaxis)
+        plain_axis(ax.yaxis)
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
     words = {"TTFT": "Time to first token", "TPOT": "Time per output token"}[title]
@@ -326,7 +249,7 @@ def latency_bars(results: Results, field: str, title: str) -> Iterator[Picture]:
         if any(getattr(row, f"{field}_range") for row in rows)
         else "Lower is better."
     )
-    yield _picture(f"{words} ({title})", note, draw)
+    yield picture(f"{words} ({title})", note, draw)
 
 
 def dims_figure(spec: Mapping[str, Any]) -> Iterator[Picture]:
@@ -348,7 +271,7 @@ def dims_figure(spec: Mapping[str, Any]) -> Iterator[Picture]:
         ax.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
-    yield _picture("Dims kept in every layer", "Fewer dims, smaller cache.", draw)
+    yield picture("Dims kept in every layer", "Fewer dims, smaller cache.", draw)
 
 
 def tpot_lines(rows: Sequence[Mapping[str, Any]], title: str) -> Picture:
@@ -358,7 +281,7 @@ def tpot_lines(rows: Sequence[Mapping[str, Any]], title: str) -> Picture:
         for model, colour in zip(dict.fromkeys(row["model"] for row in rows), (STUDENT, TEACHER, OTHER), strict=False):
             own = sorted((row for row in rows if row["model"] == model), key=lambda row: row["context"])
             contexts = [row["context"] for row in own]
-            ax.plot(contexts, [row["tpot_ms"] for row in own], "o-", color=colour, markersize=3, label=_short(model))
+            ax.plot(contexts, [row["tpot_ms"] for row in own], "o-", color=colour, markersize=3, label=short(model))
             ax.vlines(contexts, *zip(*(row["tpot_ms_range"] for row in own), strict=True), color=colour, linewidth=0.9)
             ax.plot(contexts, [row["roofline_ms"] for row in own], "--", color=colour, linewidth=0.8)
         ax.set_xlim(left=0)
@@ -366,9 +289,9 @@ def tpot_lines(rows: Sequence[Mapping[str, Any]], title: str) -> Picture:
         ax.set_xlabel("Context (tokens)")
         ax.set_ylabel("TPOT (ms)")
         ax.legend(loc="upper left", fontsize=7)
-        _plain_axis(ax.xaxis)
+        plain_axis(ax.xaxis)
 
-    return _picture(title, "Dashed: the time that weights and cache take at the bandwidth of a copy.", draw)
+    return picture(title, "Dashed: the time that weights and cache take at the bandwidth of a copy.", draw)
 
 
 def _finite(value: float | None) -> bool:

@@ -12,6 +12,7 @@ import jinja2
 
 from kvlatent.errors import UserError
 from kvlatent.evaluation.report import figures
+from kvlatent.evaluation.report.drawing import PALETTES
 from kvlatent.evaluation.report.results import Run, Score, read_run
 from kvlatent.evaluation.report.summary import (
     count,
@@ -87,6 +88,8 @@ def _run_context(run: Run) -> dict[str, Any]:
         "far": far_note(results.evaluate.models),
         "bench": results.bench.rows,
         "quality": [*figures.perplexity_bars(results)],
+        "diagnose": results.diagnose,
+        "entropy": [*figures.entropy_figures(results)],
         "healing": [
             *figures.loss_curve(run.steps, 1, "Loss (mean over layers)"),
             *figures.layer_loss_map(run.steps),
@@ -127,6 +130,6 @@ def _template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["palettes"] = figures.PALETTES
+    environment.globals["palettes"] = PALETTES
     environment.filters.update(fixed=fixed, count=count, mib=mib, ms=milliseconds)
     return environment.get_template(f"{name}.html.j2")

@@ -76,6 +76,28 @@ class _Bench(_Section):
     rows: list[BenchRow] = []
 
 
+class _WordOrder(_Section):
+    spans: int = 0
+    true_preferred: float | None = None
+    true_preferred_stderr: float | None = None
+    margin: float | None = None
+    margin_stderr: float | None = None
+
+
+class _Ratio(_Section):
+    perplexity_ratio: float | None = None
+    stderr: float | None = None
+
+
+class Diagnosis(_Section):
+    """Where one model fails; a student's beside its teacher's."""
+
+    entropy: float | None = None
+    entropy_by_head: list[list[float]] = []
+    word_order: _WordOrder = _WordOrder()
+    ratio_by_source: dict[str, _Ratio] = {}
+
+
 class _Generation(_Section):
     prompt: str = ""
     teacher: str | None = None
@@ -93,6 +115,7 @@ class Results(_Section):
     recipe: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     evaluate: _Evaluate = _Evaluate()
+    diagnose: dict[str, Diagnosis] = {}
     bench: _Bench = _Bench()
     generations: list[_Generation] = []
     spec: dict[str, Any] = {}
