@@ -30,7 +30,7 @@ class Eval(Command):
         from kvlatent.evaluation.report.text import models_table
 
         quantities = ("perplexity", "perplexity_stderr", "perplexity_at", "bits_per_byte")
-        blocks = [side_by_side(result, (*quantities, "needle", "retrieval", "tasks", "diagnose"))]
+        blocks = [side_by_side(result, (*quantities, "joined", "needle", "retrieval", "tasks", "diagnose"))]
         if "near_only" in result:
             rows = {"teacher": result["against"], result["near_only"]["model"]: result["near_only"], "student": result}
             blocks.append(models_table(rows))

@@ -20,8 +20,8 @@ class Sweep(Command):
     """
 
     recipe: Positional[Annotated[Path, arg(metavar="RECIPE.yaml")]]
-    """The recipe, with `grid:`, values by the name of a student's field, say {budget: [0.5, 0.25], heal.loss: [kl, ce],
-    seed: [0, 1]}."""
+    """The recipe, with `grid:`, values by the name of a student's field, say {budget: [0.5, 0.25],
+    heal.loss: [kl, ntp], seed: [0, 1]}."""
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/ and the recipe's name)")] = None
     """The folder of the run folders, one for each seed, with sweep.json, sweep.md and sweep.svg."""
 

@@ -16,13 +16,14 @@ LONGEST = 2**31
 """Bytes of a text file, or characters of a line of .jsonl, that are still read."""
 
 
-def read_documents(source: str) -> Iterator[str | Chat]:
-    """Yield the documents of one source, in its own order, without blank ones.
+def read_documents(source: str, *, blank: bool = False) -> Iterator[str | Chat]:
+    """Yield the documents of one source, in its own order.
 
     Args:
         source: A file (`.txt`, `.md`, `.rst`: one document; `.jsonl`, `.parquet`: one per row, its `messages` if it is
             a chat, else its `text`), a folder of such files, `package:NAME` for a corpus inside a pip package (see
             `corpora.CORPORA`), or `hf:ID[:CONFIG[:SPLIT]]` for a hub dataset, streamed; its split is train by default.
+        blank: Whether rows without text count as documents.
 
     Raises:
         UserError: The source is missing, empty, unreadable, unknown, or its package is not installed.
@@ -39,8 +40,8 @@ def read_documents(source: str) -> Iterator[str | Chat]:
         if isinstance(document, list):
             empty = False
             yield [{key: _clean(value) for key, value in message.items()} for message in document]
-        elif document.strip():
-            empty = False
+        elif blank or document.strip():
+            empty = empty and not document.strip()
             yield _clean(document)
     if empty:
         raise UserError(f"{source} holds no text")

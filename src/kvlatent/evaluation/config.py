@@ -49,6 +49,11 @@ class EvalConfig:
     far: bool = False
     """Also judge by the tokens of the text that need more than the newest 128 before them: the share of far gain kept,
     beside the model of --against as the teacher, whole and without far text."""
+    joined: bool = False
+    """Also measure --text by the protocol of WikiText-2: whole, joined, in its order, in windows of --block-size
+    tokens; word_perplexity is lm-eval's."""
+    stride: OptionalNumber = None
+    """Tokens by which the windows of --joined advance, all before them being context; --block-size by default."""
     diagnose: bool = False
     """Also look for how a model fails, beside that of --against: entropy of attention by layer and head, preference for
     the true order of words, perplexity by source of text."""
@@ -81,6 +86,13 @@ class EvalConfig:
             raise UserError(
                 f"--far needs text with far tokens: give --block-size of at least {LEAST_FAR_BLOCK}; "
                 f"got {self.block_size}"
+            )
+        if self.joined and not self.text:
+            raise UserError("--joined needs held-out text; give --text")
+        if self.stride is not None and not (self.joined and 1 <= self.stride <= self.block_size):
+            raise UserError(
+                f"--stride is of the windows of --joined, between 1 and --block-size, {self.block_size}; "
+                f"got {self.stride}{'' if self.joined else ' without --joined'}"
             )
         if self.diagnose and not (self.text and self.against):
             raise UserError("--diagnose compares with a teacher on held-out text; give --text and --against")

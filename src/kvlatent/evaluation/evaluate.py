@@ -13,6 +13,7 @@ from kvlatent.errors import UserError
 from kvlatent.evaluation.config import NEAR_ONLY, EvalConfig
 from kvlatent.evaluation.diagnose import Diagnosis, Material, diagnose, material_of, told
 from kvlatent.evaluation.far import far_scores, near_only_perplexity
+from kvlatent.evaluation.joined import JoinedText, Rolling, joined_scores, joined_text, rolling
 from kvlatent.evaluation.needle import needle
 from kvlatent.evaluation.perplexity import Perplexity, compare, perplexity
 from kvlatent.evaluation.retrieval import RETRIEVAL_TESTS, retrieval
@@ -54,6 +55,12 @@ def evaluate(config: EvalConfig, *, device: str = "auto", dtype: str = "auto", s
         )
         material.check_held_out(*names)
     diagnoses: list[Diagnosis] = []
+    whole: JoinedText | None = None
+    if config.joined:
+        whole = joined_text(config.text, tokenizer, vocab_size=min(shape.vocab_size for shape in shapes))
+        for name in names:
+            check_held_out(record_of(name).get("fingerprints", ()), whole.blocks)
+    rolled: list[Rolling] = []
     positions = min(shape.max_position_embeddings for shape in shapes)
     scores: list[Perplexity] = []
     samples: list[dict[str, dict[str, list[float]]]] = []  # of each model, by task and metric
@@ -78,6 +85,11 @@ def evaluate(config: EvalConfig, *, device: str = "auto", dtype: str = "auto", s
         if material is not None:
             diagnoses.append(diagnose(loaded, material))
             samples[-1]["word_order"] = diagnoses[-1].word_order
+        if whole is not None:
+            length = config.block_size
+            rolled.append(
+                rolling(loaded, whole, length=length, stride=length if config.stride is None else config.stride)
+            )
         if config.needle:
             entry["needle"] = {
                 str(context): needle(loaded, tokenizer, context=context, trials=NEEDLE_TRIALS, seed=seed, policy=policy)
@@ -104,6 +116,9 @@ def evaluate(config: EvalConfig, *, device: str = "auto", dtype: str = "auto", s
         entry |= scores_of(score, teacher, near_only)
     for entry, diagnosis in zip(entries, diagnoses, strict=False):
         entry["diagnose"] = told(diagnosis, None if diagnosis is diagnoses[-1] else diagnoses[-1])
+    for entry, rolls in zip(entries, rolled, strict=False):
+        assert whole is not None
+        entry["joined"] = joined_scores(rolls, whole, rolled[-1] if len(rolled) > 1 else None)
     result = entries[0]
     if blocks is not None:
         result |= {"text": list(blocks.sources), "tokens": blocks.ids.numel(), "bytes": blocks.bytes}
