@@ -379,6 +379,17 @@ def test_later_prefills_keep_their_share_of_all_tokens_in_a_batch_as_alone(
             torch.testing.assert_close(whole[row, -piece.shape[1] :], wanted_logits, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(("policy", "kind"), [(PyramidInfer, "codes"), (SpindleKV, "stock"), (TOVA, "window")])
+def test_a_cache_that_was_reset_is_as_new(models: Models, text: Tensor, policy: type[Policy], kind: str) -> None:
+    model, found = models(kind), list[Tensor]()
+    cache = policy(keep=0.4).cache(model)
+    for batch in (padded(text, [120, 85, 17]), {"input_ids": text[:1, :100]}, padded(text, [120, 85, 17])):
+        found.append(model.generate(**batch, past_key_values=cache, **PLAIN))
+        cache.reset()
+        assert cache_bytes(cache) == 0 and cache.share == 1
+    assert torch.equal(found[0], found[2])
+
+
 def test_a_conversation_goes_on_in_the_same_cache(models: Models, text: Tensor) -> None:
     model = models("stock")
     cache = SnapKV(keep=0.5).cache(model)
