@@ -434,14 +434,15 @@ def test_pyramid_infer_is_its_plain_loop(models: Models, text: Tensor) -> None:
     assert dropped and bool(found[dropped].isnan().all()), "positions that no layer computed have no logits"
 
 
-def test_pyramid_infer_reduces_what_it_writes_block_by_block(models: Models, text: Tensor) -> None:
-    model = models("stock")
+@pytest.mark.parametrize("kind", ["stock", "window"])
+def test_pyramid_infer_reduces_what_it_writes_block_by_block(models: Models, text: Tensor, kind: str) -> None:
+    model, window = models(kind), 5 if kind == "window" else 0
     cache = PyramidInfer(keep=0.7).cache(model)
     logits(model, text[:, :100], cache)
     before = [layer.slots for layer in cache.layers]
     for step, token in enumerate(text[:, :60].split(1, dim=1)):
         logits(model, token, cache)
-        blocks = max(0, (step + 1 - 16) // 16)
+        blocks = max(0, (step + 1 - window - 16) // 16)
         stay = [int(16 * 0.9), int(16 * 0.9 * (0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2))]
         assert [x.slots for x in cache.layers] == [
             b + step + 1 - blocks * (16 - s) for b, s in zip(before, stay, strict=True)
@@ -577,6 +578,10 @@ def refused(model: PreTrainedModel, text: Tensor, why: str) -> None:
         logits(model, two["input_ids"], cache, attention_mask=two["attention_mask"])
         more = torch.cat((two["attention_mask"], torch.tensor([[1, 1], [0, 1]])), dim=1)
         logits(model, text[:2, :2], cache, attention_mask=more)
+    elif why == "hides some of them":
+        logits(model, text[:1, :50], cache)
+        mask = torch.ones(1, 51, dtype=torch.long).index_fill(1, torch.tensor([7]), 0)
+        logits(model, text[:1, :1], cache, attention_mask=mask)
     elif why == "another model":
         logits(copy.deepcopy(model), text, SnapKV().cache(copy.deepcopy(model)))
     elif why == "assisted decoding":
@@ -596,8 +601,8 @@ def refused(model: PreTrainedModel, text: Tensor, why: str) -> None:
 @pytest.mark.parametrize(
     "why",
     [
-        "left padding alone", "no packed texts", "padding inside a text", "another model", "assisted decoding",
-        "no beams", "no gradient", "not as flash_attention_2", "above 0",
+        "left padding alone", "no packed texts", "padding inside a text", "hides some of them", "another model",
+        "assisted decoding", "no beams", "no gradient", "not as flash_attention_2", "above 0",
     ],
 )  # fmt: skip
 def test_what_cant_be_combined_is_refused(models: Models, text: Tensor, why: str) -> None:

@@ -71,7 +71,7 @@ class PolicyCache(DynamicCache):
                 self.acts_on.append(index)
         if not self.acts_on:
             raise UserError(
-                "all layers of this model have a sliding window and forget by themselves: no use of a policy"
+                "all layers of this model have a sliding window and forget by themselves: nothing is left for a policy"
             )
         if policy.shortens and len(self.acts_on) < len(self.layers):
             raise UserError(
@@ -113,8 +113,10 @@ class PolicyCache(DynamicCache):
         own = None if given is None else allowed(given)[..., -count:].expand(batch, -1, -1, -1)
         new = None if own is None else own[:, 0].diagonal(dim1=1, dim2=2)
         known, visible = layer.columns, layer.visible
-        if own is not None and new is not None and index == self.acts_on[0]:
+        if given is not None and own is not None and new is not None and index == self.acts_on[0]:
             _check_padding(own, new, first=known == 0)
+            if known and allowed(given)[:, 0, -1, :-count].sum(-1).tolist() not in (layer.tokens, layer.tokens[:1]):
+                raise UserError("a policy chooses among all earlier tokens; got a mask that hides some of them")
         if new is not None and bool(new.all()):
             new = None
         layer.note(new, kwargs["position_ids"], batch)
@@ -159,7 +161,7 @@ class PolicyCache(DynamicCache):
             self._keep(index, layer, hidden, kwargs, layer.budgets)
         else:
             layer.fresh += count
-            oldest = self.policy.generated(layer.fresh - layer.near, *at) if count == 1 else None
+            oldest = self.policy.generated(self._written_far(layer), *at) if count == 1 else None
             if oldest is not None:
                 self._keep_of_generated(index, layer, hidden, kwargs, *oldest)
 
@@ -200,7 +202,7 @@ class PolicyCache(DynamicCache):
         self, index: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any], looked_at: int, stay: int
     ) -> None:
         """Of the oldest so many slots that came after the prompt keep so many, by the newest query's attention."""
-        start = layer.slots - (layer.fresh - layer.near)
+        start = layer.slots - self._written_far(layer)
         worth = self._worth(index, layer, hidden, kwargs, [0] * len(hidden))[:, :, start : start + looked_at]
         best = worth.topk(stay, dim=-1).indices + start
         slots = torch.arange(layer.slots, device=hidden.device)
@@ -209,6 +211,11 @@ class PolicyCache(DynamicCache):
         valid = layer.valid()
         layer.take(*to_the_right(kept if valid is None else kept & valid[:, None]))
         layer.fresh -= looked_at
+
+    @staticmethod
+    def _written_far(layer: Any) -> int:
+        """Slots that came after the prompt: of a window, those that have left it."""
+        return int(layer.fresh - getattr(layer, "window", 0))
 
     def _leave(self, layer: Any, kept: Bool[Tensor, "batch heads slots"] | None, count: int) -> None:
         """Note which of the layer's columns later layers will see."""
