@@ -132,6 +132,8 @@ def test_eval_judges_the_policy_beside_all_tokens(folder: Path, capsys: pytest.C
         (["bench", "M", "--policy", "tova", "--synthetic"], "a policy acts after a prefill"),
         (["bench", "M", "--policy", "tova", "--memory", "1"], "a policy acts after a prefill"),
         (["eval", "M", "--tasks", "piqa", "--policy", "tova"], "in one pass, before a policy acts"),
+        (["eval", "M", "--text", "x.txt", "--joined", "--policy", "tova"], "leave --policy or --joined out"),
+        (["eval", "M", "--against", "T", "--text", "x.txt", "--diagnose", "--policy", "tova"], "or --diagnose out"),
     ],
 )
 def test_what_makes_no_sense_is_refused(argv: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:

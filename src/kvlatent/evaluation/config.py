@@ -99,9 +99,10 @@ class EvalConfig:
         if self.retrieval and not self.retrieval_contexts:
             raise UserError("give at least one of --retrieval-contexts")
         check_policy(self.policy, self.keep)
-        if self.policy and self.tasks:
+        whole = {"--tasks": self.tasks, "--diagnose": self.diagnose, "--joined": self.joined}
+        if self.policy and (named := [name for name, asked in whole.items() if asked]):
             raise UserError(
-                "--tasks score whole prompts in one pass, before a policy acts; leave --policy or --tasks out"
+                f"{named[0]} takes whole texts in one pass, before a policy acts; leave --policy or {named[0]} out"
             )
 
 
