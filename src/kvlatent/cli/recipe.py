@@ -332,7 +332,7 @@ class _Run:
         check_held_out(record_of(model).get("fingerprints", ()), held_out)
         size = batch_size_for(held_out.ids.shape[1])
         score = measure(self.load(model, self.dtype), held_out.ids, text_bytes=held_out.bytes, batch_size=size)
-        write_json(out, {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in vars(score).items()})
+        write_json(out, {"token_nll": score.token_nll.tolist(), "bytes": score.bytes})
 
     def _pair(self) -> dict[str, PreTrainedModel]:
         return {"teacher": self.teacher(self.dtype), "student": self._load(str(self.final(self.first)), self.dtype)}

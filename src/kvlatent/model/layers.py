@@ -135,7 +135,7 @@ def token_nll(
         model.get_decoder()(input_ids=ids, **{"use_cache": False, **kwargs}).last_hidden_state[:, :-1].flatten(0, 1)
     )
     lm_head, hidden = model.get_output_embeddings(), before_head(model, hidden)
-    chunks = zip(hidden.split(POSITIONS_PER_CHUNK), ids[:, 1:].flatten().split(POSITIONS_PER_CHUNK), strict=True)
+    chunks = zip(hidden.split(POSITIONS_PER_CHUNK), ids[:, 1:].flatten().long().split(POSITIONS_PER_CHUNK), strict=True)
     nll = [F.cross_entropy(lm_head(states).float(), targets, reduction="none") for states, targets in chunks]
     return torch.cat(nll).view(len(ids), -1)
 
