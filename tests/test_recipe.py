@@ -74,7 +74,7 @@ def done(root: Path, recipe: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parent.parent / "recipes").iterdir()), ids=lambda path: path.stem
+    "path", sorted((Path(__file__).parent.parent / "recipes").rglob("*.*")), ids=lambda path: path.stem
 )
 def test_the_recipes_can_be_read(path: Path) -> None:
     assert pipeline.read_recipe(path).students
@@ -466,7 +466,7 @@ def test_not_yaml(tmp_path: Path) -> None:
         pipeline.read_recipe(tmp_path / "bad.yaml")
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
 def test_our_recipes_are_valid(path: Path) -> None:
     recipe = pipeline.read_recipe(path)
     used = {*recipe.calibration.text, *(recipe.training.text if recipe.training else ())}

@@ -27,7 +27,8 @@ from kvlatent.evaluation.config import NEAR_ONLY
 from kvlatent.model.checkpoints import RECORD, load_model
 from kvlatent.model.loading import bare_model, load_config
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES, OF_THE_PAPER = sorted(FOLDER.glob("*.yaml")), sorted(FOLDER.glob("paper/*.yaml"))
 SCALE = 64
 """What tokens are divided by for tiny models."""
 LLAMA: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5, "dtype": "bfloat16"}
@@ -91,7 +92,7 @@ def write(recipe: dict[str, Any], path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES + OF_THE_PAPER, ids=lambda path: path.stem)
 def test_all_sizes_fit_the_real_model(
     path: Path, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,7 +114,9 @@ def test_all_sizes_fit_the_real_model(
     assert bench["context"] + bench["new_tokens"] <= REAL[read(path)["model"]]["max_position_embeddings"]
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if "gb" in path.stem], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in RECIPES + OF_THE_PAPER if "gb" in path.stem], ids=lambda path: path.stem
+)
 def test_headers_sum_up_right(path: Path, tmp_path: Path) -> None:
     recipe = read(path)
     (tmp_path / "config.json").write_text(json.dumps(REAL[recipe["model"]]))
@@ -123,9 +126,13 @@ def test_headers_sum_up_right(path: Path, tmp_path: Path) -> None:
     assert f"embeddings = {weights / 1e9:.2f} G" in header
     assert f"teacher float32 4 x {weights / 1e9:.2f} = {4 * weights / 1e9:.1f}" in header
     assert re.search(rf"teacher (in )?bfloat16,? {2 * weights / 1e9:.1f}", header)
-    told = plan_checkpoint(str(tmp_path), Path("none.png"), PlanConfig(budget=recipe["students"][0]["budget"]))
+    first, changes = recipe["students"][0], {}
+    if first["preset"] == "paper":  # the same bytes as a budget on dims alone
+        first |= {"budget": (first["d_qk"] + first["d_vo"]) / 256}
+        changes = {"bits": 16, "window": 0, "sinks": 0}
+    told = plan_checkpoint(str(tmp_path), Path("none.png"), PlanConfig(budget=first["budget"], **changes))
     teacher, student = told["teacher_cache_bytes"], told["cache_bytes"]
-    assert student <= recipe["students"][0]["budget"] * teacher
+    assert student <= first["budget"] * teacher
     assert f"of {told['context']:,} tokens {teacher / 1e9:.2f} GB, the student's {student / 1e9:.2f}" in header
     for total, of in re.findall(r"(?:Sum|: )(\d+) of (\d+)\.", header):
         assert int(total) < int(of) == int(re.search(r"(\d+)gb", path.stem)[1])  # type: ignore[index]
@@ -148,7 +155,7 @@ def test_the_text_model_of_gemma_is_taken_out_as_the_header_says(
     Gemma3ForConditionalGeneration(config).save_pretrained("google/gemma-3-12b-pt")
     both = Gemma3ForConditionalGeneration.from_pretrained("google/gemma-3-12b-pt", dtype="bfloat16").eval()
     byte_tokenizer.save_pretrained("google/gemma-3-12b-pt")
-    header = (RECIPES[0].parent / "gemma3-12b-8x80gb.yaml").read_text()
+    header = (FOLDER / "gemma3-12b-8x80gb.yaml").read_text()
     lines = header[header.index("#   import torch") :].split("\n#\n")[0]
     exec(re.sub(r"(?m)^#   ", "", lines), {})
     alone = load_model("gemma-3-12b-text", dtype="bfloat16")[0]
@@ -196,12 +203,13 @@ def shortened(recipe: dict[str, Any], root: Path) -> dict[str, Any]:
             text |= {key: over(text[key]) for key in ("tokens", "block_size") if key in text}
     if "context" in recipe:
         recipe["context"] = over(recipe["context"])
+    smaller = 4 if recipe["model"] == "smollm2" else 8  # heads
     block = recipe.get("training", {}).get("block_size", recipe["block_size"])
     for student in recipe["students"]:
         if student["preset"] == "best" and student.get("window") != 0:
             student |= {"window": 2, "sinks": 1}
         if "d_qk" in student:
-            student |= {key: student[key] // 8 for key in ("d_qk", "d_vo")}
+            student |= {key: max(4, student[key] // smaller) for key in ("d_qk", "d_vo")}
         if "heal" in student:
             step = student["heal"].get("batch_size", 2) * student["heal"].get("accumulate", 1) * block
             tokens = {key: 2 * step for key in ("stage1_tokens", "stage2_tokens") if student["heal"].get(key)}
@@ -213,6 +221,8 @@ def shortened(recipe: dict[str, Any], root: Path) -> dict[str, Any]:
 
 MODELS = {read(path)["model"] + path.stem.split("-")[0]: path for path in reversed(RECIPES)}
 """A recipe of every model; those for other numbers of GPUs have the same steps."""
+SMALL = [path for path in OF_THE_PAPER if "gb" not in path.stem]
+"""Those for GPUs have students of the same kinds."""
 
 
 @pytest.mark.parametrize(
@@ -222,7 +232,8 @@ MODELS = {read(path)["model"] + path.stem.split("-")[0]: path for path in revers
             path, id=path.stem, marks=[pytest.mark.slow] if path.stem.startswith(("llama2", "llama3-")) else []
         )
         for path in MODELS.values()
-    ],
+    ]
+    + [pytest.param(path, id=path.stem, marks=pytest.mark.slow if "table1" not in path.stem else ()) for path in SMALL],
 )  # Llama 2 and 3 do what Llama 3.1 does
 def test_a_tiny_model_goes_the_whole_way(
     path: Path, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
