@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_window import windowed
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from kvlatent.compose.attended import Received
 from kvlatent.compose.codebook import Codebook, leaders
@@ -404,12 +404,16 @@ def test_a_conversation_goes_on_in_the_same_cache(models: Models, text: Tensor) 
 
 
 def test_pyramid_infer_is_its_plain_loop(models: Models, text: Tensor) -> None:
-    model, n, policy = models("stock").double(), 120, PyramidInfer(keep=0.7)
+    config = copy.deepcopy(models("stock").config)
+    config.num_hidden_layers = 5
+    torch.manual_seed(0)
+    model, n, policy = LlamaForCausalLM(config).double().eval().requires_grad_(False), 120, PyramidInfer(keep=0.8)
     cache = policy.cache(model)
     found = logits(model, text[:1, :n], cache)[0]
     hidden, columns = model.model.embed_tokens(text[:1, :n]), list(range(n))
     recent = int(n * 0.2) + 1
-    kept = schedule(n, solved_decay(n, 2, 0.7), 2, recent)
+    kept = schedule(n, solved_decay(n, 5, 0.8), 5, recent)
+    assert kept == sorted(set(kept), reverse=True), "every layer but the first drops some"
     for layer, left in zip(model.model.layers, kept, strict=True):
         cos, sin = model.model.rotary_emb(hidden, torch.tensor([columns]))
         mask = torch.ones(len(columns), len(columns), dtype=torch.bool).tril()[None, None]
