@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from kvlatent.compress import checkpoints
 from kvlatent.compress.checkpoints import calibrate_checkpoint, convert_checkpoint, target_of
 from kvlatent.compress.config import CalibrateConfig, ConvertConfig, PlanConfig
 from kvlatent.compress.planning import WINDOW
@@ -211,3 +212,16 @@ def test_hidden_states_that_were_lost_are_noticed(root: Path, tmp_path: Path, mo
 def test_text_of_a_teacher_on_disk_is_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="without --offload"):
         convert_checkpoint(str(root / "teacher"), tmp_path / "x", ConvertConfig(text=("teacher",), offload=True))
+
+
+def test_what_is_refused_before_the_first_layer_leaves_nothing(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(checkpoints, "check_disk", full)
+    asked = ConvertConfig(d_qk=8, d_vo=8, window=8, text=(str(root / "text.txt"),), block_size=64, tokens=128)
+    with pytest.raises(UserError, match="the disk is full"):
+        convert_checkpoint(str(root / "teacher"), tmp_path / "x", replace(asked, offload=True), device="cpu")
+    assert not list(tmp_path.iterdir())

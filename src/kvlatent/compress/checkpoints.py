@@ -179,7 +179,12 @@ def convert_checkpoint(
                 "statistics": None if asked.stats is None else file_mark(asked.stats),
             }
         )
-        done = convert_loaded(opened, tokenizer, out, target, stream=stream, **settings)
+        try:
+            done = convert_loaded(opened, tokenizer, out, target, stream=stream, **settings)
+        except UserError:
+            if not stream.has_work():  # refused before there was anything to go on from
+                discard(stream.work, of=out)
+            raise
         discard(stream.work, of=out)
         return done
 

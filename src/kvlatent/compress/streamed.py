@@ -93,6 +93,10 @@ class Stream:
             measure().save(file)
         return Statistics.load(file)
 
+    def has_work(self) -> bool:
+        """Whether statistics or layers are there that a new start would lose."""
+        return any(self.work.glob("*.safetensors"))
+
     def file(self, index: int) -> Path:
         """Where layer `index` of the student lies once it is done."""
         return self.work / f"layer-{index:05d}.safetensors"
