@@ -43,10 +43,9 @@ lint: $(READY)
 	$(BIN)/python scripts/cli_docs.py --check
 	$(BIN)/python scripts/api_docs.py --check
 
-docs: $(READY)  ## docs/cli.md from the command line's help, docs/api.md from signatures and docstrings, docs/explorer.html
+docs: $(READY)  ## docs/cli.md from the command line's help, docs/api.md from signatures and docstrings
 	$(BIN)/python scripts/cli_docs.py
 	$(BIN)/python scripts/api_docs.py
-	cp src/kvlatent/evaluation/report/explorer.html docs/
 
 bench: demo  ## cache bytes and latency of the demo's student against its teacher
 	$(BIN)/kvlatent bench runs/demo/model --against smollm2 --context 1024 --batch 1

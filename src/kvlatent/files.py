@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import json
 import os
 import re
 import secrets
@@ -13,9 +14,10 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -105,6 +107,19 @@ def check_regular(path: Path) -> None:
     for file in (path, *path.rglob("*")):
         if file.exists() and not (file.is_file() or file.is_dir()):
             raise UserError(f"{file} is no regular file")
+
+
+def differing_settings(kept: bytes, asked: Mapping[str, Any]) -> list[str]:
+    """The names of settings that differ from those kept as JSON, in order.
+
+    Raises:
+        ValueError: What was kept is no JSON object.
+    """
+    try:
+        before, now = json.loads(kept), json.loads(json.dumps(asked))  # tuples are lists there
+        return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    except (AttributeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
 
 
 def at_home(path: str | Path) -> Path:

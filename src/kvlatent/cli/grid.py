@@ -15,7 +15,7 @@ from pydantic import Field, JsonValue, ValidationError
 
 from kvlatent.cli.recipe import run_recipe
 from kvlatent.cli.recipe_file import Recipe, Student, read_as
-from kvlatent.cli.run_folder import write_json, write_text
+from kvlatent.cli.run_folder import model_folder, write_json, write_text
 from kvlatent.errors import UserError
 from kvlatent.evaluation.report.pareto import draw, front, markdown
 from kvlatent.files import LEFTOVER, replaced, sole_writer
@@ -155,8 +155,7 @@ def _row(student: Student, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _share(run: dict[str, Any], name: str) -> float:
     """A student's share of the bytes of its teacher's 16-bit cache, at the context that budgets are counted at."""
-    out = Path(run["out"])
-    folder = out if run["recipe"]["students"][0]["name"] == name else out / "students" / name
-    config, teacher = load_config(str(folder / "model")), load_config(run["model"])
+    folder = model_folder(Path(run["out"]), name, first=run["recipe"]["students"][0]["name"])
+    config, teacher = load_config(str(folder)), load_config(run["model"])
     student, whole = (cache_parts(layer_caches(x, 2), counted_context(teacher))["bytes"] for x in (config, teacher))
     return student / whole

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvlatent.cli.recipe_file import Recipe, Sources, healing_settings, read_recipe
 from kvlatent.cli.recipe_sizes import check_sizes, named
-from kvlatent.cli.run_folder import commit, read_json, read_score, write_json, write_text
+from kvlatent.cli.run_folder import commit, model_folder, read_json, read_score, write_json, write_text
 from kvlatent.compress.checkpoints import Target, convert_loaded, target_of
 from kvlatent.data.blocks import TokenBlocks, batch_size_for, check_held_out, load_blocks, save_blocks
 from kvlatent.data.positions import context_of
@@ -224,7 +224,7 @@ class _Run:
 
     def final(self, name: str) -> Path:
         """The folder of a finished student."""
-        return self.out / "model" if name == self.first else self.out / "students" / name / "model"
+        return model_folder(self.out, name, first=self.first)
 
     @property
     def judges_far(self) -> bool:

@@ -66,6 +66,11 @@ def read_score(path: Path) -> Perplexity:
     return Perplexity(token_nll=torch.tensor(score.token_nll, dtype=torch.float64), bytes=score.bytes)
 
 
+def model_folder(out: Path, name: str, *, first: str) -> Path:
+    """Where a run keeps the final model of a student; that of the first one lies on top."""
+    return out / "model" if name == first else out / "students" / name / "model"
+
+
 def commit() -> str | None:
     """The commit of the checkout this code runs from, if it does."""
     here = Path(__file__)

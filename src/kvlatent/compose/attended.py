@@ -141,8 +141,12 @@ def causal(columns: int, queries: int, rows: slice, device: torch.device) -> Boo
     return (at[:, None] >= torch.arange(columns, device=device))[None, None]
 
 
-def _logits(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Float[Tensor, "batch q_heads rows tokens"]:
-    """Logits of grouped heads, -inf where a query may not look."""
+def grouped_logits(q: Tensor, k: Tensor, scale: float) -> Float[Tensor, "batch q_heads rows tokens"]:
+    """Logits of grouped heads in float32; keys are not repeated."""
     grouped = q.unflatten(1, (k.shape[1], -1))
-    logits = (grouped @ k.to(q.dtype).mT[:, :, None]).flatten(1, 2).float() * scale
-    return logits.masked_fill(~seen, -torch.inf)
+    return (grouped @ k.to(q.dtype).mT[:, :, None]).flatten(1, 2).float() * scale
+
+
+def _logits(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Float[Tensor, "batch q_heads rows tokens"]:
+    """The same, -inf where a query may not look."""
+    return grouped_logits(q, k, scale).masked_fill(~seen, -torch.inf)

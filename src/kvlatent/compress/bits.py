@@ -110,7 +110,7 @@ def full_axes(
     found = []
     for index in reduced_layers(config):
         attention, stats = layers[index].self_attn, statistics.layers[index]
-        with at_hand(offloaded, layers[index], index):
+        with at_hand(offloaded, layers[index], index, "self_attn.o_proj"):
             maps = reductions(plan, index, attention, stats)
             found.append(layer_axes(stats, *maps, attention.o_proj.weight, kv_heads=config.num_key_value_heads))
     return found

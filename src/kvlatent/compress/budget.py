@@ -247,7 +247,7 @@ def loss_curves(
     """
     tails = []
     for index, (layer, stats) in enumerate(zip(teacher.model.layers, statistics.layers, strict=True)):
-        with at_hand(offloaded, layer, index):
+        with at_hand(offloaded, layer, index, "self_attn.o_proj"):
             o_weight = layer.self_attn.o_proj.weight.detach().cpu()
         kv_heads = teacher.config.num_key_value_heads
         k, o = (stats.mean(name, heads_per_latent=statistics.heads_per_latent).cpu() for name in ("k", "o"))

@@ -20,7 +20,7 @@ from kvlatent.compress.convert import convert_as
 from kvlatent.compress.methods import PRESETS
 from kvlatent.compress.planning import Request, check_source, grouped_heads, method_of, near_of, requested
 from kvlatent.compress.statistics import Statistics, calibrate, check_far_tokens
-from kvlatent.compress.streamed import Stream, file_mark, forget_finished, work_folder
+from kvlatent.compress.streamed import Stream, file_mark, forget_finished, kept_statistics, work_folder
 from kvlatent.data.blocks import TokenBlocks, batch_size_for
 from kvlatent.data.positions import context_of
 from kvlatent.data.sources import TEACHER_TEXT, read_text
@@ -299,7 +299,7 @@ def convert_loaded(
             assert blocks is not None
             settings: dict[str, Any] = {"heads_per_latent": request.heads_per_latent, "near": request.near}
             measure = partial(budgets.planning_statistics, teacher, blocks.ids, offloaded=offloaded, **settings)
-            spent_by = measure() if stream is None else stream.statistics("planning", measure)
+            spent_by = kept_statistics(stream, "planning", measure)
         assert target.asked.budget is not None
         allocation = budgets.plan(teacher, spent_by, target.asked.budget, bits=target.asked.bits, offloaded=offloaded)
         request = replace(

@@ -14,7 +14,7 @@ from kvlatent.compress.fill import fill
 from kvlatent.compress.in_order import convert_in_order, refits_weights
 from kvlatent.compress.planning import Plan, Request, check_source, plan_reduction, reductions, requested
 from kvlatent.compress.statistics import Statistics, calibrate, check_far_tokens
-from kvlatent.compress.streamed import Stream, layers_done, visited
+from kvlatent.compress.streamed import Stream, kept_statistics, layers_done, visited
 from kvlatent.errors import UserError
 from kvlatent.kernels.layout import Groups
 from kvlatent.model.attention import LatentAttention
@@ -104,7 +104,7 @@ def convert_as(
             calibrate, teacher, ids, batch_size=batch_size, context=context, heads_per_latent=request.heads_per_latent,
             near=request.near, about={}, offloaded=None if stream is None else stream.layers,
         )  # fmt: skip
-        statistics = measure() if stream is None else stream.statistics("calibration", measure)
+        statistics = kept_statistics(stream, "calibration", measure)
     plan = plan_reduction(teacher, request, statistics)
     if ids is None or not request.recipe.calibrated:
         return _one_shot(graft(teacher, share=share), plan, statistics, stream)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from kvlatent.compress.statistics import Statistics
 from kvlatent.errors import UserError
-from kvlatent.files import discard, replaced, writing
+from kvlatent.files import differing_settings, discard, replaced, writing
 from kvlatent.model.hidden_states import HiddenStates, InMemory, OnDisk
 from kvlatent.model.offload import LAYERS, OffloadedLayers, at_hand
 
@@ -63,35 +63,27 @@ class Stream:
             UserError: It is of other settings, another teacher or other text, or can't be written.
         """
         settings = settings | {"weights": sorted(map(file_mark, {*self.layers.files.values()}))}
-        asked, file = json.dumps(settings, sort_keys=True), self.work / "convert.json"
+        file = self.work / "convert.json"
         with writing(self.work):
             self.work.mkdir(exist_ok=True)
             if not file.is_file():
                 with replaced(file) as partial_file:
-                    partial_file.write_text(asked)
+                    partial_file.write_text(json.dumps(settings))
                 return
-            before = file.read_text(errors="replace")
-        if before != asked:
-            try:
-                old, new = json.loads(before), json.loads(asked)
-                differing = ", ".join(sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)))
-            except (ValueError, AttributeError, RecursionError) as error:
-                raise self.damaged(f"convert.json: {error}") from None
+            kept = file.read_bytes()
+        try:
+            differing = differing_settings(kept, settings)
+        except ValueError as error:
+            raise self.damaged(f"convert.json: {error}") from None
+        if differing:
             raise UserError(
-                f"{self.work} holds a conversion that was begun with other settings ({differing}); use the same, or "
-                "remove it to begin anew"
+                f"{self.work} holds a conversion that was begun with other settings ({', '.join(differing)}); use the "
+                "same, or remove it to begin anew"
             )
 
     def damaged(self, what: str) -> UserError:
         """What to raise when a file isn't as it was written."""
         return UserError(f"the conversion in {self.work} is damaged ({what}); remove it to begin anew")
-
-    def statistics(self, name: str, measure: Callable[[], Statistics]) -> Statistics:
-        """What was kept under a name or, the first time, is measured now."""
-        file = self.work / f"{name}.safetensors"
-        if not file.exists():
-            measure().save(file)
-        return Statistics.load(file)
 
     def has_work(self) -> bool:
         """Whether statistics or layers are there that a new start would lose."""
@@ -124,6 +116,16 @@ class Stream:
 def visited(stream: Stream | None, layer: nn.Module, index: int) -> AbstractContextManager[None]:
     """For the body of a `with`, decoder layer `index` has the teacher's weights."""
     return at_hand(None if stream is None else stream.layers, layer, index)
+
+
+def kept_statistics(stream: Stream | None, name: str, measure: Callable[[], Statistics]) -> Statistics:
+    """What `measure` gives; of a stream, what was kept under a name once it did."""
+    if stream is None:
+        return measure()
+    file = stream.work / f"{name}.safetensors"
+    if not file.exists():
+        measure().save(file)
+    return Statistics.load(file)
 
 
 def layers_done(stream: Stream | None, layers: int) -> int:

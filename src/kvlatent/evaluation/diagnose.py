@@ -15,18 +15,18 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvlatent.compose.attended import grouped_logits
 from kvlatent.data.blocks import TokenBlocks, batch_size_for, check_held_out
 from kvlatent.data.sources import read_text
 from kvlatent.errors import UserError
 from kvlatent.evaluation.perplexity import Perplexity, compare, perplexity, standard_error
+from kvlatent.kernels.segment import ROWS
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.checkpoints import record_of
 from kvlatent.model.graft import graft, spec_of
 from kvlatent.model.layers import evaluation_mode, hooks, token_nll
 from kvlatent.model.window import Near
 
-ROWS = 128
-"""Queries whose attention exists at a time."""
 SPANS = 64
 """Spans whose order is judged."""
 WORDS = 5
@@ -189,10 +189,10 @@ def attention_logits(
     far = None if maps is None else (q @ maps.q, maps.seen(k, v)[0])
     at = torch.arange(hidden.shape[1], device=hidden.device)
     for rows in at.split(ROWS):
-        logits = _products(q[:, :, rows], k, module.scale)
+        logits = grouped_logits(q[:, :, rows], k, module.scale)
         if far is not None:
             assert maps is not None
-            beyond = _products(far[0][:, :, rows], far[1], module.scale)
+            beyond = grouped_logits(far[0][:, :, rows], far[1], module.scale)
             if maps.bias is not None:
                 beyond = beyond + maps.bias.float()[:, None]
             logits = torch.where(Near(module.window, module.sinks).far(rows, at), beyond, logits)
@@ -200,10 +200,6 @@ def attention_logits(
         if mask is not None:
             seen = mask[:, :, rows] if mask.dtype == torch.bool else mask[:, :, rows] == 0
         yield logits.masked_fill(~seen, -torch.inf)
-
-
-def _products(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    return (q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT).float() * scale
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kvlatent.errors import UserError
-from kvlatent.files import replaced, writing
+from kvlatent.files import differing_settings, replaced, writing
 
 Progress = dict[str, int]
 """`stage` and `step` of the next step; of a streamed stage 1 also `layer`."""
@@ -46,9 +46,8 @@ def prepare_folder(work: Path, settings: dict[str, Any], resume: bool) -> None:
 def _check_same(work: Path, kept: bytes, asked: dict[str, Any]) -> None:
     """Raise `UserError` with what differs between the settings kept and those asked for."""
     try:
-        before = json.loads(kept)
-        differing = sorted(key for key in before.keys() | asked.keys() if before.get(key) != _plain(asked).get(key))
-    except (ValueError, AttributeError, RecursionError) as error:
+        differing = differing_settings(kept, asked)
+    except ValueError as error:
         raise damaged(work, f"heal.json: {error}") from None
     if not differing:
         return
@@ -59,10 +58,6 @@ def _check_same(work: Path, kept: bytes, asked: dict[str, Any]) -> None:
     else:
         reason = f"the healing was begun with other settings ({', '.join(differing)})"
     raise UserError(f"{work} can't be resumed: {reason}; use the same, or --restart to begin anew")
-
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(settings))  # tuples are lists there
 
 
 def damaged(work: Path, what: str) -> UserError:

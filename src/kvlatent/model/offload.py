@@ -45,10 +45,10 @@ class OffloadedLayers:
         return found
 
     @contextmanager
-    def visiting(self, layer: nn.Module, index: int) -> Iterator[None]:
-        """Give decoder layer `index`, built on the meta device, its weights for the body of a `with`."""
+    def visiting(self, layer: nn.Module, index: int, part: str = "") -> Iterator[None]:
+        """Give decoder layer `index`, built on the meta device, its weights, or a part's, for the body of a `with`."""
         try:
-            for name, _ in layer.named_parameters():
+            for name in (name for name, _ in layer.named_parameters() if name.startswith(part)):
                 self.put(layer, name, f"{LAYERS}{index}.{name}")
             yield
         finally:
@@ -68,9 +68,11 @@ class OffloadedLayers:
         setattr(owner, leaf, nn.Parameter(weight, requires_grad=getattr(owner, leaf).requires_grad))
 
 
-def at_hand(offloaded: OffloadedLayers | None, layer: nn.Module, index: int) -> AbstractContextManager[None]:
-    """For the body of a `with`, decoder layer `index` has its weights, wherever they are kept."""
-    return nullcontext() if offloaded is None else offloaded.visiting(layer, index)
+def at_hand(
+    offloaded: OffloadedLayers | None, layer: nn.Module, index: int, part: str = ""
+) -> AbstractContextManager[None]:
+    """For the body of a `with`, decoder layer `index` has its weights, or a part's, wherever they are kept."""
+    return nullcontext() if offloaded is None else offloaded.visiting(layer, index, part)
 
 
 def open_offloaded(model: str, *, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, OffloadedLayers]:
