@@ -29,7 +29,7 @@ from kvlatent.healing.config import HealChanges
 from kvlatent.kernels import attention, cpu_decode
 from kvlatent.kernels.attention import segment_attention
 from kvlatent.kernels.codes import Codes
-from kvlatent.kernels.cpu_codes import vectors_of
+from kvlatent.kernels.cpu_codes import LANES, WORDS, vectors_of
 from kvlatent.kernels.layout import BITS, DISTORTION, LEAST_SIZE, STEP, Groups
 from kvlatent.model import window
 from kvlatent.model.cache import LatentCache, cache_bytes
@@ -112,12 +112,13 @@ def test_vectors_of_a_row_hold_every_dim_once_and_stay_inside(groups: Groups) ->
     assert exponent > 0
     size = (1 + mantissa / 8) * 2.0 ** (exponent - 15)
     for dim, slot in enumerate(found.slots.tolist()):
-        vector, lane = divmod(slot, 8)
-        word = 8 if vector < found.eights else 4 if vector < found.fours else 2
+        vector, lane = divmod(slot, LANES)
+        word = next(word for word, end in zip(WORDS, found.ends, strict=True) if vector < end)
         begin = int(found.bytes[vector])
         assert 0 <= begin <= codes.row_bytes - word
         code = int(row[0, 0, 0, begin + lane % word]) & int(found.masks[vector, lane])
-        number = size * (code * float(found.scales[dim]) + float(found.least[dim]))
+        assert code * int(found.lifts[vector, lane]) < 512
+        number = size * (code * int(found.lifts[vector, lane]) + float(found.least[dim])) * float(found.scales[dim])
         assert number == pytest.approx(float(codes.decode(row, torch.float64)[0, 0, 0, dim]), rel=1e-5, abs=1e-6)
 
 
@@ -171,6 +172,14 @@ def test_bits_are_shared_for_the_least_loss() -> None:
         assert float(losses.sum()) <= 1.0001 * min(map(cost, ways))
 
 
+def as_integers(q: Tensor, codes: Codes) -> Tensor:
+    """Queries as the CPU kernel takes them: times the steps of codes, 32,767 steps of the largest, and back."""
+    scales = vectors_of(codes).scales
+    in_steps = q * scales
+    up = 32767 / in_steps.abs().amax(-1, keepdim=True)
+    return (in_steps * up).round().double() / up / scales
+
+
 @pytest.mark.skipif(not cpu_decode.available(), reason="needs llvmlite and GNU's OpenMP")
 @settings(deadline=None, max_examples=15)
 @given(
@@ -188,11 +197,17 @@ def test_the_kernel_reads_codes_as_they_are(
     scale = codes[0].width ** -0.5
     means = torch.randn(2, 1, codes[0].width), torch.randn(2, 1, codes[1].width)
     got = segment_attention(q, k, v, scale=scale, mask=mask, codes=codes, means=means)
-    plain = [x.decode(rows, torch.float64) + mean for x, rows, mean in zip(codes, (k, v), means, strict=True)]
-    wanted = segment_attention(q.double(), *plain, scale=scale, mask=mask)
-    for x, y in zip(got, wanted, strict=True):
-        seen = torch.ones(2, dtype=torch.bool) if mask is None else mask.any(-1)[:, 0, 0]
+    keys, values = (x.decode(rows, torch.float64) for x, rows in zip(codes, (k, v), strict=True))
+    wanted = segment_attention(q.double(), keys + means[0], values + means[1], scale=scale, mask=mask)
+    in_logits = scale * math.log2(math.e)  # to base 2, as logits are told
+    rounded = as_integers(q * in_logits, codes[0]) / in_logits
+    output, top, total = segment_attention(rounded, keys, values + means[1], scale=scale, mask=mask)
+    with_mean = q.double().unflatten(1, (2, -1)).mul(means[0][:, None]).sum(-1).view_as(top) * in_logits
+    exact = output, top + with_mean, total
+    seen = torch.ones(2, dtype=torch.bool) if mask is None else mask.any(-1)[:, 0, 0]
+    for x, y, z in zip(got, exact, wanted, strict=True):
         torch.testing.assert_close(x[seen].double(), y[seen], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(x[seen].double(), z[seen], rtol=1e-3, atol=5e-4)
     with patch.object(cpu_decode, "available", lambda: False), patch.object(attention, "READ_AT_ONCE", 256):
         again = segment_attention(q, k, v, scale=scale, mask=mask, codes=codes, means=means)
     torch.testing.assert_close(again[0][seen].double(), wanted[0][seen], rtol=1e-4, atol=1e-4)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from llvmlite import binding, ir
@@ -41,6 +42,12 @@ def compiled(code: ir.Module) -> Callable[[Any, int], None]:
     engine.finalize_object()
     _engines.append(engine)
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32)(engine.get_function_address("run"))
+
+
+@cache
+def has(feature: str) -> bool:
+    """Whether the CPU at hand has a feature, by LLVM's name of it."""
+    return bool(binding.get_host_cpu_features().get(feature))
 
 
 def element_bytes(stored: ir.Type) -> int:
@@ -175,6 +182,11 @@ class Writer:
         return self.b.shuffle_vector(
             one, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(WORD, width), [0] * width)
         )
+
+    def _picked(self, x: ir.Value, y: ir.Value, lanes: Iterable[int]) -> ir.Value:
+        """Lanes of two vectors."""
+        order = list(lanes)
+        return self.b.shuffle_vector(x, y, ir.Constant(ir.VectorType(WORD, len(order)), order))
 
     def _call(self, name: str, *values: ir.Value, result: ir.Type | None = None) -> ir.Value:
         """An LLVM intrinsic, named as for the type of its last argument."""

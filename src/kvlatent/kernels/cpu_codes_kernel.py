@@ -1,8 +1,9 @@
-"""Rows of codes as LLVM code: decode attention that reads them, and the writing of them, for every layout.
+"""Decode attention that reads rows of codes, as LLVM code for every layout.
 
-A layout is a table that a call passes, so that all layers of a model share a kernel. A row is read as vectors of eight
-dims, each from two, four or eight bytes (`cpu_codes.Vectors`): the bits of a code are masked where they stand, so what
-a vector holds are codes times a power of two, which queries and outputs make up for, as they do for the steps.
+A layout is a table that a call passes, so that all layers of a model share a kernel. A row is read as vectors of
+sixteen dims, each from two to sixteen bytes (`cpu_codes.Vectors`), and codes are multiplied as what they are, integers:
+queries and, block by block, weights are rounded to 32,767 steps of their largest, and neighbouring products added up,
+with twice the dims in a register than as floats. What that rounding does is a hundredth of what 8 bits do.
 """
 
 from __future__ import annotations
@@ -14,19 +15,27 @@ from typing import Any
 
 from llvmlite import ir
 
+from kvlatent.kernels import cpu_code
 from kvlatent.kernels.cpu_code import BYTE, FAST, FLOAT, HALF, LONG, WIDEST, WORD, Writer, compiled
+from kvlatent.kernels.cpu_codes import LANES as DIMS
+from kvlatent.kernels.cpu_codes import WORDS
+from kvlatent.kernels.cpu_encode_kernel import number_of
 from kvlatent.kernels.cpu_kernel import BLOCKS, LANES, LOWEST, REGISTERS, Kernel
-from kvlatent.kernels.layout import GREATEST_SIZE, LEAST_SIZE, SIZE_SHIFT
 
-WORDS = 8, 4, 2
-"""Bytes that a vector's dims are in; of less than eight, lanes hold several planes."""
-OF_SIDE = ("mean", "width", "vectors", "eights", "fours", "bytes", "masks", "slots", "scales", "least")
+MOST = 32767.0
+"""The largest number of 16 bits."""
+ENDS = [f"ends{word}" for word in WORDS]
+OF_SIDE = ("mean", "width", *ENDS, "bytes", "masks", "lifts", "slots", "scales", "least")
 """What a call passes of keys and of values: the address of their mean, then `cpu_codes.Vectors.fields`."""
-OF_HEAD = ("beside", "shift", "top", "weight", "sized", "shrink")
-"""Of a query: its product with what codes 0 stand for, and with the mean key; the largest logit so far; the sums of
-weights, and of these times the sizes of values; and what the last block made of all before it."""
-LANES_OF_HEAD = 8
-"""Numbers that `OF_HEAD` takes, up to a whole vector."""
+OF_HEAD = ("beside", "shift", "unit", "top", "weight", "sized", "shrink", "step")
+"""Of a query: its product with what codes 0 stand for, and with the mean key; what 1 stands for in it; the largest
+logit so far; the sums of weights, and of these times the sizes of values; what the last block made of all before it,
+and what 1 stands for in its weights."""
+LANES_OF_HEAD = len(OF_HEAD)
+INTERLEAVED = (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15)
+"""Lanes of two vectors that become pairs of neighbours in one, as registers interleave them."""
+IN_ORDER = [sum(INTERLEAVED, ()).index(lane) for lane in range(DIMS)]
+"""Where their sums are then."""
 
 
 @cache
@@ -38,7 +47,7 @@ def build_attention(group_size: int) -> Callable[[Any, int], None]:
 class CodeKernel(Kernel):
     """Writes one module: threads attend part by part, then one of them merges.
 
-    An item's scratch memory: queries and outputs as [vector][head][lane], then the four numbers of `OF_HEAD`.
+    An item's scratch memory: queries and outputs as [vector][head][lane], then the numbers of `OF_HEAD`.
     """
 
     fields = (
@@ -55,26 +64,31 @@ class CodeKernel(Kernel):
         self.write_run(self._merge)
 
     def before_items(self) -> None:
-        """Reserve memory for the weights of a block and the sizes of its values."""
+        """Reserve memory for the weights of a block, as floats and rounded, and for the sizes of its rows."""
         super().before_items()
-        self.sizes = self.b.alloca(FLOAT, self.block)
-        self.sizes.align = 64
+        self.rounded = self.b.alloca(HALF, self.group_size * self.block)
+        self.sizes = {side: self.b.alloca(FLOAT, self.block) for side in "kv"}
+        for memory in (self.rounded, *self.sizes.values()):
+            memory.align = 64
 
     # --- an item's scratch memory
 
-    def _scratch_size(self, field: Callable[[str], ir.Value]) -> ir.Value:
-        lanes = self.b.mul(self.b.add(field("k_vectors"), field("v_vectors")), LONG(WIDEST))
-        return self.b.mul(self.b.add(lanes, LONG(LANES_OF_HEAD)), LONG(self.group_size))
+    def _scratch_parts(self, field: Callable[[str], ir.Value]) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Floats that queries, which have 16 bits, outputs and the numbers of heads take."""
+        b, dims = self.b, DIMS * self.group_size
+        queries = b.mul(field(f"k_{ENDS[-1]}"), LONG(dims // 2))
+        return queries, b.mul(field(f"v_{ENDS[-1]}"), LONG(dims)), LONG(LANES_OF_HEAD * self.group_size)
 
     def _scratch(self, item: ir.Value, field: Callable[[str], ir.Value]) -> dict[str, ir.Value]:
         """Pointers to the queries, the outputs and the numbers of heads of an item."""
         b = self.b
-        start = self._at(field("scratch"), b.mul(item, self._scratch_size(field)), FLOAT)
-        outputs = b.gep(start, [b.mul(field("k_vectors"), LONG(WIDEST * self.group_size))])
-        heads = b.gep(outputs, [b.mul(field("v_vectors"), LONG(WIDEST * self.group_size))])
-        found = {"queries": start, "outputs": outputs}
+        queries, outputs, heads = self._scratch_parts(field)
+        size = b.add(b.add(queries, outputs), heads)
+        start = self._at(field("scratch"), b.mul(item, size), FLOAT)
+        behind = b.gep(start, [queries])
+        found = {"queries": b.bitcast(start, HALF.as_pointer()), "outputs": behind}
         for i, name in enumerate(OF_HEAD):
-            found[name] = b.gep(heads, [LONG(i * self.group_size)])
+            found[name] = b.gep(behind, [b.add(outputs, LONG(i * self.group_size))])
         return found
 
     # --- attention
@@ -102,40 +116,52 @@ class CodeKernel(Kernel):
                 self._block_values(values, count, scratch, fields)
 
     def _prepare(self, pair: ir.Value, scratch: dict[str, ir.Value], fields: dict[str, ir.Value]) -> None:
-        """Queries in the order of a row's vectors, times the steps of its codes; outputs that hold nothing yet."""
+        """Queries in the order of a row's vectors, times the steps of its codes, rounded; outputs that hold nothing."""
         b, group_size = self.b, LONG(self.group_size)
-        numbers = b.mul(b.add(fields["k_vectors"], fields["v_vectors"]), LONG(WIDEST * self.group_size))
-        with self._loop(LONG(0), numbers, WIDEST) as (i, _, _):  # outputs lie behind queries
-            self._store(self._splat(FLOAT(0.0), WIDEST), self._eight(b.gep(scratch["queries"], [i])))
+        queries, outputs, _ = self._scratch_parts(fields.__getitem__)
+        start = b.bitcast(scratch["queries"], FLOAT.as_pointer())
+        with self._loop(LONG(0), b.add(queries, outputs), WIDEST) as (i, _, _):
+            self._store(self._splat(FLOAT(0.0), WIDEST), self._eight(b.gep(start, [i])))
         with self._loop(LONG(0), group_size) as (g, _, _):
             row = b.mul(b.add(b.mul(pair, group_size), g), fields["k_width"])
             query = self._at(fields["q"], row, FLOAT)
             head = b.srem(pair, fields["heads"])
             mean = self._at(fields["k_mean"], b.mul(head, fields["k_width"]), FLOAT)
-            with self._loop(LONG(0), fields["k_width"], sums=[FLOAT(0.0)] * 2) as (dim, (beside, shift), hand):
-                number = b.load(b.gep(query, [dim]))
+
+            def in_steps(dim: ir.Value, query: ir.Value = query) -> ir.Value:
+                return b.fmul(b.load(b.gep(query, [dim])), b.load(self._at(fields["k_scales"], dim, FLOAT)))
+
+            with self._loop(LONG(0), fields["k_width"], sums=[FLOAT(0.0)] * 2) as (dim, (largest, shift), hand):
+                times_mean = self._multiply_add(b.load(b.gep(query, [dim])), b.load(b.gep(mean, [dim])), shift)
+                hand([self._call("maxnum", self._call("fabs", in_steps(dim)), largest), times_mean])
+            unit, up = self._rounding(largest)
+            with self._loop(LONG(0), fields["k_width"], sums=[FLOAT(0.0)]) as (dim, (beside,), hand):
+                whole = self._call("rint", b.fmul(in_steps(dim), up))
                 place = b.gep(scratch["queries"], [self._slot(dim, g, "k", fields)])
-                b.store(b.fmul(number, b.load(self._at(fields["k_scales"], dim, FLOAT))), place)
-                least = b.load(self._at(fields["k_least"], dim, FLOAT))
-                hand([
-                    self._multiply_add(number, other, total)
-                    for other, total in ((least, beside), (b.load(b.gep(mean, [dim])), shift))
-                ])  # fmt: skip
+                b.store(b.trunc(b.fptosi(whole, WORD), HALF), place)
+                hand([self._multiply_add(whole, b.load(self._at(fields["k_least"], dim, FLOAT)), beside)])
             for name, value in {
-                "beside": beside,
+                "beside": b.fmul(beside, unit),
                 "shift": shift,
+                "unit": unit,
                 "top": FLOAT(LOWEST),
                 "weight": FLOAT(0.0),
                 "sized": FLOAT(0.0),
             }.items():
                 b.store(value, b.gep(scratch[name], [g]))
 
+    def _rounding(self, largest: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """What 1 stands for where the largest number becomes `MOST`, and what numbers are multiplied by."""
+        b = self.b
+        some = b.fcmp_ordered(">", largest, FLOAT(0.0))
+        return b.fmul(largest, FLOAT(1 / MOST)), b.select(some, b.fdiv(FLOAT(MOST), largest), FLOAT(0.0))
+
     def _slot(self, dim: ir.Value, g: ir.Value, side: str, fields: dict[str, ir.Value]) -> ir.Value:
         """Where a dim of a head is among [vector][head][lane]."""
         b = self.b
         slot = b.sext(b.load(self._at(fields[f"{side}_slots"], dim, WORD)), LONG)
-        vector, lane = b.ashr(slot, LONG(3)), b.and_(slot, LONG(WIDEST - 1))
-        return b.add(b.mul(b.add(b.mul(vector, LONG(self.group_size)), g), LONG(WIDEST)), lane)
+        vector, lane = b.sdiv(slot, LONG(DIMS)), b.srem(slot, LONG(DIMS))
+        return b.add(b.mul(b.add(b.mul(vector, LONG(self.group_size)), g), LONG(DIMS)), lane)
 
     def _eight(self, pointer: ir.Value) -> ir.Value:
         """A pointer to a vector that begins where a number is."""
@@ -143,34 +169,50 @@ class CodeKernel(Kernel):
 
     def _ranges(self, side: str, fields: dict[str, ir.Value]) -> list[tuple[int, ir.Value, ir.Value]]:
         """Bytes of a word, and the vectors that are read from such: the first, and the one behind the last."""
-        ends = [LONG(0), *(fields[f"{side}_{name}"] for name in ("eights", "fours", "vectors"))]
+        ends = [LONG(0), *(fields[f"{side}_{name}"] for name in ENDS)]
         return list(zip(WORDS, ends[:-1], ends[1:], strict=True))
 
-    def _place(self, vector: ir.Value, side: str, fields: dict[str, ir.Value]) -> tuple[ir.Value, ir.Value]:
-        """Where a vector's bytes begin in a row, and the bits that are its own."""
-        b = self.b
+    def _place(self, vector: ir.Value, side: str, fields: dict[str, ir.Value]) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Where a vector's bytes begin in a row, the bits that are its own, and what lifts them."""
+        b, first = self.b, self.b.mul(vector, LONG(DIMS))
         byte = b.sext(b.load(self._at(fields[f"{side}_bytes"], vector, WORD)), LONG)
-        masks = self._at(fields[f"{side}_masks"], b.mul(vector, LONG(WIDEST)), WORD)
-        return byte, b.load(self._vector(masks, 0, WORD, WIDEST), align=4)
+        tables = (self._at(fields[f"{side}_{name}"], first, HALF) for name in ("masks", "lifts"))
+        masks, lifts = (b.load(self._vector(table, 0, HALF, DIMS), align=2) for table in tables)
+        return byte, masks, lifts
 
-    def _numbers(self, place: ir.Value, mask: ir.Value, word: int) -> ir.Value:
-        """Codes from the `word` bytes at a place, each times a power of two."""
-        b, lanes = self.b, ir.VectorType(BYTE, WIDEST)
-        if word == WIDEST:
+    def _codes(self, place: ir.Value, masks: ir.Value, lifts: ir.Value, word: int) -> ir.Value:
+        """Codes from the `word` bytes at a place, lifted, as integers of 16 bits."""
+        b, lanes = self.b, ir.VectorType(BYTE, DIMS)
+        if word == DIMS:
             codes = b.load(b.bitcast(place, lanes.as_pointer()), align=1)
         else:
             one = b.load(b.bitcast(place, ir.IntType(8 * word).as_pointer()), align=1)
-            codes = b.bitcast(self._splat(one, WIDEST // word), lanes)
-        words = ir.VectorType(WORD, WIDEST)
-        return b.sitofp(b.and_(b.zext(codes, words), mask), ir.VectorType(FLOAT, WIDEST))
+            codes = b.bitcast(self._splat(one, DIMS // word), lanes)
+        return b.mul(b.and_(b.zext(codes, ir.VectorType(HALF, DIMS)), masks), lifts)
+
+    def _add_pairs(self, x: ir.Value, y: ir.Value, total: ir.Value) -> ir.Value:
+        """Products of integers of 16 bits, those of neighbours added up, to a total of 32 bits."""
+        b = self.b
+        if not cpu_code.has("avx2"):
+            wide = ir.VectorType(WORD, DIMS)
+            products = b.mul(b.sext(x, wide), b.sext(y, wide))
+            even, odd = (self._picked(products, products, range(i, DIMS, 2)) for i in (0, 1))
+            return b.add(total, b.add(even, odd))
+        name = "llvm.x86.avx2.pmadd.wd"  # with VNNI, LLVM makes one instruction of this and the addition
+        function = self.module.globals.get(name) or ir.Function(
+            self.module, ir.FunctionType(total.type, [x.type, y.type]), name
+        )
+        return b.add(total, b.call(function, [x, y]))
 
     def _size(self, row: ir.Value) -> ir.Value:
         """What a row begins with."""
-        return _number_of(self.b, self.b.load(row))
+        return number_of(self.b, self.b.load(row))
 
-    def _head_ranges(self) -> list[range]:
-        """Query heads, as many at a time as registers hold sums of."""
-        return [range(self.group_size)[i : i + REGISTERS] for i in range(0, self.group_size, REGISTERS)]
+    def _head_ranges(self, vectors: int) -> list[range]:
+        """Query heads, as many at a time as registers hold so many vectors of sums of."""
+        registers = 2 * REGISTERS if cpu_code.has("avx512vl") else REGISTERS
+        at_once = max(1, registers // vectors)
+        return [range(self.group_size)[i : i + at_once] for i in range(0, self.group_size, at_once)]
 
     def _block_logits(
         self,
@@ -182,33 +224,38 @@ class CodeKernel(Kernel):
     ) -> None:
         """Logits of a block into `weights`, -inf behind its last key, and the sizes of its values, zero there."""
         b = self.b
+        none = ir.Constant(ir.VectorType(WORD, WIDEST), None)
         with self._loop(LONG(0), count) as (j, _, _):
             key = b.gep(keys, [b.mul(j, fields["k_token"])])
             value = b.gep(values, [b.mul(j, fields["v_token"])])
             soon = b.gep(keys, [b.mul(b.add(j, LONG(self.block)), fields["k_token"])])
             self._prefetch_line(soon, 0)
-            b.store(self._size(value), b.gep(self.sizes, [j]))
-            size = self._size(key)
-            for heads in self._head_ranges():
-                sums: list[ir.Value] = [self._splat(FLOAT(0.0), WIDEST)] * len(heads)
+            for side, row in (("k", key), ("v", value)):
+                b.store(self._size(row), b.gep(self.sizes[side], [j]))
+            for heads in self._head_ranges(1):
+                sums: list[ir.Value] = [none] * len(heads)
                 for word, first, last in self._ranges("k", fields):
                     with self._loop(first, last, sums=sums) as (vector, totals, hand):
-                        byte, mask = self._place(vector, "k", fields)
-                        numbers = self._numbers(b.gep(key, [byte]), mask, word)
-                        queries = b.gep(scratch["queries"], [b.mul(vector, LONG(WIDEST * self.group_size))])
+                        byte, masks, lifts = self._place(vector, "k", fields)
+                        codes = self._codes(b.gep(key, [byte]), masks, lifts, word)
+                        queries = b.gep(scratch["queries"], [b.mul(vector, LONG(DIMS * self.group_size))])
                         hand([
-                            self._multiply_add(
-                                b.load(self._vector(queries, WIDEST * g, FLOAT, WIDEST), align=4), numbers, total
-                            )
+                            self._add_pairs(b.load(self._vector(queries, DIMS * g, HALF, DIMS), align=4), codes, total)
                             for g, total in zip(heads, totals, strict=True)
                         ])  # fmt: skip
                     sums = totals
-                for g, logit in zip(heads, self._totals(sums), strict=True):
-                    beside = b.load(b.gep(scratch["beside"], [LONG(g)]))
-                    logit = b.fmul(b.fadd(logit, beside, flags=FAST), size, flags=FAST)
+                floats = [b.sitofp(x, ir.VectorType(FLOAT, WIDEST)) for x in sums]
+                for g, logit in zip(heads, self._totals(floats), strict=True):
                     b.store(logit, b.gep(self.weights, [b.add(j, LONG(g * self.block))]))
+        with self._loop(LONG(0), LONG(self.group_size)) as (g, _, _):
+            unit, beside = (self._splat(b.load(b.gep(scratch[name], [g])), LANES) for name in ("unit", "beside"))
+            for i in range(0, self.block, LANES):
+                place = self._vector(b.gep(self.weights, [b.mul(g, LONG(self.block))]), i, FLOAT, LANES)
+                logits = self._multiply_add(b.load(place, align=64), unit, beside)
+                sizes = b.load(self._vector(self.sizes["k"], i, FLOAT, LANES), align=64)
+                b.store(b.fmul(logits, sizes, flags=FAST), place, align=64)
         with self._loop(count, LONG(self.block)) as (j, _, _):
-            b.store(FLOAT(0.0), b.gep(self.sizes, [j]))
+            b.store(FLOAT(0.0), b.gep(self.sizes["v"], [j]))
             for g in range(self.group_size):
                 b.store(FLOAT(-math.inf), b.gep(self.weights, [b.add(j, LONG(g * self.block))]))
 
@@ -226,57 +273,80 @@ class CodeKernel(Kernel):
         return totals
 
     def _block_weights(self, scratch: dict[str, ir.Value]) -> None:
-        """Logits to weights relative to the part's maximum so far, times the sizes of values."""
+        """Logits to weights relative to the part's maximum so far; times the sizes of values, rounded."""
         b = self.b
         at = range(0, self.block, LANES)
-        sizes = [b.load(self._vector(self.sizes, i, FLOAT, LANES), align=64) for i in at]
+        sizes = [b.load(self._vector(self.sizes["v"], i, FLOAT, LANES), align=64) for i in at]
         with self._loop(LONG(0), LONG(self.group_size)) as (g, _, _):
-            weights = b.gep(self.weights, [b.mul(g, LONG(self.block))])
-            places = [self._vector(weights, i, FLOAT, LANES) for i in at]
-            logits = [b.load(place, align=64) for place in places]
-            top = logits[0]
-            for vector in logits[1:]:
-                top = self._call("maxnum", top, vector)
-            of_head = {name: b.gep(pointer, [g]) for name, pointer in scratch.items()}
+            logits_at, rounded = (b.gep(x, [b.mul(g, LONG(self.block))]) for x in (self.weights, self.rounded))
+            logits = [b.load(self._vector(logits_at, i, FLOAT, LANES), align=64) for i in at]
+            of_head = {name: b.gep(scratch[name], [g]) for name in OF_HEAD}
             before = b.load(of_head["top"])
-            highest = self._call("maxnum", self._call("vector.reduce.fmax", top, result=FLOAT), before)
+            highest = self._call("maxnum", self._largest(logits), before)
             b.store(highest, of_head["top"])
+            weights = [self._exp2(b.fsub(vector, self._splat(highest, LANES))) for vector in logits]
+            products = [b.fmul(weight, size, flags=FAST) for weight, size in zip(weights, sizes, strict=True)]
+            step, up = self._rounding(self._largest(products))
             total = sized = self._splat(FLOAT(0.0), LANES)
-            for place, vector, size in zip(places, logits, sizes, strict=True):
-                weight = self._exp2(b.fsub(vector, self._splat(highest, LANES)))
-                times_size = b.fmul(weight, size, flags=FAST)
-                b.store(times_size, place, align=64)
-                total, sized = b.fadd(total, weight, flags=FAST), b.fadd(sized, times_size, flags=FAST)
+            for i, weight, product in zip(at, weights, products, strict=True):
+                whole = self._call("rint", b.fmul(product, self._splat(up, LANES), flags=FAST))
+                short = b.trunc(b.fptosi(whole, ir.VectorType(WORD, LANES)), ir.VectorType(HALF, LANES))
+                b.store(short, self._vector(rounded, i, HALF, LANES), align=32)
+                total, sized = b.fadd(total, weight, flags=FAST), b.fadd(sized, whole, flags=FAST)
             shrink = self._exp2_of(b.fsub(before, highest))
             b.store(shrink, of_head["shrink"])
-            for name, vector in (("weight", total), ("sized", sized)):
-                b.store(self._multiply_add(b.load(of_head[name]), shrink, self._sum(vector)), of_head[name])
+            b.store(step, of_head["step"])
+            for name, new in (("weight", self._sum(total)), ("sized", b.fmul(self._sum(sized), step))):
+                b.store(self._multiply_add(b.load(of_head[name]), shrink, new), of_head[name])
+
+    def _largest(self, vectors: Sequence[ir.Value]) -> ir.Value:
+        """Of all lanes of all vectors."""
+        top = vectors[0]
+        for vector in vectors[1:]:
+            top = self._call("maxnum", top, vector)
+        return self._call("vector.reduce.fmax", top, result=FLOAT)
 
     def _block_values(
         self, values: ir.Value, count: ir.Value, scratch: dict[str, ir.Value], fields: dict[str, ir.Value]
     ) -> None:
-        """Bring outputs down to the new maximum, and add the weighted values of a block."""
+        """Bring outputs down to the new maximum, and add the weighted values of a block, two tokens at a time."""
         b = self.b
-        for word, first, last in self._ranges("v", fields):
-            with self._loop(first, last) as (vector, _, _):
-                byte, mask = self._place(vector, "v", fields)
+        none = ir.Constant(ir.VectorType(WORD, WIDEST), None)
+        last = b.sub(count, LONG(1))
+        for word, start, end in self._ranges("v", fields):
+            with self._loop(start, end) as (vector, _, _):
+                byte, masks, lifts = self._place(vector, "v", fields)
                 column = b.gep(values, [byte])
-                outputs = b.gep(scratch["outputs"], [b.mul(vector, LONG(WIDEST * self.group_size))])
-                for heads in self._head_ranges():
-                    places = [self._vector(outputs, WIDEST * g, FLOAT, WIDEST) for g in heads]
-                    sums = []
-                    for g, place in zip(heads, places, strict=True):
-                        shrink = self._splat(b.load(b.gep(scratch["shrink"], [LONG(g)])), WIDEST)
-                        sums.append(b.fmul(b.load(place, align=4), shrink, flags=FAST))
-                    with self._loop(LONG(0), count, sums=sums) as (j, totals, hand):
-                        numbers = self._numbers(b.gep(column, [b.mul(j, fields["v_token"])]), mask, word)
-                        added = []
-                        for g, total in zip(heads, totals, strict=True):
-                            weight = b.load(b.gep(self.weights, [b.add(j, LONG(g * self.block))]))
-                            added.append(self._multiply_add(self._splat(weight, WIDEST), numbers, total))
+                outputs = b.gep(scratch["outputs"], [b.mul(vector, LONG(DIMS * self.group_size))])
+                for heads in self._head_ranges(len(INTERLEAVED)):
+                    sums = [none] * (len(INTERLEAVED) * len(heads))
+                    with self._loop(LONG(0), count, 2, sums=sums) as (j, totals, hand):
+                        one, other = (
+                            self._codes(b.gep(column, [b.mul(token, fields["v_token"])]), masks, lifts, word)
+                            for token in (j, self._least(b.add(j, LONG(1)), last))  # behind the last, weights are zero
+                        )
+                        pairs = [
+                            self._picked(one, other, [lane + DIMS * i for lane in lanes for i in (0, 1)])
+                            for lanes in INTERLEAVED
+                        ]
+                        added: list[ir.Value] = []
+                        for g in heads:
+                            place = b.gep(self.rounded, [b.add(j, LONG(g * self.block))])
+                            weights = self._splat(b.load(b.bitcast(place, WORD.as_pointer()), align=4), WIDEST)
+                            weights = b.bitcast(weights, ir.VectorType(HALF, DIMS))
+                            added += [
+                                self._add_pairs(pair, weights, totals[len(added) + i]) for i, pair in enumerate(pairs)
+                            ]
                         hand(added)
-                    for place, total in zip(places, totals, strict=True):
-                        self._store(total, place)
+                    floats = [b.sitofp(total, ir.VectorType(FLOAT, WIDEST)) for total in totals]
+                    for g, x, y in zip(heads, floats[::2], floats[1::2], strict=True):
+                        shrink, step = (
+                            self._splat(b.load(b.gep(scratch[name], [LONG(g)])), WIDEST) for name in ("shrink", "step")
+                        )
+                        for i in range(0, DIMS, WIDEST):
+                            new = b.fmul(self._picked(x, y, IN_ORDER[i : i + WIDEST]), step, flags=FAST)
+                            place = self._vector(outputs, DIMS * g + i, FLOAT, WIDEST)
+                            self._store(self._multiply_add(b.load(place, align=4), shrink, new), place)
 
     def _merge(self) -> None:
         """Merge the parts of every query head by their maxima and sums, which are told as well."""
@@ -290,7 +360,7 @@ class CodeKernel(Kernel):
             def of_part(part: ir.Value) -> dict[str, ir.Value]:
                 found = self._scratch(b.add(b.mul(pair, parts), part), fields.__getitem__)
                 found |= {name: b.gep(found[name], [g]) for name in OF_HEAD}
-                return found | {"outputs": b.gep(found["outputs"], [b.mul(g, LONG(WIDEST))])}
+                return found | {"outputs": b.gep(found["outputs"], [b.mul(g, LONG(DIMS))])}
 
             with self._loop(LONG(0), parts, sums=[FLOAT(LOWEST)]) as (part, (top,), hand):
                 hand([self._call("maxnum", top, b.load(of_part(part)["top"]))])
@@ -303,8 +373,9 @@ class CodeKernel(Kernel):
                     for name, total in (("weight", weight), ("sized", sized))
                 ])  # fmt: skip
             merged = of_part(LONG(0))["outputs"]
-            with self._loop(LONG(0), fields["v_vectors"]) as (vector, _, _):
-                at = b.mul(vector, LONG(WIDEST * self.group_size))
+            with self._loop(LONG(0), b.mul(fields[f"v_{ENDS[-1]}"], LONG(DIMS)), WIDEST) as (lane, _, _):
+                vector, within = b.sdiv(lane, LONG(DIMS)), b.srem(lane, LONG(DIMS))
+                at = b.add(b.mul(vector, LONG(DIMS * self.group_size)), within)
                 none = self._splat(zero, WIDEST)
                 with self._loop(LONG(0), parts, sums=[none]) as (part, (total,), hand):
                     found = of_part(part)
@@ -320,58 +391,5 @@ class CodeKernel(Kernel):
             with self._loop(LONG(0), fields["v_width"]) as (dim, _, _):
                 number = b.load(b.gep(merged, [self._slot(dim, LONG(0), "v", fields)]))
                 scale, least = (b.load(self._at(fields[f"v_{name}"], dim, FLOAT)) for name in ("scales", "least"))
-                number = self._multiply_add(number, scale, b.fmul(sized, least))
+                number = b.fmul(self._multiply_add(sized, least, number), scale)
                 b.store(self._multiply_add(number, safe, b.load(b.gep(mean, [dim]))), b.gep(out, [dim]))
-
-
-def _number_of(b: ir.IRBuilder, size: ir.Value) -> ir.Value:
-    """A row's size, as the byte has it, as a float."""
-    bits = b.shl(b.zext(size, HALF), HALF(SIZE_SHIFT))
-    return b.fpext(b.bitcast(bits, ir.HalfType()), FLOAT)
-
-
-@cache
-def build_encoder() -> Callable[[Any, int], None]:
-    """Return the kernel that writes rows: a function of the call's fields and of threads."""
-    return compiled(Encoder().module)
-
-
-class Encoder(Writer):
-    """Writes one module: an item is a row. Every step is that of `Codes.encode`, so that rows are the same."""
-
-    fields = (
-        *("x", "norms", "rows", "width", "row_bytes", "root", "bytes", "ups", "most", "steps", "middles"),
-        *("items", "next"),
-    )
-    """Addresses and sizes; those behind `row_bytes` are of `codes.Places`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.write_worker(self._row)
-        self.write_run()
-
-    def _row(self, item: ir.Value, fields: dict[str, ir.Value]) -> None:
-        b = self.b
-
-        def number(name: str, index: ir.Value) -> ir.Value:
-            return b.load(self._at(fields[name], index, FLOAT))
-
-        row = self._at(fields["rows"], b.mul(item, fields["row_bytes"]), BYTE)
-        numbers = b.mul(item, fields["width"])
-        with self._loop(LONG(0), fields["row_bytes"]) as (i, _, _):
-            b.store(BYTE(0), b.gep(row, [i]))
-        size = b.fmul(number("norms", item), number("root", LONG(0)))
-        size = self._call("minnum", self._call("maxnum", size, FLOAT(LEAST_SIZE)), FLOAT(GREATEST_SIZE))
-        bits = b.bitcast(b.fptrunc(size, ir.HalfType()), HALF)
-        nearest = b.trunc(b.lshr(b.add(bits, HALF(1 << SIZE_SHIFT - 1)), HALF(SIZE_SHIFT)), BYTE)
-        b.store(nearest, row)
-        size = _number_of(b, nearest)
-        with self._loop(LONG(0), fields["width"]) as (dim, _, _):
-            step = b.fmul(size, number("steps", dim))
-            interval = b.fsub(b.fdiv(number("x", b.add(numbers, dim)), step), number("middles", dim))
-            code = self._call("floor", b.fadd(interval, FLOAT(0.5)))
-            code = self._call("minnum", self._call("maxnum", code, FLOAT(0.0)), number("most", dim))
-            up = b.load(self._at(fields["ups"], dim, WORD))
-            place = b.gep(row, [b.load(self._at(fields["bytes"], dim, LONG))])
-            bits = b.trunc(b.shl(b.fptosi(code, WORD), up), BYTE)
-            b.store(b.or_(b.load(place), bits), place)

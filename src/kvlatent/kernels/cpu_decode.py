@@ -102,7 +102,8 @@ def decode_segment(
         nothing = [torch.zeros(kv_heads, x.width) for x in codes] if means is None else ()
         held = [x.float().contiguous() for x in means or nothing]
         layouts = [number for x, mean in zip(vectors, held, strict=True) for number in (mean.data_ptr(), *x.fields)]
-        scratch = group_size * (sum(x.lanes for x in vectors) + LANES_OF_HEAD)
+        keys, values = vectors
+        scratch = group_size * (keys.lanes // 2 + values.lanes + LANES_OF_HEAD)
     rows = (q.float() * (scale * math.log2(math.e))).contiguous()
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     pairs = batch * kv_heads

@@ -24,7 +24,7 @@ def fits(x: Tensor) -> bool:
 
 def write_rows(x: Tensor, norms: Tensor, at: Places, row_bytes: int) -> Tensor:
     """Rows of latents (…, width) of these norms (…, 1): the same bytes as by `Codes.encode` without a kernel."""
-    from kvlatent.kernels.cpu_codes_kernel import Encoder, build_encoder
+    from kvlatent.kernels.cpu_encode_kernel import Encoder, build_encoder
 
     x, width = x.contiguous(), x.shape[-1]
     rows = torch.empty(*x.shape[:-1], row_bytes, dtype=torch.uint8)

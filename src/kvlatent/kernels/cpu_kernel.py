@@ -6,7 +6,7 @@ A head's row of d_qk or d_vo numbers is a list of explicit vectors, so every wid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from itertools import product
 from typing import Any
@@ -20,7 +20,6 @@ from kvlatent.kernels.cpu_code import (
     FLOAT,
     LONG,
     STORED,
-    WORD,
     Writer,
     compiled,
     element_bytes,
@@ -186,17 +185,14 @@ class Kernel(Writer):
         """Sum over the lanes of each of four or eight vectors of eight, as one vector: neighbours are added twice."""
         b = self.b
 
-        def picked(x: ir.Value, y: ir.Value, lanes: Sequence[int]) -> ir.Value:
-            return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(WORD, len(lanes)), list(lanes)))
-
         even = (0, 2, 8, 10, 4, 6, 12, 14)  # within the halves of a register, across which moving lanes is slow
         odd = [lane + 1 for lane in even]
         for _ in range(2):
             pairs = zip(vectors[::2], vectors[1::2], strict=True)
-            vectors = [b.fadd(picked(x, y, even), picked(x, y, odd), flags=FAST) for x, y in pairs]
+            vectors = [b.fadd(self._picked(x, y, even), self._picked(x, y, odd), flags=FAST) for x, y in pairs]
         low = [lane + 8 * i for i in range(len(vectors)) for lane in range(4)]
         x, y = vectors[0], vectors[-1]
-        return b.fadd(picked(x, y, low), picked(x, y, [lane + 4 for lane in low]), flags=FAST)
+        return b.fadd(self._picked(x, y, low), self._picked(x, y, [lane + 4 for lane in low]), flags=FAST)
 
     def _hide(self, first: ir.Value, count: ir.Value, batch: ir.Value, fields: dict[str, ir.Value]) -> None:
         """Logits of keys that may not be looked at become -inf."""
