@@ -213,6 +213,24 @@ def test_the_kernel_reads_codes_as_they_are(
     torch.testing.assert_close(again[0][seen].double(), wanted[0][seen], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not cpu_decode.available(), reason="needs llvmlite and GNU's OpenMP")
+def test_the_kernel_does_without_what_a_cpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvlatent.kernels import cpu_code, cpu_codes_kernel
+
+    torch.manual_seed(0)
+    codes = Codes(((16, 8), (40, 4), (24, 1))), Codes(((20, 4), (24, 2)))
+    k, v = (x.encode(torch.randn(2, 1, 75, x.width)) for x in codes)
+    q = torch.randn(2, 9, 1, codes[0].width)
+    found = []
+    for has in (cpu_code.has, lambda feature: False):
+        monkeypatch.setattr(cpu_code, "has", has)
+        cpu_codes_kernel.build_attention.cache_clear()
+        found.append(segment_attention(q, k, v, scale=0.2, mask=None, codes=codes))
+    cpu_codes_kernel.build_attention.cache_clear()
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
 def test_widths_that_fill_no_chunk_lose_nothing() -> None:
     eye, size = torch.eye(20, dtype=torch.float64)[None], torch.linspace(2, 1, 20, dtype=torch.float64)
     side = Axes(to=eye, back=eye, mean=eye[:, :1], dropped=size, spread=size[None])
