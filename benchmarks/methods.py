@@ -33,8 +33,9 @@ from kvlatent.data.sources import read_text
 from kvlatent.errors import UserError
 from kvlatent.evaluation.perplexity import compare, perplexity
 from kvlatent.model.checkpoints import load_model
-from kvlatent.model.graft import graft, head_dim_of, set_spec
+from kvlatent.model.graft import graft, head_dim_of
 from kvlatent.model.layers import layer_arguments
+from kvlatent.model.models import set_spec
 
 BUDGETS = (0.75, 0.625, 0.5, 0.375, 0.25)
 

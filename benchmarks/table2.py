@@ -15,7 +15,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kvlatent.evaluation.bench import benchmark
-from kvlatent.model.graft import graft, set_spec, spec_of
+from kvlatent.model.graft import graft, spec_of
+from kvlatent.model.models import set_spec
 from kvlatent.model.spec import LatentSpec
 
 SIZES = {

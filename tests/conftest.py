@@ -29,7 +29,7 @@ from kvlatent.compress.convert import convert  # noqa: E402
 from kvlatent.kernels.allocator import freed_memory_kept  # noqa: E402
 from kvlatent.model.config import CONFIGS  # noqa: E402
 from kvlatent.model.families import FAMILIES  # noqa: E402
-from kvlatent.model.graft import MODELS  # noqa: E402
+from kvlatent.model.models import MODELS  # noqa: E402
 from kvlatent.model.window import FarMaps  # noqa: E402
 
 gc.freeze()  # accelerate collects garbage after every stage: spare it the walk through all that was imported

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from kvlatent.kernels import cuda_decode
 from kvlatent.kernels.attention import OWN_KERNELS, choose_path, latent_attention
 from kvlatent.model.attention import LatentAttention, taking_back_pays
-from kvlatent.model.graft import set_spec, spec_of
+from kvlatent.model.graft import spec_of
+from kvlatent.model.models import set_spec
 from kvlatent.model.rope import LatentRotaryEmbedding
 from kvlatent.model.spec import LatentSpec
 

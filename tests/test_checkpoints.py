@@ -29,8 +29,9 @@ from kvlatent.files import new_folder, refuse_existing
 from kvlatent.model import unpacked
 from kvlatent.model.checkpoints import load_model, locate, pick_device, pick_dtype, record_of, save_checkpoint
 from kvlatent.model.families import FAMILIES
-from kvlatent.model.graft import graft, set_spec, spec_of
+from kvlatent.model.graft import graft, spec_of
 from kvlatent.model.loading import load_config, stored_dtype
+from kvlatent.model.models import set_spec
 from kvlatent.model.offload import open_offloaded
 from kvlatent.model.spec import LatentSpec
 from kvlatent.serving.export.plain import plain_weights

@@ -220,7 +220,8 @@ def test_dtype_record_and_card_go_along(
 def test_layers_of_different_value_dims_are_padded_to_the_widest(
     tiny_student: Callable[..., PreTrainedModel], byte_tokenizer: PreTrainedTokenizerFast, ids: Tensor, tmp_path: Path
 ) -> None:
-    from kvlatent.model.graft import set_spec, spec_of
+    from kvlatent.model.graft import spec_of
+    from kvlatent.model.models import set_spec
     from kvlatent.model.spec import LatentSpec
 
     student = tiny_student("llama", "portable", 8, 4)

@@ -14,7 +14,8 @@ from kvlatent.compress.convert import convert
 from kvlatent.compress.methods import METHODS
 from kvlatent.model.config import CONFIGS
 from kvlatent.model.families import FAMILIES
-from kvlatent.model.graft import MODELS, spec_of
+from kvlatent.model.graft import spec_of
+from kvlatent.model.models import MODELS
 
 PAGE = Path(__file__).parents[1] / "docs/extending.md"
 

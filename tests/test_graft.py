@@ -28,15 +28,13 @@ from kvlatent.model.cache import cache_bytes
 from kvlatent.model.config import CONFIGS, KVLatentLlamaConfig
 from kvlatent.model.families import FAMILIES
 from kvlatent.model.graft import (
-    MODELS,
-    KVLatentLlamaForCausalLM,
     check_teacher,
     graft,
     head_dim_of,
     identity_spec,
-    set_spec,
     spec_of,
 )
+from kvlatent.model.models import MODELS, KVLatentLlamaForCausalLM, set_spec
 from kvlatent.model.spec import LatentSpec
 
 PRESETS = ["best", "apart", "portable", "paper"]

@@ -32,7 +32,8 @@ from kvlatent.compress.statistics import calibrate
 from kvlatent.compress.values import value_output_svd, value_output_tail, value_stride
 from kvlatent.errors import UserError
 from kvlatent.model.attention import LatentAttention
-from kvlatent.model.graft import graft, set_spec, spec_of
+from kvlatent.model.graft import graft, spec_of
+from kvlatent.model.models import set_spec
 from kvlatent.model.rope import rotate
 from kvlatent.model.spec import LatentSpec
 

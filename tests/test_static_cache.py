@@ -11,7 +11,8 @@ from transformers import CompileConfig, PreTrainedModel
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from kvlatent.model.cache import FixedLayer, StaticLatentCache, allocated_bytes, cache_bytes
-from kvlatent.model.graft import set_spec, spec_of
+from kvlatent.model.graft import spec_of
+from kvlatent.model.models import set_spec
 from kvlatent.model.spec import LatentSpec
 
 PLAIN = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}

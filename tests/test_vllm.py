@@ -16,7 +16,8 @@ from reference import VLLM_CPU_BLOCK, vllm_tokens_per_gib
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kvlatent.errors import UserError
-from kvlatent.model.graft import graft, set_spec, spec_of
+from kvlatent.model.graft import graft, spec_of
+from kvlatent.model.models import set_spec
 from kvlatent.model.spec import QKMap
 from kvlatent.serving.export.vllm import cache_bytes_per_token
 

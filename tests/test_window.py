@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from kvlatent.kernels import segment
 from kvlatent.model import window as window_module
 from kvlatent.model.cache import LatentCache, cache_bytes
-from kvlatent.model.graft import graft, identity_spec, set_spec, spec_of
+from kvlatent.model.graft import graft, identity_spec, spec_of
+from kvlatent.model.models import set_spec
 from kvlatent.model.spec import LatentSpec
 from kvlatent.model.window import Far, FarMaps, Whole, sinks_of, windowed_attention
 

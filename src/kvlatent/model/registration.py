@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvlatent.model.config import CONFIGS
-from kvlatent.model.graft import MODELS
+from kvlatent.model.models import MODELS
 
 
 def register() -> None:
