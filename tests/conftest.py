@@ -51,6 +51,7 @@ MULTIPLIERS = {
 ROPES = {"rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 1e3}}}
 GROWING = YARN | {"original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.5}
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 9.0}
 ALTERNATING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -74,6 +75,7 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", GQA | {"rope_parameters": PARTIAL}),
     "phi3-whole": ("phi3", GQA),
     "glm4": ("glm4", GQA | {"attention_bias": True}),
+    "gemma2": ("gemma2", GQA | {"query_pre_attn_scalar": 9, **ALTERNATING, **CAPS}),
     "gemma3_text": ("gemma3_text", GQA | {"query_pre_attn_scalar": 9, **ALTERNATING, **ROPES}),
     "qwen3_moe": ("qwen3_moe", GQA | EXPERTS | {"moe_intermediate_size": 24, "mlp_only_layers": [0]}),
 }

@@ -45,17 +45,25 @@ def causal(q_len: int, kv_len: int, window: int | None = None) -> Tensor:
     return bias
 
 
-def probabilities(q: Tensor, k: Tensor, *, scale: float, bias: Tensor) -> Tensor:
-    """Softmax of one query (d,) over keys (kv_len, d), with `bias` (kv_len,) added to the logits."""
+def soft_capped(x: Tensor, cap: float | None) -> Tensor:
+    """cap·tanh(x / cap), by its exponentials; None leaves it."""
+    if cap is None:
+        return x
+    up, down = torch.exp(x / cap), torch.exp(-x / cap)
+    return cap * (up - down) / (up + down)
+
+
+def probabilities(q: Tensor, k: Tensor, *, scale: float, bias: Tensor, cap: float | None = None) -> Tensor:
+    """Softmax of one query (d,) over keys (kv_len, d), with `bias` (kv_len,) added to the logits after their cap."""
     seen = [j for j in range(len(k)) if bias[j] > -math.inf]
-    logits = {j: scale * torch.dot(q, k[j]) + bias[j] for j in seen}
+    logits = {j: soft_capped(scale * torch.dot(q, k[j]), cap) + bias[j] for j in seen}
     top = max(x.item() for x in logits.values())
     weights = {j: torch.exp(logits[j] - top) for j in seen}
     total = sum(weights.values())
     return torch.stack([weights[j] / total if j in weights else torch.zeros_like(total) for j in range(len(k))])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor, cap: float | None = None) -> Tensor:
     """Grouped attention of (batch, heads, seq, dim) tensors; `bias` is (batch, q_len, kv_len)."""
     batch, q_heads, q_len, _ = q.shape
     group_size = q_heads // k.shape[1]
@@ -64,7 +72,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor) ->
         for h in range(q_heads):
             g = h // group_size
             for i in range(q_len):
-                p = probabilities(q[b, h, i], k[b, g], scale=scale, bias=bias[b, i])
+                p = probabilities(q[b, h, i], k[b, g], scale=scale, bias=bias[b, i], cap=cap)
                 rows.append(sum(p[j] * v[b, g, j] for j in range(len(p))))
     return torch.stack(rows).view(batch, q_heads, q_len, -1)
 
@@ -115,7 +123,7 @@ def latent_attention_module(module: torch.nn.Module, x: Tensor, inv_freq: list[f
     v = torch.stack(
         [torch.stack([torch.stack(tokens) for tokens in by_head]) for by_head in heads("v", module.latents)]
     )
-    out = attention(q, k, v, scale=module.scale, bias=bias.expand(len(x), -1, -1))
+    out = attention(q, k, v, scale=module.scale, bias=bias.expand(len(x), -1, -1), cap=module.cap)
     if module.o_map is not None:
         out = torch.stack([out[:, h] @ module.o_map[h] for h in range(module.q_heads)], dim=1)
     flat = torch.stack(
@@ -127,7 +135,9 @@ def latent_attention_module(module: torch.nn.Module, x: Tensor, inv_freq: list[f
     return result.view(x.shape)
 
 
-def moments(q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor) -> dict[str, Tensor]:
+def moments(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor, cap: float | None = None
+) -> dict[str, Tensor]:
     """Per head, sums over queries of q qᵀ, of the key covariance under attention, and of o oᵀ."""
     batch, q_heads, seq, dim = q.shape
     kv_heads = k.shape[1]
@@ -141,7 +151,7 @@ def moments(q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor) -> d
         for h in range(q_heads):
             g = h // group_size
             for i in range(seq):
-                p = probabilities(q[b, h, i], k[b, g], scale=scale, bias=bias[i])
+                p = probabilities(q[b, h, i], k[b, g], scale=scale, bias=bias[i], cap=cap)
                 mean_key = sum(p[j] * k[b, g, j] for j in range(seq))
                 out = sum(p[j] * v[b, g, j] for j in range(seq))
                 sums["q"][h] += torch.outer(q[b, h, i], q[b, h, i])
@@ -171,11 +181,11 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def windowed_attention(
     q: Tensor, k: Tensor, v: Tensor, maps: tuple[Tensor, Tensor, Tensor, Tensor], *,
-    window: int, scale: float, visible: Tensor, sink: Tensor, far_bias: Tensor,
+    window: int, scale: float, visible: Tensor, sink: Tensor, far_bias: Tensor, cap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Near tokens and sinks whole, far ones through maps; `visible` is (batch, seq, seq), `sink` (batch, seq), bool.
 
-    `far_bias` (q_heads, 1) is added to far logits.
+    `far_bias` (q_heads, 1) is added to far logits, after their cap.
 
     Maps are (q_heads, head_dim, latent), (latents, joined, latent), (latents, joined, latent_v) and
     (q_heads, latent_v, head_dim). Queries that see nothing give zeros.
@@ -195,12 +205,13 @@ def windowed_attention(
                     if not visible[b, t, s]:
                         continue
                     if t - s < window or sink[b, s]:
-                        logits.append(scale * torch.dot(q[b, h, t], k[b, g, s]))
+                        logits.append(soft_capped(scale * torch.dot(q[b, h, t], k[b, g, s]), cap))
                         values.append(v[b, g, s])
                     else:
                         key = torch.cat([k[b, m, s] for m in mates]) @ k_map[latent]
                         value = torch.cat([v[b, m, s] for m in mates]) @ v_map[latent]
-                        logits.append(scale * torch.dot(q[b, h, t] @ q_map[h], key) + far_bias[h, 0])
+                        far = soft_capped(scale * torch.dot(q[b, h, t] @ q_map[h], key), cap)
+                        logits.append(far + far_bias[h, 0])
                         values.append(value @ o_map[h])
                 if not logits:
                     rows.append(torch.zeros_like(v[b, g, 0]))

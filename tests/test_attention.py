@@ -30,6 +30,9 @@ SHAPES = {
 }
 
 
+CAPS = st.sampled_from([None, 0.8])
+
+
 def random_heads(
     kv_heads: int, group_size: int, half_qk: int, d_vo: int, seed: int, *, q_len: int, kv_len: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -47,13 +50,13 @@ def random_heads(
 
 
 def check_forward_and_gradients(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, *, mask: Tensor | None, bias: Tensor
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, *, mask: Tensor | None, bias: Tensor, cap: float | None
 ) -> None:
     scale = 0.7
     fast = [x.clone().requires_grad_() for x in (q, k, v)]
     slow = [x.double().requires_grad_() for x in (q, k, v)]
-    got = latent_attention(*fast, scale=scale, mask=mask)
-    wanted = reference.attention(*slow, scale=scale, bias=bias.expand(len(q), -1, -1))
+    got = latent_attention(*fast, scale=scale, cap=cap, mask=mask)
+    wanted = reference.attention(*slow, scale=scale, cap=cap, bias=bias.expand(len(q), -1, -1))
     assert got.dtype == q.dtype
     torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
     got.backward(grad)
@@ -63,15 +66,17 @@ def check_forward_and_gradients(
 
 
 @settings(deadline=None, max_examples=20)
-@given(q_len=st.integers(1, 5), **SHAPES)
-def test_causal_attention_matches_float64_loops(q_len: int, **shape: int) -> None:
+@given(q_len=st.integers(1, 5), cap=CAPS, **SHAPES)
+def test_causal_attention_matches_float64_loops(q_len: int, cap: float | None, **shape: int) -> None:
     heads = random_heads(**shape, q_len=q_len, kv_len=q_len)
-    check_forward_and_gradients(*heads, mask=None, bias=reference.causal(q_len, q_len))
+    check_forward_and_gradients(*heads, mask=None, bias=reference.causal(q_len, q_len), cap=cap)
 
 
 @settings(deadline=None, max_examples=20)
-@given(q_len=st.integers(1, 4), earlier=st.integers(0, 4), as_float=st.booleans(), **SHAPES)
-def test_masked_attention_matches_float64_loops(q_len: int, earlier: int, as_float: bool, **shape: int) -> None:
+@given(q_len=st.integers(1, 4), earlier=st.integers(0, 4), as_float=st.booleans(), cap=CAPS, **SHAPES)
+def test_masked_attention_matches_float64_loops(
+    q_len: int, earlier: int, as_float: bool, cap: float | None, **shape: int
+) -> None:
     heads = random_heads(**shape, q_len=q_len, kv_len=q_len + earlier)
     generator = torch.Generator().manual_seed(shape["seed"])
     bias = reference.causal(q_len, q_len + earlier).repeat(2, 1, 1)  # a chunk after `earlier` cached tokens
@@ -79,16 +84,18 @@ def test_masked_attention_matches_float64_loops(q_len: int, earlier: int, as_flo
     for i in range(q_len):
         bias[:, i, earlier + i] = 0  # a token always sees itself
     mask = bias[:, None].float() if as_float else bias[:, None] == 0
-    check_forward_and_gradients(*heads, mask=mask, bias=bias)
+    check_forward_and_gradients(*heads, mask=mask, bias=bias, cap=cap)
 
 
 @settings(deadline=None, max_examples=20)
-@given(kv_len=st.integers(1, 6), masked=st.booleans(), **SHAPES)
-def test_a_single_query_is_the_last_row_of_the_full_forward(kv_len: int, masked: bool, **shape: int) -> None:
+@given(kv_len=st.integers(1, 6), masked=st.booleans(), cap=CAPS, **SHAPES)
+def test_a_single_query_is_the_last_row_of_the_full_forward(
+    kv_len: int, masked: bool, cap: float | None, **shape: int
+) -> None:
     q, k, v, _ = random_heads(**shape, q_len=kv_len, kv_len=kv_len)
-    full = latent_attention(q, k, v, scale=0.4)
+    full = latent_attention(q, k, v, scale=0.4, cap=cap)
     everything = torch.ones(2, 1, 1, kv_len, dtype=torch.bool) if masked else None
-    decoded = latent_attention(q[:, :, -1:], k, v, scale=0.4, mask=everything)
+    decoded = latent_attention(q[:, :, -1:], k, v, scale=0.4, cap=cap, mask=everything)
     torch.testing.assert_close(decoded, full[:, :, -1:])
 
 
@@ -272,6 +279,7 @@ def matches_float64_loops(module: LatentAttention, rotary: LatentRotaryEmbedding
         ("mistral-mha", "before_rope", True),
         ("qwen3", "before_rope", False),
         ("qwen3", "after_rope", False),
+        ("gemma2", "after_rope", False),
     ],
 )
 def test_module_matches_float64_loops_with_gradients(

@@ -184,10 +184,10 @@ def as_integers(q: Tensor, codes: Codes) -> Tensor:
 @settings(deadline=None, max_examples=15)
 @given(
     k_groups=GROUPS, v_groups=GROUPS, length=st.sampled_from([1, 15, 700]), group=st.sampled_from([1, 3, 9, 13]),
-    masked=st.booleans(), seed=st.integers(0, 99),
+    masked=st.booleans(), cap=st.sampled_from([None, 0.8]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_the_kernel_reads_codes_as_they_are(
-    k_groups: Groups, v_groups: Groups, length: int, group: int, masked: bool, seed: int
+    k_groups: Groups, v_groups: Groups, length: int, group: int, masked: bool, cap: float | None, seed: int
 ) -> None:
     torch.manual_seed(seed)
     codes = Codes(k_groups), Codes(v_groups)
@@ -196,20 +196,21 @@ def test_the_kernel_reads_codes_as_they_are(
     mask = torch.rand(2, 1, 1, length) < 0.7 if masked else None
     scale = codes[0].width ** -0.5
     means = torch.randn(2, 1, codes[0].width), torch.randn(2, 1, codes[1].width)
-    got = segment_attention(q, k, v, scale=scale, mask=mask, codes=codes, means=means)
+    got = segment_attention(q, k, v, scale=scale, mask=mask, cap=cap, codes=codes, means=means)
     keys, values = (x.decode(rows, torch.float64) for x, rows in zip(codes, (k, v), strict=True))
-    wanted = segment_attention(q.double(), keys + means[0], values + means[1], scale=scale, mask=mask)
-    in_logits = scale * math.log2(math.e)  # to base 2, as logits are told
-    rounded = as_integers(q * in_logits, codes[0]) / in_logits
-    output, top, total = segment_attention(rounded, keys, values + means[1], scale=scale, mask=mask)
-    with_mean = q.double().unflatten(1, (2, -1)).mul(means[0][:, None]).sum(-1).view_as(top) * in_logits
-    exact = output, top + with_mean, total
+    wanted = exact = segment_attention(q.double(), keys + means[0], values + means[1], scale=scale, mask=mask, cap=cap)
+    if cap is None:
+        in_logits = scale * math.log2(math.e)  # to base 2, as logits are told
+        rounded = as_integers(q * in_logits, codes[0]) / in_logits
+        output, top, total = segment_attention(rounded, keys, values + means[1], scale=scale, mask=mask)
+        with_mean = q.double().unflatten(1, (2, -1)).mul(means[0][:, None]).sum(-1).view_as(top) * in_logits
+        exact = output, top + with_mean, total
     seen = torch.ones(2, dtype=torch.bool) if mask is None else mask.any(-1)[:, 0, 0]
     for x, y, z in zip(got, exact, wanted, strict=True):
         torch.testing.assert_close(x[seen].double(), y[seen], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(x[seen].double(), z[seen], rtol=1e-3, atol=5e-4)
     with patch.object(cpu_decode, "available", lambda: False), patch.object(attention, "READ_AT_ONCE", 256):
-        again = segment_attention(q, k, v, scale=scale, mask=mask, codes=codes, means=means)
+        again = segment_attention(q, k, v, scale=scale, mask=mask, cap=cap, codes=codes, means=means)
     torch.testing.assert_close(again[0][seen].double(), wanted[0][seen], rtol=1e-4, atol=1e-4)
 
 

@@ -79,7 +79,7 @@ def test_without_tokens_that_need_far_text_there_is_no_share() -> None:
     assert far.far_scores(teacher, teacher, random_losses(1)) == {"far_tokens": 0, "far_share": 0}
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "olmo3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "olmo3", "gemma2"])
 def test_near_only_losses_are_those_of_a_text_cut_short(
     name: str, tiny_teacher: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,13 +33,16 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("temperature", [1.0, 10.0, 0.5])
 @pytest.mark.parametrize("positions", [1, 3, 8])
-def test_kl_equals_naive_float64_with_gradients(temperature: float, positions: int) -> None:
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_kl_equals_naive_float64_with_gradients(temperature: float, positions: int, cap: float | None) -> None:
     hidden, head = normal(positions, 6), normal(11, 6, seed=1)
     teacher_hidden, teacher_head = normal(positions, 4, seed=2), normal(11, 4, seed=3)
     fast, slow = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
-    got = kl_loss(fast, head, teacher_hidden, teacher_head, temperature=temperature)
+    got = kl_loss(fast, head, teacher_hidden, teacher_head, temperature=temperature, cap=cap)
     wanted = reference.kl(
-        slow @ head.double().T, teacher_hidden.double() @ teacher_head.double().T, temperature=temperature
+        reference.soft_capped(slow @ head.double().T, cap),
+        reference.soft_capped(teacher_hidden.double() @ teacher_head.double().T, cap),
+        temperature=temperature,
     )
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
     (3 * got).backward()
@@ -57,12 +60,13 @@ def test_kl_of_equal_distributions_is_zero() -> None:
 
 
 @pytest.mark.parametrize("positions", [1, 3, 8])
-def test_ntp_equals_naive_float64_with_gradients(positions: int) -> None:
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_ntp_equals_naive_float64_with_gradients(positions: int, cap: float | None) -> None:
     hidden, head = normal(positions, 6), normal(11, 6, seed=1)
     labels = torch.randint(11, (positions,), generator=torch.Generator().manual_seed(2))
     fast, slow = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
-    got = ntp_loss(fast, head, labels)
-    wanted = reference.cross_entropy(slow @ head.double().T, labels)
+    got = ntp_loss(fast, head, labels, cap=cap)
+    wanted = reference.cross_entropy(reference.soft_capped(slow @ head.double().T, cap), labels)
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
     got.backward()
     wanted.backward()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import soft_capped
 from torch import Tensor, nn
 
 from kvlatent.compress.maps import QKReduction
@@ -232,23 +233,25 @@ def test_right_maps_stay() -> None:
 # --- far_bias
 
 
-def test_far_logits_are_raised_by_what_they_lack_in_softmax() -> None:
+@pytest.mark.parametrize("cap", [None, 0.7])
+def test_far_logits_are_raised_by_what_they_lack_in_softmax(cap: float | None) -> None:
     generator = torch.Generator().manual_seed(3)
     maps = FarMaps(
         *(torch.randn(shape, generator=generator) / 3 for shape in ((4, DIM, 4), (2, DIM, 4), (2, DIM, 4), (4, 4, DIM)))
     )
     samples = planted(random_maps(0), None)
     samples = [replace(s, probs=s.probs * (s.rows[:, None] - torch.arange(SEQ) >= 3)) for s in samples]
-    found = far_bias(samples, maps, scale=0.5)
+    found = far_bias(samples, maps, scale=0.5, cap=cap)
     for head in range(4):
         lacking = count = 0.0
         for s in samples:
             for block, row in itertools.product(range(len(s.q)), range(len(s.rows))):
                 far = range(max(0, int(s.rows[row]) - 2))
                 given = sum(float(s.probs[block, head, row, t]) for t in far)
-                whole = sum(math.exp(s.logits[block, head, row, t]) for t in far)
+                whole = sum(math.exp(soft_capped(s.logits[block, head, row, t], cap)) for t in far)
                 query = s.q[block, head, row] @ maps.q[head]
-                reduced = sum(math.exp(0.5 * query @ (s.k[block, head // 2, t] @ maps.k[head // 2])) for t in far)
+                logits = [0.5 * query @ (s.k[block, head // 2, t] @ maps.k[head // 2]) for t in far]
+                reduced = sum(math.exp(soft_capped(x, cap)) for x in logits)
                 if far:
                     lacking += given * (1 - given) * math.log(whole / reduced)
                     count += given * (1 - given)

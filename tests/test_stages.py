@@ -43,7 +43,7 @@ def test_separate_documents_are_read_as_if_alone(
     torch.testing.assert_close(got, (6 * first + 10 * second) / 16, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama", "granite"])
+@pytest.mark.parametrize("name", ["llama", "granite", "gemma2"])
 @torch.no_grad()
 def test_losses_are_of_the_logits_that_a_model_gives(
     tiny_teacher: Callable[[str], PreTrainedModel],

@@ -28,7 +28,7 @@ def close(first: Statistics, second: Statistics, tolerance: float) -> None:
             assert error < tolerance, name
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "llama-yarn"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "llama-yarn", "gemma2"])
 def test_first_layers_statistics_match_float64_loops(
     tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str
 ) -> None:
@@ -60,9 +60,10 @@ def test_first_layers_statistics_match_float64_loops(
         )
         for part in "qk"
     }
-    window = getattr(teacher.config, "sliding_window", None) if name == "mistral" else None
+    window = getattr(teacher.config, "sliding_window", None) if name in ("mistral", "gemma2") else None
+    cap = getattr(teacher.config, "attn_logit_softcapping", None)
     wanted = reference.moments(
-        rotated["q"], rotated["k"], heads["v"], scale=0.25, bias=reference.causal(10, 10, window)
+        rotated["q"], rotated["k"], heads["v"], scale=stock.scaling, cap=cap, bias=reference.causal(10, 10, window)
     )
     for part in "qk":
         wanted[f"{part}_unrotated"] = torch.einsum("bhsd,bhse->hde", heads[part], heads[part])

@@ -63,11 +63,11 @@ def random_maps(q_heads: int, kv_heads: int, latents: int, dim: int = 6) -> FarM
     latents=st.integers(1, 2), each=st.integers(1, 2), group=st.integers(1, 2), seq=st.integers(1, 17),
     window=st.integers(1, 20), sinks=st.integers(0, 3), padding=st.integers(0, 4),
     kind=st.sampled_from(["plain", "padded", "sliding", "packed"]), unabsorbed=st.booleans(),
-    flash=st.booleans(), rows=st.sampled_from([3, 128]), seed=st.integers(0, 99),
+    flash=st.booleans(), rows=st.sampled_from([3, 128]), cap=st.sampled_from([None, 0.5]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_windowed_attention_and_its_gradients_match_the_loops(
     latents: int, each: int, group: int, seq: int, window: int, sinks: int, padding: int, kind: str,
-    unabsorbed: bool, flash: bool, rows: int, seed: int,
+    unabsorbed: bool, flash: bool, rows: int, cap: float | None, seed: int,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     kv_heads = latents * each
@@ -89,7 +89,7 @@ def test_windowed_attention_and_its_gradients_match_the_loops(
     assert maps.bias is not None
     tensors.append(maps.bias.requires_grad_())
     wanted = reference.windowed_attention(
-        q, k, v, maps[:4], window=window, scale=0.3, visible=visible, sink=sink, far_bias=maps.bias
+        q, k, v, maps[:4], window=window, scale=0.3, cap=cap, visible=visible, sink=sink, far_bias=maps.bias
     )
     mask = None if kind == "plain" else visible[:, None]
     sink_k, sink_v, columns = sinks_of(k, v, mask, sinks)
@@ -99,7 +99,9 @@ def test_windowed_attention_and_its_gradients_match_the_loops(
     far = Far(k=far_k, v=far_v, start=0)
     paths = {"FLASH_DEVICES": {"cpu"} if flash else set(), "ROWS": rows}
     with patch.multiple(segment, **paths), patch.object(window_module, "ROWS", rows):
-        got = windowed_attention(q, whole, far, maps, window=window, scale=0.3, mask=mask, unabsorbed=unabsorbed)
+        got = windowed_attention(
+            q, whole, far, maps, window=window, scale=0.3, cap=cap, mask=mask, unabsorbed=unabsorbed
+        )
     seen = visible.any(-1)[:, None, :, None]  # padding gives numbers, but no meaning
     torch.testing.assert_close(got * seen, wanted * seen, rtol=1e-5, atol=1e-6)
     weight = torch.randn_like(got) * seen

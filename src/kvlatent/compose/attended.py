@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlatent.compose.layers import EvictingLayer, EvictingWindowLayer
-from kvlatent.kernels.segment import ROWS
+from kvlatent.kernels.segment import ROWS, capped
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.families import family_of
 from kvlatent.model.graft import graft, spec_of
@@ -110,28 +110,28 @@ class Observer:
         attention = self.attention(index)
         if isinstance(layer, EvictingLayer):
             assert layer.keys is not None
-            return _logits(q, layer.keys, seen, attention.scale).softmax(-1).nan_to_num(0.0)
+            return _logits(attention, q, layer.keys, seen).softmax(-1).nan_to_num(0.0)
         maps, first = attention.far_maps().of(q.dtype), layer.latents_from
         far_seen = seen[..., first : first + layer.slots]
         if (valid := layer.valid()) is not None:
             far_seen = far_seen & valid[:, None, None]
-        far = _logits(q @ maps.q, maps.read(*layer.far.held())[0], far_seen, attention.scale)
+        far = _logits(attention, q @ maps.q, maps.read(*layer.far.held())[0], far_seen)
         if maps.bias is not None:
             far = far + maps.bias[:, None]
-        near = [x.logsumexp(-1) for x in self._near(layer, q, seen, attention.scale)]
+        near = [x.logsumexp(-1) for x in self._near(attention, layer, q, seen)]
         whole = torch.stack([far.logsumexp(-1), *near]).logsumexp(0)
         return (far - whole[..., None]).exp().nan_to_num(0.0)
 
     @staticmethod
-    def _near(layer: EvictingWindowLayer, q: Tensor, seen: Tensor, scale: float) -> list[Tensor]:
+    def _near(attention: LatentAttention, layer: EvictingWindowLayer, q: Tensor, seen: Tensor) -> list[Tensor]:
         """Logits of the tokens that are held whole: those in the window, and the sinks that have left it."""
         keys, start = layer.whole[0], max(0, layer.length - layer.window)
         ring = torch.arange(start, layer.length, device=q.device)
-        parts = [_logits(q, keys[:, :, ring % layer.window], seen[..., ring], scale)]
+        parts = [_logits(attention, q, keys[:, :, ring % layer.window], seen[..., ring])]
         columns = layer.sink_columns()
         if columns.shape[1] and start:
             sinks = at_columns(seen, columns) & (columns < start)[:, None, None]
-            parts.append(_logits(q, keys[:, :, layer.window :], sinks, scale))
+            parts.append(_logits(attention, q, keys[:, :, layer.window :], sinks))
         return parts
 
 
@@ -141,12 +141,14 @@ def causal(columns: int, queries: int, rows: slice, device: torch.device) -> Boo
     return (at[:, None] >= torch.arange(columns, device=device))[None, None]
 
 
-def grouped_logits(q: Tensor, k: Tensor, scale: float) -> Float[Tensor, "batch q_heads rows tokens"]:
+def grouped_logits(attention: LatentAttention, q: Tensor, k: Tensor) -> Float[Tensor, "batch q_heads rows tokens"]:
     """Logits of grouped heads in float32; keys are not repeated."""
     grouped = q.unflatten(1, (k.shape[1], -1))
-    return (grouped @ k.to(q.dtype).mT[:, :, None]).flatten(1, 2).float() * scale
+    return capped((grouped @ k.to(q.dtype).mT[:, :, None]).flatten(1, 2).float() * attention.scale, attention.cap)
 
 
-def _logits(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Float[Tensor, "batch q_heads rows tokens"]:
+def _logits(
+    attention: LatentAttention, q: Tensor, k: Tensor, seen: Tensor
+) -> Float[Tensor, "batch q_heads rows tokens"]:
     """The same, -inf where a query may not look."""
-    return grouped_logits(q, k, scale).masked_fill(~seen, -torch.inf)
+    return grouped_logits(attention, q, k).masked_fill(~seen, -torch.inf)

@@ -26,7 +26,7 @@ from kvlatent.files import scratch_folder
 from kvlatent.kernels.layout import BITS
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.graft import graft, head_dim_of
-from kvlatent.model.layers import before_head, embedded, layer_arguments
+from kvlatent.model.layers import embedded, layer_arguments, output_logits
 from kvlatent.model.offload import OffloadedLayers, at_hand
 from kvlatent.model.sizes import counted_context, layer_caches, left_whole, reduced_layers
 from kvlatent.model.window import ALL_FAR, Near
@@ -303,7 +303,7 @@ def probe(
     arguments = layer_arguments(student, torch.zeros(len(ids), dtype=torch.long), ids.shape[1])
 
     def log_probs(hidden: Tensor) -> Tensor:
-        return student.lm_head(before_head(student, student.model.norm(hidden))).float().log_softmax(-1)
+        return output_logits(student, student.model.norm(hidden)).log_softmax(-1)
 
     with _room(2 * len(kept), state, offloaded) as probes:
         begun = 0

@@ -125,7 +125,8 @@ def convert_in_order(
                 layer.self_attn = LatentAttention(student.config, index, whole, spec)
                 fill(layer.self_attn, whole, qk, vo, stats)
                 if layer.self_attn.far_bias is not None:
-                    layer.self_attn.far_bias.copy_(far_bias(samples, layer.self_attn.far_maps(), scale=spec.scale))
+                    lacks = far_bias(samples, layer.self_attn.far_maps(), scale=spec.scale, cap=whole.cap)
+                    layer.self_attn.far_bias.copy_(lacks)
             if refits:
                 wanted_arguments = [of_batch[index] for of_batch in teacher_arguments]
                 _repair(index, layer, original, states, wanted, reduced, wanted_arguments, multiplier)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kvlatent.compress.linear_algebra import moment
 from kvlatent.compress.maps import QKReduction
+from kvlatent.kernels.segment import capped
 from kvlatent.model.rope import rotate
 from kvlatent.model.window import FarMaps
 
@@ -96,9 +97,9 @@ class LogitSamples:
     rows: Int[Tensor, "rows"]
     """Positions of the queries, the same in all blocks."""
     logits: Float[Tensor, "batch q_heads rows seq"]
-    """What the maps should give."""
+    """What the maps should give, before a soft cap, which only makes errors smaller."""
     probs: Float[Tensor, "batch q_heads rows seq"]
-    """Their softmax over visible keys; zero elsewhere."""
+    """Their softmax over visible keys, after a soft cap; zero elsewhere."""
 
 
 def refit_logits(
@@ -177,7 +178,9 @@ def refit_logits(
 
 
 @torch.no_grad()
-def far_bias(samples: list[LogitSamples], maps: FarMaps, *, scale: float) -> Float[Tensor, "q_heads 1"]:
+def far_bias(
+    samples: list[LogitSamples], maps: FarMaps, *, scale: float, cap: float | None = None
+) -> Float[Tensor, "q_heads 1"]:
     """What far logits lack on average, so that far tokens get as much attention as from the teacher.
 
     Softmax is convex: what keys lose makes the sum of its exponentials smaller, and noise makes it larger. A share g of
@@ -188,13 +191,15 @@ def far_bias(samples: list[LogitSamples], maps: FarMaps, *, scale: float) -> Flo
         samples: Queries and keys after RoPE, with the attention of the unreduced layer to its far tokens.
         maps: Of the reduced layer.
         scale: Multiplier of the logits.
+        cap: Their soft cap.
     """
     lacking = count = torch.zeros(len(maps.q), 1, dtype=torch.float64, device=maps.q.device)
     for s in samples:
         keys = maps.seen(s.k, s.k)[0].repeat_interleave(len(maps.q) // s.k.shape[1], dim=1)
         hidden = s.probs == 0
         whole, reduced = (
-            x.masked_fill(hidden, -torch.inf).logsumexp(-1) for x in (s.logits, (s.q @ maps.q) @ keys.mT * scale)
+            capped(x, cap).masked_fill(hidden, -torch.inf).logsumexp(-1)
+            for x in (s.logits, (s.q @ maps.q) @ keys.mT * scale)
         )
         given = s.probs.sum(-1)
         weight = (given * (1 - given)).clamp_min(0)

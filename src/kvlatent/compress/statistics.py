@@ -21,6 +21,7 @@ from kvlatent.compress.refit import LogitSamples
 from kvlatent.data.positions import block_starts
 from kvlatent.errors import UserError, first_error
 from kvlatent.files import check_regular, new_file
+from kvlatent.kernels.segment import capped
 from kvlatent.model.attention import LatentAttention, side_by_side
 from kvlatent.model.graft import graft, heads_per_latent_of
 from kvlatent.model.layers import attention_input, embedded, layer_arguments
@@ -75,7 +76,8 @@ class LayerStatistics:
         keys, values = (side_by_side(t, heads_per_latent) for t in (k, v))
         mask = kwargs.get("attention_mask")
         both = torch.cat((keys, values), dim=-1)
-        mean_key, out, received, squared, given = _attend(q, k, both, mask=mask, scale=attention.scale, near=near)
+        settings: dict[str, Any] = {"scale": attention.scale, "cap": attention.cap, "near": near}
+        mean_key, out, received, squared, given = _attend(q, k, both, mask=mask, **settings)
         k_centered = _centered(k, _own(mean_key, heads_per_latent, attention.group_size), received)
         q_unrotated, k_unrotated = (attention.turned_back(t, cos, sin) for t in (q, k))
         own_out = _own(out, heads_per_latent, attention.group_size)
@@ -119,7 +121,15 @@ def _own(x: Tensor, heads_per_latent: int, group_size: int) -> Tensor:
 
 
 def _attend(
-    q: Tensor, k: Tensor, both: Tensor, *, mask: Tensor | None, scale: float, near: Near = ALL_FAR, rows: int = 128
+    q: Tensor,
+    k: Tensor,
+    both: Tensor,
+    *,
+    mask: Tensor | None,
+    scale: float,
+    cap: float | None = None,
+    near: Near = ALL_FAR,
+    rows: int = 128,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Attend causally, `rows` queries at a time, so that memory and time go to visible keys only.
 
@@ -129,6 +139,7 @@ def _attend(
         both: Keys and values that are averaged, (batch, latents, seq, 2·dim).
         mask: True where a query may look; None is at itself and all before.
         scale: Multiplier of the logits.
+        cap: Their soft cap.
         near: Tokens whose attention is left out.
         rows: Queries at a time.
 
@@ -142,7 +153,7 @@ def _attend(
     at = torch.arange(seq, device=k.device)
     for start in range(0, seq, rows):
         end = min(start + rows, seq)
-        logits = (grouped[..., start:end, :].flatten(2, 3) @ k[:, :, :end].mT).mul_(scale)
+        logits = capped((grouped[..., start:end, :].flatten(2, 3) @ k[:, :, :end].mT).mul_(scale), cap)
         if mask is None:
             visible = torch.ones(end - start, end, dtype=torch.bool, device=k.device).tril(start)[None, None]
         else:
@@ -191,7 +202,7 @@ def sample_logits(
         visible = mask[:, :, rows]
     grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
     logits = (grouped @ k.mT).mul_(attention.scale).unflatten(2, (-1, len(rows))).flatten(1, 2)
-    probs = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+    probs = capped(logits, attention.cap).masked_fill(~visible, -torch.inf).softmax(-1)
     if near.window:
         probs = probs * near.far(rows, torch.arange(k.shape[2], device=k.device))
     if not rotated:

@@ -189,10 +189,10 @@ def attention_logits(
     far = None if maps is None else (q @ maps.q, maps.seen(k, v)[0])
     at = torch.arange(hidden.shape[1], device=hidden.device)
     for rows in at.split(ROWS):
-        logits = grouped_logits(q[:, :, rows], k, module.scale)
+        logits = grouped_logits(module, q[:, :, rows], k)
         if far is not None:
             assert maps is not None
-            beyond = grouped_logits(far[0][:, :, rows], far[1], module.scale)
+            beyond = grouped_logits(module, far[0][:, :, rows], far[1])
             if maps.bias is not None:
                 beyond = beyond + maps.bias.float()[:, None]
             logits = torch.where(Near(module.window, module.sinks).far(rows, at), beyond, logits)

@@ -136,7 +136,11 @@ def perplexity(
             probabilities of 0 or that are no numbers.
     """
     _check_blocks(model, ids, text_bytes=text_bytes, batch_size=batch_size)
-    kwargs: dict[str, Any] = {} if visible is None else {"attention_mask": _on(model.device, visible)}
+    kwargs: dict[str, Any] = {}
+    if isinstance(visible, dict):
+        kwargs["attention_mask"] = {kind: _written(mask, model) for kind, mask in visible.items()}
+    elif visible is not None:
+        kwargs["attention_mask"] = _written(visible, model)
     half, kept_share, parts = 0, None, list[Tensor]()
     if policy is not None:
         half, cache = ids.shape[1] // 2, policy.cache(model)
@@ -205,8 +209,12 @@ def _check_blocks(model: PreTrainedModel, ids: Tensor, *, text_bytes: int, batch
     check_positions(model, ids.shape[1])
 
 
-def _on(device: torch.device, masks: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
-    return masks.to(device) if isinstance(masks, Tensor) else {kind: mask.to(device) for kind, mask in masks.items()}
+def _written(mask: Tensor, model: PreTrainedModel) -> Tensor:
+    """A boolean mask as a model's attention takes it: eager attention adds it to its logits."""
+    mask = mask.to(model.device)
+    if model.config._attn_implementation != "eager":
+        return mask
+    return mask.new_zeros(mask.shape, dtype=model.dtype).masked_fill_(~mask, torch.finfo(model.dtype).min)
 
 
 def standard_error(samples: Float[Tensor, "samples"]) -> float | None:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kvlatent.kernels.segment import capped
+
 CHUNK = 256
 """Positions whose logits are held at once."""
 
@@ -40,6 +42,7 @@ def kl_term(
     *,
     temperature: float = 1.0,
     squared: bool = False,
+    cap: float | None = None,
 ) -> Term:
     """Forward KL from teacher to student in nats (Eq. 9).
 
@@ -48,11 +51,12 @@ def kl_term(
         teacher_head: The teacher's output embedding.
         temperature: Divides both logits.
         squared: Multiply by the temperature's square; the authors' code does not.
+        cap: Soft cap of the teacher's logits.
     """
     scale = temperature**2 if squared else 1.0
 
     def term(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        wanted = F.linear(teacher_hidden[part], teacher_head).float().div_(temperature).log_softmax(-1)
+        wanted = capped(F.linear(teacher_hidden[part], teacher_head).float(), cap).div_(temperature).log_softmax(-1)
         got = _tempered(logits, temperature).log_softmax(-1)
         log_ratio = wanted - got
         wanted = wanted.exp_()
@@ -121,7 +125,10 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
 
 
 def head_loss(
-    hidden: Float[Tensor, "positions hidden"], head: Float[Tensor, "vocab hidden"], *terms: tuple[float, Term]
+    hidden: Float[Tensor, "positions hidden"],
+    head: Float[Tensor, "vocab hidden"],
+    *terms: tuple[float, Term],
+    cap: float | None = None,
 ) -> Tensor:
     """Weighted sum of losses of the logits, each summed over positions.
 
@@ -131,8 +138,9 @@ def head_loss(
         hidden: The student's final hidden states; gradients flow here.
         head: The student's output embedding; frozen, gets no gradient.
         *terms: Weights and losses.
+        cap: Soft cap of the student's logits.
     """
-    return _HeadLoss.apply(hidden, head, terms)
+    return _HeadLoss.apply(hidden, head, terms, cap)
 
 
 def kl_loss(
@@ -143,24 +151,31 @@ def kl_loss(
     *,
     temperature: float = 1.0,
     squared: bool = False,
+    cap: float | None = None,
 ) -> Tensor:
     """`kl_term` per position; arguments as there and for `head_loss`."""
-    term = kl_term(teacher_hidden, teacher_head, temperature=temperature, squared=squared)
-    return head_loss(hidden, head, (1 / len(hidden), term))
+    term = kl_term(teacher_hidden, teacher_head, temperature=temperature, squared=squared, cap=cap)
+    return head_loss(hidden, head, (1 / len(hidden), term), cap=cap)
 
 
 def ntp_loss(
-    hidden: Float[Tensor, "positions hidden"], head: Float[Tensor, "vocab hidden"], labels: Int[Tensor, "positions"]
+    hidden: Float[Tensor, "positions hidden"],
+    head: Float[Tensor, "vocab hidden"],
+    labels: Int[Tensor, "positions"],
+    *,
+    cap: float | None = None,
 ) -> Tensor:
     """`ntp_term` per position; arguments as there and for `head_loss`."""
-    return head_loss(hidden, head, (1 / len(hidden), ntp_term(labels)))
+    return head_loss(hidden, head, (1 / len(hidden), ntp_term(labels)), cap=cap)
 
 
 class _HeadLoss(torch.autograd.Function):
     """`head_loss`, with the gradient computed in the forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, terms: tuple[tuple[float, Term], ...]) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, hidden: Tensor, head: Tensor, terms: tuple[tuple[float, Term], ...], cap: float | None
+    ) -> Tensor:
         total = torch.zeros((), device=hidden.device, dtype=torch.float32)
         wanted = ctx.needs_input_grad[0]
         # In float32, with the largest weight applied last: half precision would round a mean's gradients to zero.
@@ -168,7 +183,7 @@ class _HeadLoss(torch.autograd.Function):
         largest = max(weight for weight, _ in terms)
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
-            logits = F.linear(hidden[part], head).float()
+            logits = capped(F.linear(hidden[part], head).float(), cap)
             by_logit: Tensor | None = None
             for weight, term in terms:
                 loss, slope = term(logits, part)
@@ -176,6 +191,8 @@ class _HeadLoss(torch.autograd.Function):
                 slope = slope.mul_(weight / largest)
                 by_logit = slope if by_logit is None else by_logit.add_(slope)
             if gradient is not None and by_logit is not None:
+                if cap is not None:
+                    by_logit.mul_(1 - (logits / cap).square())  # the slope of the tanh
                 gradient[part] = by_logit.to(head.dtype) @ head
             del logits, slope  # before the next chunk's come
         if gradient is not None:
@@ -185,6 +202,6 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_output).to(ctx.dtype), None, None
+        return (gradient * grad_output).to(ctx.dtype), None, None, None

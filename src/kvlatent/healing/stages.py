@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from kvlatent.data.positions import positions_in_blocks, positions_in_documents
 from kvlatent.healing.config import HealConfig
 from kvlatent.healing.losses import Term, head_loss, hidden_mse, kl_term, ntp_loss, ntp_term, relative_error, top_k_term
-from kvlatent.model.layers import before_head, enter_layers
+from kvlatent.model.layers import before_head, enter_layers, output_cap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,8 @@ class Stage(nn.Module):
         student, teacher = self._unowned
         if self.stage == 0:
             hidden = student.model(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-            return ntp_loss(before_head(student, hidden), student.lm_head.weight, ids[:, 1:].flatten()), None
+            hidden, labels = before_head(student, hidden), ids[:, 1:].flatten()
+            return ntp_loss(hidden, student.lm_head.weight, labels, cap=output_cap(student)), None
         if self.stage == 1:
             relative = self.config.stage1_loss == "relative"
             losses = in_layer_losses(
@@ -134,14 +135,15 @@ class Stage(nn.Module):
             else:
                 with torch.no_grad():
                     wanted = teacher.model(ids, position_ids=position_ids, use_cache=False).last_hidden_state
-                kl = kl_term(chosen(before_head(teacher, wanted)), teacher.lm_head.weight, **options)
+                wanted = chosen(before_head(teacher, wanted))
+                kl = kl_term(wanted, teacher.lm_head.weight, cap=output_cap(teacher), **options)
             terms.append((share / positions, kl))
         if share < 1:
             labels = torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), -1)), 1)
             # Without chosen positions, each block's last one has no next token.
             known = positions if counted is not None else positions * (ids.shape[1] - 1) / ids.shape[1]
             terms.append(((1 - share) / known, ntp_term(chosen(labels))))
-        return head_loss(hidden, student.lm_head.weight, *terms)
+        return head_loss(hidden, student.lm_head.weight, *terms, cap=output_cap(student))
 
 
 def counted_positions(ids: Tensor, counted: Tensor | None) -> int:

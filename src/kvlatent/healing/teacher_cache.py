@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,7 +23,7 @@ from kvlatent.errors import UserError
 from kvlatent.files import replaced, sole_writer, sweep
 from kvlatent.healing import losses
 from kvlatent.healing.stages import Text
-from kvlatent.model.layers import before_head
+from kvlatent.model.layers import output_logits
 from kvlatent.signals import Stopped
 
 SHARD = 64
@@ -132,8 +131,8 @@ class TeacherCache:
         batch = text.batch(row, 1, slice(row, row + 1)).to(teacher.device)
         hidden = teacher.model(batch["ids"], position_ids=batch["position_ids"], use_cache=False).last_hidden_state[0]
         found = [
-            (F.linear(part, teacher.lm_head.weight).float() / temperature).log_softmax(-1).topk(self.k)
-            for part in before_head(teacher, hidden).split(losses.CHUNK)
+            (output_logits(teacher, part) / temperature).log_softmax(-1).topk(self.k)
+            for part in hidden.split(losses.CHUNK)
         ]
         tokens = torch.cat([top.indices for top in found]).int().cpu()
         log_probs = torch.cat([top.values for top in found]).clamp(min=torch.finfo(torch.float16).min).half().cpu()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvlatent.kernels import cpu_decode, cuda_decode
 from kvlatent.kernels.codes import Codes
+from kvlatent.kernels.segment import attend_segment, capped
 
 READ_AT_ONCE = 1024
 """Tokens whose codes are read at a time where no kernel reads them: no buffer of the context's length may exist."""
@@ -28,6 +29,7 @@ def latent_attention(
     v: Float[Tensor, "batch value_heads kv_len d_vo"],
     *,
     scale: float,
+    cap: float | None = None,
     mask: Bool[Tensor, "mask_batch 1 q_len kv_len"] | Float[Tensor, "mask_batch 1 q_len kv_len"] | None = None,
 ) -> Float[Tensor, "batch q_heads q_len d_vo"]:
     """Attend causally with grouped heads (KV-Latent, arXiv:2507.11273, Eq. 1), d_qk and d_vo independent.
@@ -37,6 +39,7 @@ def latent_attention(
         k: Rotated keys, as cached; for several queries, their heads and those of the values need not be as many.
         v: Values, as cached.
         scale: Logit multiplier; the paper uses `d_qk ** -0.5`, our presets keep the teacher's `head_dim ** -0.5`.
+        cap: Soft cap of the logits; none of `PATHS` knows one, so torch computes them.
         mask: True (or 0.0) where a query may look, False (or -inf) elsewhere. Without one, a single query sees all
             keys and several see the causal triangle.
 
@@ -49,6 +52,8 @@ def latent_attention(
     for x in (k, v):
         if q.shape[1] % x.shape[1]:
             raise ValueError(f"{q.shape[1]} query heads can't share {x.shape[1]} key/value heads evenly")
+    if cap is not None:
+        return _plain(q, k, v, scale=scale, cap=cap, mask=mask)
     if torch.compiler.is_compiling() and own_kernel(q, k, v, mask) is not None:
         return _opaque(q, k, v, scale, mask)
     return PATHS[choose_path(q, k, v, mask)](q, k, v, scale=scale, mask=mask)
@@ -93,6 +98,7 @@ def segment_attention(
     *,
     scale: float,
     mask: Tensor | None,
+    cap: float | None = None,
     codes: tuple[Codes, Codes] | None = None,
     means: tuple[Tensor, Tensor] | None = None,
 ) -> Part:
@@ -104,15 +110,17 @@ def segment_attention(
         v: Values, likewise.
         scale: Logit multiplier.
         mask: True where a query may look; None is everywhere.
+        cap: Soft cap of the logits; no kernel knows one, so torch computes them.
         codes: What rows of keys and values are, if not numbers.
         means: What was taken from all keys and values before they became codes, (heads, 1, d_qk) and (heads, 1, d_vo).
     """
-    if torch.compiler.is_compiling() and (codes is not None or own_kernel(q, k, v, mask) is not None):
+    own = cap is None and (codes is not None or own_kernel(q, k, v, mask) is not None)
+    if own and torch.compiler.is_compiling():
         groups = ([], []) if codes is None else ([n for pair in x.groups for n in pair] for x in codes)
         return _with_means(_opaque_segment(q, k, v, scale, mask, *groups), q, means, scale)
     if codes is not None:
-        return _coded_segment(q, k, v, scale, mask, codes, means)
-    return _segment(q, k, v, scale, mask)
+        return _coded_segment(q, k, v, scale, mask, codes, means, cap)
+    return _segment(q, k, v, scale, mask, cap)
 
 
 def merged(
@@ -137,13 +145,13 @@ def merged_parts(parts: Sequence[Part]) -> Part:
     return out.to(parts[0][0].dtype), top, total
 
 
-def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Part:
-    own = own_kernel(q, k, v, mask)
+def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, cap: float | None = None) -> Part:
+    own = own_kernel(q, k, v, mask) if cap is None else None
     if own is not None and own[1].available():
         return own[1].decode_segment(q, k, v, scale=scale, mask=mask)
     batch, q_heads, _, d_qk = q.shape
     logits = (q.view(batch, k.shape[1], -1, d_qk) @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
-    logits = logits * (scale * math.log2(math.e))
+    logits = capped(logits * scale, cap) * math.log2(math.e)
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
     if k.shape[2] == 0:
@@ -164,9 +172,10 @@ def _coded_segment(
     mask: Tensor | None,
     codes: tuple[Codes, Codes],
     means: tuple[Tensor, Tensor] | None = None,
+    cap: float | None = None,
 ) -> Part:
     """Read by a kernel as they are, or as numbers of a few tokens at a time."""
-    own = own_kernel(q, q, q, mask)
+    own = own_kernel(q, q, q, mask) if cap is None else None
     if own is not None and own[1].available():
         if own[1] is cpu_decode:
             return cpu_decode.decode_segment(q, k, v, scale=scale, mask=mask, codes=codes, means=means)
@@ -176,10 +185,11 @@ def _coded_segment(
         keys, values = (
             x.decode(rows[:, :, start : start + READ_AT_ONCE], q.dtype) for x, rows in zip(codes, (k, v), strict=True)
         )
-        parts.append(
-            _segment(q, keys, values, scale, None if mask is None else mask[..., start : start + READ_AT_ONCE])
-        )
-    return _with_means(merged_parts(parts), q, means, scale)
+        if cap is not None and means is not None:  # a cap is of whole logits
+            keys, values = keys + means[0], values + means[1]
+        seen = None if mask is None else mask[..., start : start + READ_AT_ONCE]
+        parts.append(_segment(q, keys, values, scale, seen, cap))
+    return _with_means(merged_parts(parts), q, None if cap is not None else means, scale)
 
 
 def _with_means(part: Part, q: Tensor, means: tuple[Tensor, Tensor] | None, scale: float) -> Part:
@@ -236,6 +246,16 @@ def _opaque(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) 
 @_opaque.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     return q.new_empty(*q.shape[:3], v.shape[-1])
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, *, scale: float, cap: float | None, mask: Tensor | None) -> Tensor:
+    """As segments are attended, some queries at a time: for logits that no fused attention computes."""
+    visible = mask if mask is None or mask.dtype == torch.bool else mask == 0
+    if q.shape[2] == 1:
+        return segment_attention(q, k, v, scale=scale, mask=visible, cap=cap)[0]
+    if mask is None:
+        k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
+    return attend_segment(q, k, v, scale=scale, cap=cap, visible=visible, causal=mask is None)[0]
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:

@@ -25,12 +25,18 @@ Joinable = tuple[Float[Tensor, "batch q_heads _rows d_v"], Float[Tensor, "batch 
 """What a segment gives: mean values under its own softmax, and the log of what that softmax divides by."""
 
 
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Soft-capped logits, cap·tanh(logits / cap); None caps nothing (Gemma 2, arXiv:2408.00118, Section 2)."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
 def attend_segment(
     q: Float[Tensor, "batch q_heads rows d_k"],
     k: Float[Tensor, "batch heads tokens d_k"],
     v: Float[Tensor, "batch heads tokens d_v"],
     *,
     scale: float,
+    cap: float | None = None,
     visible: Bool[Tensor, "mask_batch 1 rows tokens"] | None = None,
     causal: bool = False,
 ) -> Joinable:
@@ -41,13 +47,14 @@ def attend_segment(
         k: Keys of the segment; their heads, and those of the values, divide the queries'.
         v: Values of the segment.
         scale: Multiplier of the logits.
+        cap: Their soft cap, which flash attention doesn't know.
         visible: Where queries may look; None is everywhere. A query that sees nothing gets a log-sum-exp so low that
             the segment doesn't count.
         causal: As many queries as tokens, of which each sees its own and those before; without `visible`.
     """
     k, v = (x.to(q.dtype).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     bias = None if visible is None else _lowest_where(~visible, q.dtype)
-    if q.device.type in FLASH_DEVICES:
+    if q.device.type in FLASH_DEVICES and cap is None:
         width = max(k.shape[-1], v.shape[-1])
         wide = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))  # flash attention wants equal dims
         out, normalizer = _Flash.apply(*wide, bias, causal, scale)
@@ -60,7 +67,7 @@ def attend_segment(
         if causal:
             hidden = _lowest_where(_later(rows.shape[2], met, q.device), q.dtype)
         run = partial(checkpoint, _plain, use_reentrant=False) if torch.is_grad_enabled() else _plain
-        parts.append(run(rows, k[:, :, :met], v[:, :, :met], hidden, scale))
+        parts.append(run(rows, k[:, :, :met], v[:, :, :met], hidden, scale, cap))
     return stacked_rows(parts)
 
 
@@ -101,8 +108,8 @@ def _later(rows: int, tokens: int, device: torch.device) -> Bool[Tensor, "1 1 ro
     return torch.ones(rows, tokens, dtype=torch.bool, device=device).triu(1 + tokens - rows)[None, None]
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Joinable:
-    logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
+def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, cap: float | None) -> Joinable:
+    logits = capped((q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale, cap)
     if bias is not None:
         logits = logits + bias
     normalizer = logits.logsumexp(-1)

@@ -57,6 +57,7 @@ class LatentAttention(nn.Module):
         self.heads_per_latent = spec.heads_per_latent
         self.latents = self.kv_heads // self.heads_per_latent
         self.scale, self.qk_map = spec.scale, spec.qk_map
+        self.cap: float | None = getattr(config, "attn_logit_softcapping", None)
         self.turns = layer_idx not in spec.unrotated
         slides = bool(spec.sliding_inv_freq) and config.layer_types[layer_idx] == SLIDING
         self.rope_scaling = spec.sliding_rope_scaling if slides else spec.rope_scaling
@@ -177,11 +178,11 @@ class LatentAttention(nn.Module):
             mask = mask == 0
         near, far = self._split(k, v, maps, mask) if cache is None else cache.update(k, v, self.layer_idx, maps, mask)
         if isinstance(near, Segment) and isinstance(far, Segment):
-            out = decode(q, near, far, maps, scale=self.scale)
+            out = decode(q, near, far, maps, scale=self.scale, cap=self.cap)
         else:
             pays = taking_back_pays(maps.o, q.shape[2])
             out = windowed_attention(
-                q, near, far, maps, window=self.window, scale=self.scale, mask=mask, unabsorbed=pays
+                q, near, far, maps, window=self.window, scale=self.scale, cap=self.cap, mask=mask, unabsorbed=pays
             )
         return linear_outputs(out.transpose(1, 2).flatten(2), self.o_proj)[0]
 
@@ -242,7 +243,7 @@ class LatentAttention(nn.Module):
             k, v = cache.update(k, v, self.layer_idx)
         seen = queries if attention_mask is None else None  # of a longer buffer
         k, v = (x if back is None else _to_heads(x[:, :, :seen], back) for x, back in ((k, k_back), (v, v_back)))
-        out = latent_attention(q, k, v, mask=attention_mask, scale=self.scale)
+        out = latent_attention(q, k, v, mask=attention_mask, scale=self.scale, cap=self.cap)
         if self.o_map is not None and v_back is None:
             out = _reduced(out, self.o_map)
         return linear_outputs(out.transpose(1, 2).flatten(2), self.o_proj)[0], None

@@ -3,6 +3,7 @@
 from typing import Any
 
 from transformers import (
+    Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
     GraniteConfig,
@@ -115,6 +116,13 @@ class KVLatentGlm4Config(Glm4Config):
     latent: dict[str, Any] | None = None
 
 
+class KVLatentGemma2Config(Gemma2Config):
+    """A converted Gemma 2's config."""
+
+    model_type = "kvlatent_gemma2"
+    latent: dict[str, Any] | None = None
+
+
 class KVLatentGemma3TextConfig(Gemma3TextConfig):
     """A converted Gemma 3 for text's config."""
 
@@ -134,6 +142,7 @@ CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "granite": KVLatentGraniteConfig,
     "olmo2": KVLatentOlmo2Config,
     "olmo3": KVLatentOlmo3Config,
+    "gemma2": KVLatentGemma2Config,
     "gemma3_text": KVLatentGemma3TextConfig,
     "glm4": KVLatentGlm4Config,
     "phi3": KVLatentPhi3Config,

@@ -49,16 +49,15 @@ FAMILIES = {
     "olmo3": Family(name="Olmo3", qk_norm=True, post_norm=True),
     "phi3": Family(name="Phi3", stored_apart=False),
     "glm4": Family(name="Glm4", interleaved=True, post_norm=True, stored_apart=False),
+    "gemma2": Family(name="Gemma2", post_norm=True),
     "gemma3_text": Family(name="Gemma3", qk_norm=True, post_norm=True),
 }
 """Family by the `model_type` of the stock config."""
 
 REFUSED = {
-    "attn_logit_softcapping": "soft-capping of attention logits",
-    "final_logit_softcapping": "soft-capping of the output's logits",
     "use_bidirectional_attention": "attention in both directions",
 }
-"""What our attention and losses can't compute, by the entry of a config that asks for it."""
+"""What our attention can't compute, by the entry of a config that asks for it."""
 
 PREFIX = "kvlatent_"
 """Converted checkpoints have model_type `kvlatent_<family>`."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvlatent.errors import UserError
+from kvlatent.kernels.segment import capped
 
 POSITIONS_PER_CHUNK = 512  # a 150k vocabulary in float32 then needs 0.3 GB of logits, whatever the block size
 
@@ -123,8 +124,19 @@ def embedded(model: PreTrainedModel, ids: Int[Tensor, "batch seq"]) -> Tensor:
 
 
 def before_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Final hidden states (…, hidden) whose product with the output head is the logits: some models divide those."""
+    """Final hidden states (…, hidden) whose product with the output head is the logits, before a soft cap."""
     return hidden / getattr(model.config, "logits_scaling", 1.0)
+
+
+def output_cap(model: PreTrainedModel) -> float | None:
+    """The soft cap of the output's logits, if they have one."""
+    cap: float | None = getattr(model.config, "final_logit_softcapping", None)
+    return cap
+
+
+def output_logits(model: PreTrainedModel, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocab"]:
+    """Logits of final hidden states, in float32."""
+    return capped(model.get_output_embeddings()(before_head(model, hidden)).float(), output_cap(model))
 
 
 def token_nll(
@@ -134,9 +146,8 @@ def token_nll(
     hidden = (
         model.get_decoder()(input_ids=ids, **{"use_cache": False, **kwargs}).last_hidden_state[:, :-1].flatten(0, 1)
     )
-    lm_head, hidden = model.get_output_embeddings(), before_head(model, hidden)
     chunks = zip(hidden.split(POSITIONS_PER_CHUNK), ids[:, 1:].flatten().long().split(POSITIONS_PER_CHUNK), strict=True)
-    nll = [F.cross_entropy(lm_head(states).float(), targets, reduction="none") for states, targets in chunks]
+    nll = [F.cross_entropy(output_logits(model, states), targets, reduction="none") for states, targets in chunks]
     return torch.cat(nll).view(len(ids), -1)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import (
     Cache,
     DynamicCache,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     GenerationConfig,
     Glm4ForCausalLM,
@@ -33,6 +34,7 @@ from kvlatent.model.attention import LatentAttention, check_implementation
 from kvlatent.model.cache import LatentCache, write_in_place
 from kvlatent.model.compatibility import CACHE, CACHE_NAMES, check_itself, is_tested
 from kvlatent.model.config import (
+    KVLatentGemma2Config,
     KVLatentGemma3TextConfig,
     KVLatentGlm4Config,
     KVLatentGraniteConfig,
@@ -67,7 +69,13 @@ class KVLatentForCausalLM:
     _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = False
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        # A stock body whose own attention has no fused way refuses sdpa by name, and makes its masks all the same.
+        refused_by_name = not super()._supports_sdpa  # type: ignore[misc]
+        if refused_by_name:
+            config._attn_implementation = "eager"
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        if refused_by_name:
+            config._attn_implementation = "sdpa"
         if config.latent is None:
             raise UserError(f"a {config.model_type} config needs its latent spec; convert a model to get one")
         spec = LatentSpec.from_dict(config.latent)
@@ -227,6 +235,12 @@ class KVLatentGlm4ForCausalLM(KVLatentForCausalLM, Glm4ForCausalLM):
     config_class = KVLatentGlm4Config
 
 
+class KVLatentGemma2ForCausalLM(KVLatentForCausalLM, Gemma2ForCausalLM):
+    """A converted Gemma 2."""
+
+    config_class = KVLatentGemma2Config
+
+
 class KVLatentGemma3ForCausalLM(KVLatentForCausalLM, Gemma3ForCausalLM):
     """A converted Gemma 3 for text."""
 
@@ -245,6 +259,7 @@ MODELS: dict[str, type[PreTrainedModel]] = {
     "granite": KVLatentGraniteForCausalLM,
     "olmo2": KVLatentOlmo2ForCausalLM,
     "olmo3": KVLatentOlmo3ForCausalLM,
+    "gemma2": KVLatentGemma2ForCausalLM,
     "gemma3_text": KVLatentGemma3ForCausalLM,
     "glm4": KVLatentGlm4ForCausalLM,
     "phi3": KVLatentPhi3ForCausalLM,

@@ -235,6 +235,7 @@ def windowed_attention(
     *,
     window: int,
     scale: float,
+    cap: float | None = None,
     mask: Bool[Tensor, "mask_batch 1 seq columns"] | None,
     unabsorbed: bool = False,
 ) -> Float[Tensor, "batch q_heads seq head_dim"]:
@@ -247,6 +248,7 @@ def windowed_attention(
         maps: Of the layer.
         window: Newest tokens that a query meets whole, itself included.
         scale: Logit multiplier.
+        cap: Soft cap of the logits.
         mask: True where a query may look, over all columns; None is the causal triangle.
         unabsorbed: Take latents back to the heads, instead of queries to the latents: less arithmetic for many queries.
 
@@ -258,12 +260,13 @@ def windowed_attention(
     tokens = _Tokens(first=columns - queries, columns=columns, window=window, visible=mask)
     far_q = q if unabsorbed else q @ maps.q
     met = partial(far.columns, maps=maps, unabsorbed=unabsorbed)
-    beyond = (_triangle if mask is None and whole.sinks_first else _beyond)(far_q, far, met, whole, tokens, scale)
+    attend = partial(attend_segment, scale=scale, cap=cap)
+    beyond = (_triangle if mask is None and whole.sinks_first else _beyond)(far_q, far, met, whole, tokens, attend)
     if beyond is not None and not unabsorbed:
         beyond = beyond[0] @ maps.o, beyond[1]
     if beyond is not None and maps.bias is not None:
         beyond = beyond[0], beyond[1] + maps.bias
-    parts = _band(q, whole, tokens, scale), _sinks(q, whole, tokens, scale), beyond
+    parts = _band(q, whole, tokens, attend), _sinks(q, whole, tokens, attend), beyond
     return joined_segments([part for part in parts if part is not None])
 
 
@@ -288,7 +291,11 @@ class _Tokens:
         return torch.arange(self.first + rows.start, self.first + rows.stop, device=like.device)[:, None]
 
 
-def _band(q: Tensor, whole: Whole, tokens: _Tokens, scale: float) -> Joinable:
+Attend = Callable[..., Joinable]
+"""`attend_segment` with the layer's scale and cap."""
+
+
+def _band(q: Tensor, whole: Whole, tokens: _Tokens, attend: Attend) -> Joinable:
     """The newest tokens of every query, itself included."""
     parts = []
     for rows in tokens.rows():
@@ -298,11 +305,11 @@ def _band(q: Tensor, whole: Whole, tokens: _Tokens, scale: float) -> Joinable:
         if tokens.visible is not None:
             seen = seen & tokens.visible[:, :, rows, low:high]
         k, v = (x[:, :, low - whole.start : high - whole.start] for x in (whole.k, whole.v))
-        parts.append(attend_segment(q[:, :, rows], k, v, scale=scale, visible=seen))
+        parts.append(attend(q[:, :, rows], k, v, visible=seen))
     return stacked_rows(parts)
 
 
-def _sinks(q: Tensor, whole: Whole, tokens: _Tokens, scale: float) -> Joinable | None:
+def _sinks(q: Tensor, whole: Whole, tokens: _Tokens, attend: Attend) -> Joinable | None:
     """The first tokens, where they have left the window."""
     if whole.sink_k.shape[2] == 0 or tokens.columns <= tokens.window:
         return None
@@ -311,27 +318,27 @@ def _sinks(q: Tensor, whole: Whole, tokens: _Tokens, scale: float) -> Joinable |
     seen = (at - columns[:, None, None] >= tokens.window) & (columns < tokens.columns)[:, None, None]
     if tokens.visible is not None:
         seen = seen & at_columns(tokens.visible, columns)
-    return attend_segment(q, whole.sink_k, whole.sink_v, scale=scale, visible=seen)
+    return attend(q, whole.sink_k, whole.sink_v, visible=seen)
 
 
 Met = Callable[[int, int], tuple[Tensor, Tensor]]
 """Keys and values of far tokens by the columns at which they begin and end."""
 
 
-def _triangle(q: Tensor, far: Far, met: Met, whole: Whole, tokens: _Tokens, scale: float) -> Joinable | None:
+def _triangle(q: Tensor, far: Far, met: Met, whole: Whole, tokens: _Tokens, attend: Attend) -> Joinable | None:
     """What has left the window and is no sink, without a mask."""
     start, end = max(far.start, whole.sink_k.shape[2]), tokens.columns - tokens.window
     if start >= end:
         return None
     before = end - start - q.shape[2]  # what every query sees, or, below zero, how many queries see nothing
     if before < 0:
-        return nothing_seen(attend_segment(q[:, :, -before:], *met(start, end), scale=scale, causal=True), -before)
-    newest = attend_segment(q, *met(start + before, end), scale=scale, causal=True)
-    oldest = [attend_segment(q, *met(*run), scale=scale) for run in far.blocks(start, start + before)]
+        return nothing_seen(attend(q[:, :, -before:], *met(start, end), causal=True), -before)
+    newest = attend(q, *met(start + before, end), causal=True)
+    oldest = [attend(q, *met(*run)) for run in far.blocks(start, start + before)]
     return merged_segments([*oldest, newest])
 
 
-def _beyond(q: Tensor, far: Far, met: Met, whole: Whole, tokens: _Tokens, scale: float) -> Joinable | None:
+def _beyond(q: Tensor, far: Far, met: Met, whole: Whole, tokens: _Tokens, attend: Attend) -> Joinable | None:
     """What has left the window and is no sink, under a mask."""
     flags = torch.zeros(len(whole.sink_columns), tokens.columns + 1, dtype=torch.bool, device=q.device)
     flags = flags.scatter_(1, whole.sink_columns, True)[:, None, None]
@@ -346,21 +353,27 @@ def _beyond(q: Tensor, far: Far, met: Met, whole: Whole, tokens: _Tokens, scale:
             seen = (at - torch.arange(low, high, device=q.device) >= tokens.window) & ~flags[..., low:high]
             if tokens.visible is not None:
                 seen = seen & tokens.visible[:, :, rows, low:high]
-            blocks.append(attend_segment(q[:, :, rows], *met(low, high), scale=scale, visible=seen))
+            blocks.append(attend(q[:, :, rows], *met(low, high), visible=seen))
         parts.append(merged_segments(blocks))
     return nothing_seen(stacked_rows(parts), skipped) if parts else None
 
 
 def decode(
-    q: Float[Tensor, "batch q_heads 1 head_dim"], near: Segment, far: Segment, maps: FarMaps, *, scale: float
+    q: Float[Tensor, "batch q_heads 1 head_dim"],
+    near: Segment,
+    far: Segment,
+    maps: FarMaps,
+    *,
+    scale: float,
+    cap: float | None = None,
 ) -> Float[Tensor, "batch q_heads 1 head_dim"]:
     """Attend with one query per sequence to what is whole and what is not, both in any order."""
-    whole = segment_attention(q, near.k, near.v, scale=scale, mask=near.mask)
+    whole = segment_attention(q, near.k, near.v, scale=scale, mask=near.mask, cap=cap)
     if far.k.shape[2] == 0:
         return whole[0]
     absorbed = mapped(q, maps.q)
     means = None if maps.k_mean is None or maps.v_mean is None else (maps.k_mean, maps.v_mean)
     out, largest, weight = segment_attention(
-        absorbed, far.k, far.v, scale=scale, mask=far.mask, codes=maps.codes, means=means
+        absorbed, far.k, far.v, scale=scale, mask=far.mask, cap=cap, codes=maps.codes, means=means
     )
     return merged(whole, (mapped(out, maps.o), largest, weight), maps.bias)
