@@ -75,6 +75,7 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", GQA | {"rope_parameters": PARTIAL}),
     "phi3-whole": ("phi3", GQA),
     "glm4": ("glm4", GQA | {"attention_bias": True}),
+    "gpt_oss": ("gpt_oss", GQA | {**ALTERNATING, **EXPERTS, "rope_parameters": YARN | {"truncate": False}}),
     "gemma2": ("gemma2", GQA | {"query_pre_attn_scalar": 9, **ALTERNATING, **CAPS}),
     "gemma3_text": ("gemma3_text", GQA | {"query_pre_attn_scalar": 9, **ALTERNATING, **ROPES}),
     "qwen3_moe": ("qwen3_moe", GQA | EXPERTS | {"moe_intermediate_size": 24, "mlp_only_layers": [0]}),
@@ -110,6 +111,8 @@ def _teacher(name: str) -> PreTrainedModel:
                 torch.nn.init.normal_(parameter, std=0.5)
             elif "norm" in parameter_name:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
+            elif "sinks" in parameter_name:
+                torch.nn.init.normal_(parameter)
     return model.requires_grad_(False)
 
 

@@ -53,18 +53,26 @@ def soft_capped(x: Tensor, cap: float | None) -> Tensor:
     return cap * (up - down) / (up + down)
 
 
-def probabilities(q: Tensor, k: Tensor, *, scale: float, bias: Tensor, cap: float | None = None) -> Tensor:
-    """Softmax of one query (d,) over keys (kv_len, d), with `bias` (kv_len,) added to the logits after their cap."""
+def probabilities(
+    q: Tensor, k: Tensor, *, scale: float, bias: Tensor, cap: float | None = None, sink: Tensor | None = None
+) -> Tensor:
+    """Softmax of one query (d,) over keys (kv_len, d), with `bias` (kv_len,) added to the logits after their cap.
+
+    A learned logit `sink` takes its share and is left out.
+    """
     seen = [j for j in range(len(k)) if bias[j] > -math.inf]
     logits = {j: soft_capped(scale * torch.dot(q, k[j]), cap) + bias[j] for j in seen}
     top = max(x.item() for x in logits.values())
     weights = {j: torch.exp(logits[j] - top) for j in seen}
-    total = sum(weights.values())
+    total = sum(weights.values()) + (0 if sink is None else torch.exp(sink - top))
     return torch.stack([weights[j] / total if j in weights else torch.zeros_like(total) for j in range(len(k))])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor, cap: float | None = None) -> Tensor:
-    """Grouped attention of (batch, heads, seq, dim) tensors; `bias` is (batch, q_len, kv_len)."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor, cap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Grouped attention of (batch, heads, seq, dim) tensors; `bias` is (batch, q_len, kv_len), `sinks` (q_heads,)."""
     batch, q_heads, q_len, _ = q.shape
     group_size = q_heads // k.shape[1]
     rows = []
@@ -72,7 +80,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor, ca
         for h in range(q_heads):
             g = h // group_size
             for i in range(q_len):
-                p = probabilities(q[b, h, i], k[b, g], scale=scale, bias=bias[b, i], cap=cap)
+                sink = None if sinks is None else sinks[h]
+                p = probabilities(q[b, h, i], k[b, g], scale=scale, bias=bias[b, i], cap=cap, sink=sink)
                 rows.append(sum(p[j] * v[b, g, j] for j in range(len(p))))
     return torch.stack(rows).view(batch, q_heads, q_len, -1)
 
@@ -123,7 +132,8 @@ def latent_attention_module(module: torch.nn.Module, x: Tensor, inv_freq: list[f
     v = torch.stack(
         [torch.stack([torch.stack(tokens) for tokens in by_head]) for by_head in heads("v", module.latents)]
     )
-    out = attention(q, k, v, scale=module.scale, bias=bias.expand(len(x), -1, -1), cap=module.cap)
+    softmax = {"scale": module.scale, "cap": module.cap, "sinks": module.sinks}
+    out = attention(q, k, v, bias=bias.expand(len(x), -1, -1), **softmax)
     if module.o_map is not None:
         out = torch.stack([out[:, h] @ module.o_map[h] for h in range(module.q_heads)], dim=1)
     flat = torch.stack(
@@ -136,8 +146,9 @@ def latent_attention_module(module: torch.nn.Module, x: Tensor, inv_freq: list[f
 
 
 def moments(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor, cap: float | None = None
-) -> dict[str, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor, cap: float | None = None,
+    sinks: Tensor | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Per head, sums over queries of q qᵀ, of the key covariance under attention, and of o oᵀ."""
     batch, q_heads, seq, dim = q.shape
     kv_heads = k.shape[1]
@@ -151,7 +162,8 @@ def moments(
         for h in range(q_heads):
             g = h // group_size
             for i in range(seq):
-                p = probabilities(q[b, h, i], k[b, g], scale=scale, bias=bias[i], cap=cap)
+                sink = None if sinks is None else sinks[h]
+                p = probabilities(q[b, h, i], k[b, g], scale=scale, bias=bias[i], cap=cap, sink=sink)
                 mean_key = sum(p[j] * k[b, g, j] for j in range(seq))
                 out = sum(p[j] * v[b, g, j] for j in range(seq))
                 sums["q"][h] += torch.outer(q[b, h, i], q[b, h, i])
@@ -159,6 +171,8 @@ def moments(
                 for j in range(seq):
                     away = k[b, g, j] - mean_key
                     sums["k"][g] += p[j] * torch.outer(away, away) / group_size
+                # A sink's logit is none of a key's: as if of a key that is zero whatever keys become.
+                sums["k"][g] += (1 - p.sum()) * torch.outer(mean_key, mean_key) / group_size
     return sums
 
 
@@ -182,10 +196,11 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def windowed_attention(
     q: Tensor, k: Tensor, v: Tensor, maps: tuple[Tensor, Tensor, Tensor, Tensor], *,
     window: int, scale: float, visible: Tensor, sink: Tensor, far_bias: Tensor, cap: float | None = None,
+    learned_sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Near tokens and sinks whole, far ones through maps; `visible` is (batch, seq, seq), `sink` (batch, seq), bool.
 
-    `far_bias` (q_heads, 1) is added to far logits, after their cap.
+    `far_bias` (q_heads, 1) is added to far logits, after their cap; `learned_sinks` (q_heads,) have no value.
 
     Maps are (q_heads, head_dim, latent), (latents, joined, latent), (latents, joined, latent_v) and
     (q_heads, latent_v, head_dim). Queries that see nothing give zeros.
@@ -213,6 +228,9 @@ def windowed_attention(
                         far = soft_capped(scale * torch.dot(q[b, h, t] @ q_map[h], key), cap)
                         logits.append(far + far_bias[h, 0])
                         values.append(value @ o_map[h])
+                if learned_sinks is not None:
+                    logits.append(learned_sinks[h])
+                    values.append(torch.zeros_like(v[b, g, 0]))
                 if not logits:
                     rows.append(torch.zeros_like(v[b, g, 0]))
                     continue

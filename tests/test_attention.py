@@ -50,13 +50,16 @@ def random_heads(
 
 
 def check_forward_and_gradients(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, *, mask: Tensor | None, bias: Tensor, cap: float | None
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, *, mask: Tensor | None, bias: Tensor, cap: float | None, sunk: bool
 ) -> None:
     scale = 0.7
-    fast = [x.clone().requires_grad_() for x in (q, k, v)]
-    slow = [x.double().requires_grad_() for x in (q, k, v)]
-    got = latent_attention(*fast, scale=scale, cap=cap, mask=mask)
-    wanted = reference.attention(*slow, scale=scale, cap=cap, bias=bias.expand(len(q), -1, -1))
+    sinks = [torch.linspace(-1, 1, q.shape[1])] if sunk else []
+    fast = [x.clone().requires_grad_() for x in (q, k, v, *sinks)]
+    slow = [x.double().requires_grad_() for x in (q, k, v, *sinks)]
+    got = latent_attention(*fast[:3], scale=scale, cap=cap, sinks=fast[3] if sunk else None, mask=mask)
+    wanted = reference.attention(
+        *slow[:3], scale=scale, cap=cap, sinks=slow[3] if sunk else None, bias=bias.expand(len(q), -1, -1)
+    )
     assert got.dtype == q.dtype
     torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
     got.backward(grad)
@@ -66,16 +69,18 @@ def check_forward_and_gradients(
 
 
 @settings(deadline=None, max_examples=20)
-@given(q_len=st.integers(1, 5), cap=CAPS, **SHAPES)
-def test_causal_attention_matches_float64_loops(q_len: int, cap: float | None, **shape: int) -> None:
+@given(q_len=st.integers(1, 5), cap=CAPS, sunk=st.booleans(), **SHAPES)
+def test_causal_attention_matches_float64_loops(q_len: int, cap: float | None, sunk: bool, **shape: int) -> None:
     heads = random_heads(**shape, q_len=q_len, kv_len=q_len)
-    check_forward_and_gradients(*heads, mask=None, bias=reference.causal(q_len, q_len), cap=cap)
+    check_forward_and_gradients(*heads, mask=None, bias=reference.causal(q_len, q_len), cap=cap, sunk=sunk)
 
 
 @settings(deadline=None, max_examples=20)
-@given(q_len=st.integers(1, 4), earlier=st.integers(0, 4), as_float=st.booleans(), cap=CAPS, **SHAPES)
+@given(
+    q_len=st.integers(1, 4), earlier=st.integers(0, 4), as_float=st.booleans(), cap=CAPS, sunk=st.booleans(), **SHAPES
+)
 def test_masked_attention_matches_float64_loops(
-    q_len: int, earlier: int, as_float: bool, cap: float | None, **shape: int
+    q_len: int, earlier: int, as_float: bool, cap: float | None, sunk: bool, **shape: int
 ) -> None:
     heads = random_heads(**shape, q_len=q_len, kv_len=q_len + earlier)
     generator = torch.Generator().manual_seed(shape["seed"])
@@ -84,18 +89,19 @@ def test_masked_attention_matches_float64_loops(
     for i in range(q_len):
         bias[:, i, earlier + i] = 0  # a token always sees itself
     mask = bias[:, None].float() if as_float else bias[:, None] == 0
-    check_forward_and_gradients(*heads, mask=mask, bias=bias, cap=cap)
+    check_forward_and_gradients(*heads, mask=mask, bias=bias, cap=cap, sunk=sunk)
 
 
 @settings(deadline=None, max_examples=20)
-@given(kv_len=st.integers(1, 6), masked=st.booleans(), cap=CAPS, **SHAPES)
+@given(kv_len=st.integers(1, 6), masked=st.booleans(), cap=CAPS, sunk=st.booleans(), **SHAPES)
 def test_a_single_query_is_the_last_row_of_the_full_forward(
-    kv_len: int, masked: bool, cap: float | None, **shape: int
+    kv_len: int, masked: bool, cap: float | None, sunk: bool, **shape: int
 ) -> None:
     q, k, v, _ = random_heads(**shape, q_len=kv_len, kv_len=kv_len)
-    full = latent_attention(q, k, v, scale=0.4, cap=cap)
+    sinks = torch.linspace(-1, 1, q.shape[1]) if sunk else None
+    full = latent_attention(q, k, v, scale=0.4, cap=cap, sinks=sinks)
     everything = torch.ones(2, 1, 1, kv_len, dtype=torch.bool) if masked else None
-    decoded = latent_attention(q[:, :, -1:], k, v, scale=0.4, cap=cap, mask=everything)
+    decoded = latent_attention(q[:, :, -1:], k, v, scale=0.4, cap=cap, sinks=sinks, mask=everything)
     torch.testing.assert_close(decoded, full[:, :, -1:])
 
 
@@ -280,6 +286,7 @@ def matches_float64_loops(module: LatentAttention, rotary: LatentRotaryEmbedding
         ("qwen3", "before_rope", False),
         ("qwen3", "after_rope", False),
         ("gemma2", "after_rope", False),
+        ("gpt_oss", "folded", False),
     ],
 )
 def test_module_matches_float64_loops_with_gradients(

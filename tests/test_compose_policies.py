@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import soft_capped
 from test_window import windowed
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
@@ -145,9 +146,14 @@ def test_received_attention_is_that_of_eager_maps(any_teacher: PreTrainedModel, 
         torch.testing.assert_close(found, wanted.unflatten(1, (2 if found.shape[1] == 2 else 4, -1)), **CLOSE)
 
 
+@pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("kind", ["window", "codes"])
-def test_received_attention_of_far_tokens_is_that_of_plain_loops(models: Models, text: Tensor, kind: str) -> None:
+def test_received_attention_of_far_tokens_is_that_of_plain_loops(
+    models: Models, text: Tensor, kind: str, special: bool
+) -> None:
     model, ids = models(kind).double(), text[:1, :40]
+    for layer in model.model.layers if special else ():
+        layer.self_attn.cap, layer.self_attn.sinks = 0.7, torch.nn.Parameter(torch.linspace(-1, 1, 4).double())
     Spy.seen.clear()
     cache = Spy(keep=0.5).cache(model)
     seen: list[tuple[Tensor, Tensor, FarMaps]] = []
@@ -160,7 +166,8 @@ def test_received_attention_of_far_tokens_is_that_of_plain_loops(models: Models,
         logits(model, ids, cache)
     n, window, sinks = 40, 5, 2
     for index, (q, k, maps) in enumerate(seen):
-        scale = model.model.layers[index].self_attn.scale
+        attention = model.model.layers[index].self_attn
+        scale, cap = attention.scale, attention.cap
         far_k = maps.read(*maps.stored(k[None], k[None]))[0][0, 0]
         found = Spy.seen[index][0, 0]
         for head in range(4):
@@ -170,11 +177,12 @@ def test_received_attention_of_far_tokens_is_that_of_plain_loops(models: Models,
                 terms = {}
                 for t in range(at + 1):
                     if sinks <= t < n - window:
-                        terms[t] = scale * (query @ maps.q[head]) @ far_k[t]
+                        terms[t] = soft_capped(scale * (query @ maps.q[head]) @ far_k[t], cap)
                         terms[t] = terms[t] + (0 if maps.bias is None else maps.bias[head, 0])
                     else:
-                        terms[t] = scale * query @ k[head // 2, t]
+                        terms[t] = soft_capped(scale * query @ k[head // 2, t], cap)
                 total = sum(math.exp(x) for x in terms.values())
+                total += attention.sinks[head].exp().item() if special else 0
                 for t in range(sinks, n - window):
                     wanted[t - sinks] += weight * math.exp(terms[t]) / total
             torch.testing.assert_close(found[head].double(), wanted, **CLOSE)

@@ -39,11 +39,12 @@ def ids_of(seq: int, blocks: int = 2) -> Tensor:
 # --- entropy
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "smollm3", "mistral-mha"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "smollm3", "mistral-mha", "gemma2", "gpt_oss"])
 def test_entropy_is_that_of_stock_attention_weights(name: str, tiny_teacher: Callable[[str], PreTrainedModel]) -> None:
     teacher, ids = tiny_teacher(name), ids_of(20)
     teacher.set_attn_implementation("eager")
     weights = torch.stack(teacher(ids, output_attentions=True).attentions).double()  # (layers, blocks, heads, 20, 20)
+    weights = torch.cat((weights, 1 - weights.sum(-1, keepdim=True)), dim=-1)  # of learned sinks
     entropy = torch.zeros(2, 4, dtype=torch.float64)
     for layer in range(2):
         for head in range(4):
@@ -61,6 +62,9 @@ STUDENTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {"d_qk": 8, "d_vo": 8, "window": 5, "sinks": 2, "bits": 4}),
     ("gemma3_text", {"d_qk": 8, "d_vo": 8, "window": 3, "sinks": 1}),
     ("mistral", {"d_qk": 4, "d_vo": 4, "window": 3, "sinks": 0}),
+    ("gemma2", {"d_qk": 8, "d_vo": 8, "window": 5, "sinks": 2, "bits": 4}),
+    ("gpt_oss", {"d_qk": 8, "d_vo": 8, "window": 0}),
+    ("gpt_oss", {"d_qk": 8, "d_vo": 8, "window": 5, "sinks": 2}),
 ]
 
 
@@ -82,6 +86,7 @@ def test_logits_and_values_give_what_the_module_gives(
 
     def check(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, None]) -> None:
         p = torch.cat(list(attention_logits(module, *args, **kwargs)), dim=2).softmax(-1)
+        p = p if module.sinks is None else p[..., :-1]
         hidden, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
         _, k, v = module.queries_keys_values(hidden, cos, sin, kwargs.get("position_ids"))
 
@@ -90,7 +95,7 @@ def test_logits_and_values_give_what_the_module_gives(
 
         if module.window:
             at = torch.arange(p.shape[-1])
-            far = (at[:, None] - at >= module.window) & (at >= module.sinks)
+            far = (at[:, None] - at >= module.window) & (at >= module.near.sinks)
             maps = module.far_maps()
             out = p.masked_fill(far, 0) @ of_heads(v) + p.masked_fill(~far, 0) @ of_heads(maps.seen(k, v)[1]) @ maps.o
         else:

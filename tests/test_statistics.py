@@ -28,7 +28,7 @@ def close(first: Statistics, second: Statistics, tolerance: float) -> None:
             assert error < tolerance, name
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "llama-yarn", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "llama-yarn", "gemma2", "gpt_oss"])
 def test_first_layers_statistics_match_float64_loops(
     tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str
 ) -> None:
@@ -60,11 +60,12 @@ def test_first_layers_statistics_match_float64_loops(
         )
         for part in "qk"
     }
-    window = getattr(teacher.config, "sliding_window", None) if name in ("mistral", "gemma2") else None
+    window = getattr(teacher.config, "sliding_window", None) if name in ("mistral", "gemma2", "gpt_oss") else None
     cap = getattr(teacher.config, "attn_logit_softcapping", None)
     wanted = reference.moments(
-        rotated["q"], rotated["k"], heads["v"], scale=stock.scaling, cap=cap, bias=reference.causal(10, 10, window)
-    )
+        rotated["q"], rotated["k"], heads["v"], scale=stock.scaling, bias=reference.causal(10, 10, window), cap=cap,
+        sinks=getattr(stock, "sinks", None),
+    )  # fmt: skip
     for part in "qk":
         wanted[f"{part}_unrotated"] = torch.einsum("bhsd,bhse->hde", heads[part], heads[part])
     assert statistics.tokens == 30

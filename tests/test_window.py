@@ -63,11 +63,12 @@ def random_maps(q_heads: int, kv_heads: int, latents: int, dim: int = 6) -> FarM
     latents=st.integers(1, 2), each=st.integers(1, 2), group=st.integers(1, 2), seq=st.integers(1, 17),
     window=st.integers(1, 20), sinks=st.integers(0, 3), padding=st.integers(0, 4),
     kind=st.sampled_from(["plain", "padded", "sliding", "packed"]), unabsorbed=st.booleans(),
-    flash=st.booleans(), rows=st.sampled_from([3, 128]), cap=st.sampled_from([None, 0.5]), seed=st.integers(0, 99),
+    flash=st.booleans(), rows=st.sampled_from([3, 128]), cap=st.sampled_from([None, 0.5]),
+    sunk=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_windowed_attention_and_its_gradients_match_the_loops(
     latents: int, each: int, group: int, seq: int, window: int, sinks: int, padding: int, kind: str,
-    unabsorbed: bool, flash: bool, rows: int, cap: float | None, seed: int,
+    unabsorbed: bool, flash: bool, rows: int, cap: float | None, sunk: bool, seed: int,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     kv_heads = latents * each
@@ -88,9 +89,13 @@ def test_windowed_attention_and_its_gradients_match_the_loops(
     tensors = [x.requires_grad_() for x in (q, k, v, *maps[:4])]
     assert maps.bias is not None
     tensors.append(maps.bias.requires_grad_())
+    learned = torch.randn(kv_heads * group, dtype=torch.float64).requires_grad_() if sunk else None
+    if learned is not None:
+        tensors.append(learned)
     wanted = reference.windowed_attention(
-        q, k, v, maps[:4], window=window, scale=0.3, cap=cap, visible=visible, sink=sink, far_bias=maps.bias
-    )
+        q, k, v, maps[:4], window=window, scale=0.3, cap=cap, visible=visible, sink=sink, far_bias=maps.bias,
+        learned_sinks=learned,
+    )  # fmt: skip
     mask = None if kind == "plain" else visible[:, None]
     sink_k, sink_v, columns = sinks_of(k, v, mask, sinks)
     first = mask is None
@@ -100,8 +105,9 @@ def test_windowed_attention_and_its_gradients_match_the_loops(
     paths = {"FLASH_DEVICES": {"cpu"} if flash else set(), "ROWS": rows}
     with patch.multiple(segment, **paths), patch.object(window_module, "ROWS", rows):
         got = windowed_attention(
-            q, whole, far, maps, window=window, scale=0.3, cap=cap, mask=mask, unabsorbed=unabsorbed
-        )
+            q, whole, far, maps, window=window, scale=0.3, cap=cap, learned_sinks=learned, mask=mask,
+            unabsorbed=unabsorbed,
+        )  # fmt: skip
     seen = visible.any(-1)[:, None, :, None]  # padding gives numbers, but no meaning
     torch.testing.assert_close(got * seen, wanted * seen, rtol=1e-5, atol=1e-6)
     weight = torch.randn_like(got) * seen

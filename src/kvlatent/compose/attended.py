@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlatent.compose.layers import EvictingLayer, EvictingWindowLayer
-from kvlatent.kernels.segment import ROWS, capped
+from kvlatent.kernels.segment import ROWS, capped, softmax_beside
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.families import family_of
 from kvlatent.model.graft import graft, spec_of
@@ -110,7 +110,8 @@ class Observer:
         attention = self.attention(index)
         if isinstance(layer, EvictingLayer):
             assert layer.keys is not None
-            return _logits(attention, q, layer.keys, seen).softmax(-1).nan_to_num(0.0)
+            logits = _logits(attention, q, layer.keys, seen)
+            return softmax_beside(logits, attention.sinks).nan_to_num(0.0)
         maps, first = attention.far_maps().of(q.dtype), layer.latents_from
         far_seen = seen[..., first : first + layer.slots]
         if (valid := layer.valid()) is not None:
@@ -119,6 +120,8 @@ class Observer:
         if maps.bias is not None:
             far = far + maps.bias[:, None]
         near = [x.logsumexp(-1) for x in self._near(attention, layer, q, seen)]
+        if attention.sinks is not None:
+            near.append(attention.sinks.to(far.dtype)[:, None].expand_as(near[0]))
         whole = torch.stack([far.logsumexp(-1), *near]).logsumexp(0)
         return (far - whole[..., None]).exp().nan_to_num(0.0)
 

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from kvlatent.errors import UserError
-from kvlatent.kernels.segment import capped
+from kvlatent.kernels.segment import capped, softmax_beside
 from kvlatent.model.graft import spec_in
 from kvlatent.model.layers import check_positions, evaluation_mode, token_nll
 
@@ -84,19 +84,19 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, (batch, heads, seq, dim) → (batch, seq, heads, dim), adding up columns."""
-    for name in ("s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise UserError(f"attention with {name} is not supported; give another model as the compressor")
+    if kwargs.get("position_bias") is not None:
+        raise UserError("attention with position_bias is not supported; give another model as the compressor")
     received = _received.get()
     k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     outs, at = [], torch.arange(k.shape[2], device=k.device)
     for rows in at.split(ROWS):
         logits = capped((query[:, :, rows] @ k.mT).float() * scaling, softcap)
         visible = rows[:, None] >= at if attention_mask is None else attention_mask[:, :, rows]
-        weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+        weights = softmax_beside(logits.masked_fill(~visible, -torch.inf), s_aux)
         received += weights.sum((0, 1, 2))
         outs.append(weights.to(v.dtype) @ v)
     return torch.cat(outs, dim=2).transpose(1, 2), None

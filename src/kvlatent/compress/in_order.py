@@ -205,4 +205,5 @@ def _through_ffn(
     for b, (state, inner) in enumerate(zip(attended, kept, strict=True)):
         state = state.to(device)
         out = mlp(norm(state)) if inner is None else mlp.down_proj(inner.to(device))
+        out = out[0] if isinstance(out, tuple) else out  # beside which some give what their router said
         states.keep(index, b, state + out * multiplier)

@@ -21,7 +21,7 @@ from kvlatent.compress.refit import LogitSamples
 from kvlatent.data.positions import block_starts
 from kvlatent.errors import UserError, first_error
 from kvlatent.files import check_regular, new_file
-from kvlatent.kernels.segment import capped
+from kvlatent.kernels.segment import capped, softmax_beside
 from kvlatent.model.attention import LatentAttention, side_by_side
 from kvlatent.model.graft import graft, heads_per_latent_of
 from kvlatent.model.layers import attention_input, embedded, layer_arguments
@@ -74,10 +74,8 @@ class LayerStatistics:
         cos, sin = kwargs["position_embeddings"]
         q, k, v = (t.float() for t in attention.queries_keys_values(x, cos, sin, kwargs.get("position_ids")))
         keys, values = (side_by_side(t, heads_per_latent) for t in (k, v))
-        mask = kwargs.get("attention_mask")
-        both = torch.cat((keys, values), dim=-1)
-        settings: dict[str, Any] = {"scale": attention.scale, "cap": attention.cap, "near": near}
-        mean_key, out, received, squared, given = _attend(q, k, both, mask=mask, **settings)
+        both, mask = torch.cat((keys, values), dim=-1), kwargs.get("attention_mask")
+        mean_key, out, received, squared, given = _attend(attention, q, k, both, mask=mask, near=near)
         k_centered = _centered(k, _own(mean_key, heads_per_latent, attention.group_size), received)
         q_unrotated, k_unrotated = (attention.turned_back(t, cos, sin) for t in (q, k))
         own_out = _own(out, heads_per_latent, attention.group_size)
@@ -121,25 +119,16 @@ def _own(x: Tensor, heads_per_latent: int, group_size: int) -> Tensor:
 
 
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    both: Tensor,
-    *,
-    mask: Tensor | None,
-    scale: float,
-    cap: float | None = None,
-    near: Near = ALL_FAR,
-    rows: int = 128,
+    attention: LatentAttention, q: Tensor, k: Tensor, both: Tensor, *, mask: Tensor | None, near: Near, rows: int = 128
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Attend causally, `rows` queries at a time, so that memory and time go to visible keys only.
 
     Args:
+        attention: The layer's.
         q: Queries, (batch, q_heads, seq, head_dim).
         k: Keys, (batch, kv_heads, seq, head_dim).
         both: Keys and values that are averaged, (batch, latents, seq, 2·dim).
         mask: True where a query may look; None is at itself and all before.
-        scale: Multiplier of the logits.
-        cap: Their soft cap.
         near: Tokens whose attention is left out.
         rows: Queries at a time.
 
@@ -153,22 +142,26 @@ def _attend(
     at = torch.arange(seq, device=k.device)
     for start in range(0, seq, rows):
         end = min(start + rows, seq)
-        logits = capped((grouped[..., start:end, :].flatten(2, 3) @ k[:, :, :end].mT).mul_(scale), cap)
+        logits = (grouped[..., start:end, :].flatten(2, 3) @ k[:, :, :end].mT).mul_(attention.scale)
         if mask is None:
             visible = torch.ones(end - start, end, dtype=torch.bool, device=k.device).tril(start)[None, None]
         else:
             visible = mask[..., start:end, :end]
-        logits = logits.unflatten(2, (-1, end - start)).masked_fill_(~visible[:, :, None], -torch.inf)
-        probs = logits.softmax(-1)
+        probs = _probabilities(attention, logits.unflatten(2, (-1, end - start)).flatten(1, 2), visible)
         if near.window:
             probs = probs * near.far(at[start:end], at[:end])
         given.append(probs.sum(-1))
-        probs = probs.flatten(2, 3)
+        probs = probs.unflatten(1, (kv_heads, -1)).flatten(2, 3)
         received[..., :end] += probs.sum(2)
         squared[..., :end] += probs.square().sum(2)
         parts.append((probs.reshape(batch, latents, -1, end) @ both[:, :, :end]).unflatten(2, (-1, end - start)))
     mean_key, out = torch.cat(parts, dim=3).flatten(1, 2).chunk(2, dim=-1)
-    return mean_key, out, received, squared, torch.cat(given, dim=3).flatten(1, 2)
+    return mean_key, out, received, squared, torch.cat(given, dim=2)
+
+
+def _probabilities(attention: LatentAttention, logits: Tensor, visible: Tensor) -> Tensor:
+    """What an attention makes of its logits, (batch, q_heads, rows, seq)."""
+    return softmax_beside(capped(logits, attention.cap).masked_fill(~visible, -torch.inf), attention.sinks)
 
 
 @torch.no_grad()
@@ -202,7 +195,7 @@ def sample_logits(
         visible = mask[:, :, rows]
     grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
     logits = (grouped @ k.mT).mul_(attention.scale).unflatten(2, (-1, len(rows))).flatten(1, 2)
-    probs = capped(logits, attention.cap).masked_fill(~visible, -torch.inf).softmax(-1)
+    probs = _probabilities(attention, logits, visible)
     if near.window:
         probs = probs * near.far(rows, torch.arange(k.shape[2], device=k.device))
     if not rotated:

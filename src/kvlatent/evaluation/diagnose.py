@@ -25,7 +25,6 @@ from kvlatent.model.attention import LatentAttention
 from kvlatent.model.checkpoints import record_of
 from kvlatent.model.graft import graft, spec_of
 from kvlatent.model.layers import evaluation_mode, hooks, token_nll
-from kvlatent.model.window import Near
 
 SPANS = 64
 """Spans whose order is judged."""
@@ -181,7 +180,10 @@ def attention_entropy(model: PreTrainedModel, ids: Int[Tensor, "blocks block_siz
 def attention_logits(
     module: LatentAttention, *args: Any, **kwargs: Any
 ) -> Iterator[Float[Tensor, "b q_heads rows seq"]]:
-    """The logits of a module for what it is called with, in float32, some rows at a time; -inf is not seen."""
+    """The logits of a module for what it is called with, in float32, some rows at a time; -inf is not seen.
+
+    A learned sink's comes last.
+    """
     given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     hidden, (cos, sin), mask = given["hidden_states"], given["position_embeddings"], given.get("attention_mask")
     q, k, v = module.queries_keys_values(hidden, cos, sin, given.get("position_ids"))
@@ -195,11 +197,15 @@ def attention_logits(
             beyond = grouped_logits(module, far[0][:, :, rows], far[1])
             if maps.bias is not None:
                 beyond = beyond + maps.bias.float()[:, None]
-            logits = torch.where(Near(module.window, module.sinks).far(rows, at), beyond, logits)
+            logits = torch.where(module.near.far(rows, at), beyond, logits)
         seen = rows[:, None] >= at
         if mask is not None:
             seen = mask[:, :, rows] if mask.dtype == torch.bool else mask[:, :, rows] == 0
-        yield logits.masked_fill(~seen, -torch.inf)
+        logits = logits.masked_fill(~seen, -torch.inf)
+        if module.sinks is not None:
+            learned = module.sinks.float()[:, None, None].expand(*logits.shape[:3], 1)
+            logits = torch.cat((logits, learned), dim=-1)
+        yield logits
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from kvlatent.healing.config import HealConfig
 from kvlatent.healing.ffn import FFN, keep_all, keep_little
 from kvlatent.kernels.cpu_linear import is_gated
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "sinks")
 """Trained in full as `attention`."""
 MAPS = ("q_map", "k_map", "v_map", "o_map")
 """Trained in full as `maps`."""

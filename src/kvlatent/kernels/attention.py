@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvlatent.kernels import cpu_decode, cuda_decode
 from kvlatent.kernels.codes import Codes
-from kvlatent.kernels.segment import attend_segment, capped
+from kvlatent.kernels.segment import attend_segment, capped, joined_segments, sink_segment
 
 READ_AT_ONCE = 1024
 """Tokens whose codes are read at a time where no kernel reads them: no buffer of the context's length may exist."""
@@ -30,6 +30,7 @@ def latent_attention(
     *,
     scale: float,
     cap: float | None = None,
+    sinks: Float[Tensor, "q_heads"] | None = None,
     mask: Bool[Tensor, "mask_batch 1 q_len kv_len"] | Float[Tensor, "mask_batch 1 q_len kv_len"] | None = None,
 ) -> Float[Tensor, "batch q_heads q_len d_vo"]:
     """Attend causally with grouped heads (KV-Latent, arXiv:2507.11273, Eq. 1), d_qk and d_vo independent.
@@ -40,6 +41,7 @@ def latent_attention(
         v: Values, as cached.
         scale: Logit multiplier; the paper uses `d_qk ** -0.5`, our presets keep the teacher's `head_dim ** -0.5`.
         cap: Soft cap of the logits; none of `PATHS` knows one, so torch computes them.
+        sinks: A learned logit of each head that shares its softmax and has no value.
         mask: True (or 0.0) where a query may look, False (or -inf) elsewhere. Without one, a single query sees all
             keys and several see the causal triangle.
 
@@ -52,8 +54,8 @@ def latent_attention(
     for x in (k, v):
         if q.shape[1] % x.shape[1]:
             raise ValueError(f"{q.shape[1]} query heads can't share {x.shape[1]} key/value heads evenly")
-    if cap is not None:
-        return _plain(q, k, v, scale=scale, cap=cap, mask=mask)
+    if cap is not None or sinks is not None:
+        return _as_segment(q, k, v, scale=scale, cap=cap, sinks=sinks, mask=mask)
     if torch.compiler.is_compiling() and own_kernel(q, k, v, mask) is not None:
         return _opaque(q, k, v, scale, mask)
     return PATHS[choose_path(q, k, v, mask)](q, k, v, scale=scale, mask=mask)
@@ -143,6 +145,15 @@ def merged_parts(parts: Sequence[Part]) -> Part:
     least = total.clamp_min(torch.finfo(torch.float32).tiny)
     out = torch.stack([part * (share / least) for (part, _, _), share in zip(parts, shares, strict=True)]).sum(0)
     return out.to(parts[0][0].dtype), top, total
+
+
+def with_sinks(part: Part, sinks: Float[Tensor, "q_heads"] | None) -> Part:
+    """A segment and the learned sinks as one."""
+    if sinks is None:
+        return part
+    out, largest, weight = part
+    top = (sinks.to(largest.dtype) * math.log2(math.e))[:, None, None].expand_as(largest)
+    return merged_parts([part, (torch.zeros_like(out), top, torch.ones_like(weight))])
 
 
 def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, cap: float | None = None) -> Part:
@@ -248,14 +259,17 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Ten
     return q.new_empty(*q.shape[:3], v.shape[-1])
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, *, scale: float, cap: float | None, mask: Tensor | None) -> Tensor:
-    """As segments are attended, some queries at a time: for logits that no fused attention computes."""
+def _as_segment(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, cap: float | None, sinks: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """What no fused attention computes: all of the context as one segment, beside which sinks are another."""
     visible = mask if mask is None or mask.dtype == torch.bool else mask == 0
     if q.shape[2] == 1:
-        return segment_attention(q, k, v, scale=scale, mask=visible, cap=cap)[0]
+        return with_sinks(segment_attention(q, k, v, scale=scale, mask=visible, cap=cap), sinks)[0]
     if mask is None:
         k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
-    return attend_segment(q, k, v, scale=scale, cap=cap, visible=visible, causal=mask is None)[0]
+    part = attend_segment(q, k, v, scale=scale, cap=cap, visible=visible, causal=mask is None)
+    return part[0] if sinks is None else joined_segments([part, sink_segment(sinks, part)])
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:

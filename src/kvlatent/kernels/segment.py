@@ -30,6 +30,22 @@ def capped(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
+def softmax_beside(
+    logits: Float[Tensor, "batch q_heads rows tokens"], sinks: Float[Tensor, "q_heads"] | None
+) -> Float[Tensor, "batch q_heads rows tokens"]:
+    """Softmax beside each head's learned sink, a logit whose share goes to nothing (gpt-oss, arXiv:2508.10925)."""
+    if sinks is None:
+        return logits.softmax(-1)
+    beside = sinks.to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)
+    return torch.cat((logits, beside), dim=-1).softmax(-1)[..., :-1]
+
+
+def sink_segment(sinks: Float[Tensor, "q_heads"], like: Joinable) -> Joinable:
+    """Learned sinks as a segment of one token each, whose values are zero."""
+    out, normalizer = like
+    return torch.zeros_like(out), sinks.to(normalizer.dtype)[:, None].expand_as(normalizer)
+
+
 def attend_segment(
     q: Float[Tensor, "batch q_heads rows d_k"],
     k: Float[Tensor, "batch heads tokens d_k"],

@@ -15,7 +15,18 @@ from kvlatent.kernels.cpu_linear import linear_outputs
 from kvlatent.model.compatibility import WITHOUT_EFFECT, refuse_unknown
 from kvlatent.model.rope import query_growth, rotate
 from kvlatent.model.spec import SLIDING, LatentSpec
-from kvlatent.model.window import Far, FarMaps, Segment, Whole, decode, joined, mapped, sinks_of, windowed_attention
+from kvlatent.model.window import (
+    Far,
+    FarMaps,
+    Near,
+    Segment,
+    Whole,
+    decode,
+    joined,
+    mapped,
+    sinks_of,
+    windowed_attention,
+)
 
 
 class LatentAttention(nn.Module):
@@ -74,11 +85,12 @@ class LatentAttention(nn.Module):
         folded = spec.qk_map == "folded"
         self.q_proj = linear("q_proj", hidden, self.q_heads * (cached_keys if folded else spec.head_dim))
         self.k_proj = linear("k_proj", hidden, self.kv_heads * (self.d_qk if folded else spec.head_dim))
-        self.window, self.sinks = spec.window, spec.sinks
+        self.near, self.window = Near(spec.window, spec.sinks), spec.window
         self.v_proj = linear("v_proj", hidden, self.kv_heads * (spec.head_dim if self.window else self.d_vo))
         output_map = spec.output_map[layer_idx]
         self.o_proj = linear("o_proj", self.q_heads * (spec.head_dim if output_map else cached_values), hidden)
         self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
+        self.sinks: Tensor | None = getattr(stock, "sinks", None)  # learned logits (q_heads,), no tokens
         weight = self.q_proj.weight
 
         def head_map(heads: int, inputs: int, outputs: int) -> nn.Parameter:
@@ -162,7 +174,7 @@ class LatentAttention(nn.Module):
 
     def _split(self, k: Tensor, v: Tensor, maps: FarMaps, mask: Tensor | None) -> tuple[Whole, Far]:
         """A sequence without a cache: all of it whole, and latents of what leaves the last query's window."""
-        sink_k, sink_v, columns = sinks_of(k, v, mask, self.sinks)
+        sink_k, sink_v, columns = sinks_of(k, v, mask, self.near.sinks)
         far_k, far_v = maps.seen(*(x[:, :, : max(0, k.shape[2] - self.window)] for x in (k, v)))
         first = mask is None
         whole = Whole(k=k, v=v, start=0, sink_k=sink_k, sink_v=sink_v, sink_columns=columns, sinks_first=first)
@@ -177,13 +189,12 @@ class LatentAttention(nn.Module):
         if mask is not None and mask.dtype != torch.bool:  # as eager attention has it: 0 where a query may look
             mask = mask == 0
         near, far = self._split(k, v, maps, mask) if cache is None else cache.update(k, v, self.layer_idx, maps, mask)
+        softmax: dict[str, Any] = {"scale": self.scale, "cap": self.cap, "learned_sinks": self.sinks}
         if isinstance(near, Segment) and isinstance(far, Segment):
-            out = decode(q, near, far, maps, scale=self.scale, cap=self.cap)
+            out = decode(q, near, far, maps, **softmax)
         else:
             pays = taking_back_pays(maps.o, q.shape[2])
-            out = windowed_attention(
-                q, near, far, maps, window=self.window, scale=self.scale, cap=self.cap, mask=mask, unabsorbed=pays
-            )
+            out = windowed_attention(q, near, far, maps, window=self.window, mask=mask, unabsorbed=pays, **softmax)
         return linear_outputs(out.transpose(1, 2).flatten(2), self.o_proj)[0]
 
     @staticmethod
@@ -243,7 +254,7 @@ class LatentAttention(nn.Module):
             k, v = cache.update(k, v, self.layer_idx)
         seen = queries if attention_mask is None else None  # of a longer buffer
         k, v = (x if back is None else _to_heads(x[:, :, :seen], back) for x, back in ((k, k_back), (v, v_back)))
-        out = latent_attention(q, k, v, mask=attention_mask, scale=self.scale, cap=self.cap)
+        out = latent_attention(q, k, v, mask=attention_mask, scale=self.scale, cap=self.cap, sinks=self.sinks)
         if self.o_map is not None and v_back is None:
             out = _reduced(out, self.o_map)
         return linear_outputs(out.transpose(1, 2).flatten(2), self.o_proj)[0], None

@@ -6,6 +6,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     Ministral3Config,
@@ -116,6 +117,13 @@ class KVLatentGlm4Config(Glm4Config):
     latent: dict[str, Any] | None = None
 
 
+class KVLatentGptOssConfig(GptOssConfig):
+    """A converted gpt-oss's config."""
+
+    model_type = "kvlatent_gpt_oss"
+    latent: dict[str, Any] | None = None
+
+
 class KVLatentGemma2Config(Gemma2Config):
     """A converted Gemma 2's config."""
 
@@ -142,6 +150,7 @@ CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "granite": KVLatentGraniteConfig,
     "olmo2": KVLatentOlmo2Config,
     "olmo3": KVLatentOlmo3Config,
+    "gpt_oss": KVLatentGptOssConfig,
     "gemma2": KVLatentGemma2Config,
     "gemma3_text": KVLatentGemma3TextConfig,
     "glm4": KVLatentGlm4Config,

@@ -49,6 +49,7 @@ FAMILIES = {
     "olmo3": Family(name="Olmo3", qk_norm=True, post_norm=True),
     "phi3": Family(name="Phi3", stored_apart=False),
     "glm4": Family(name="Glm4", interleaved=True, post_norm=True, stored_apart=False),
+    "gpt_oss": Family(name="GptOss", stored_apart=False),
     "gemma2": Family(name="Gemma2", post_norm=True),
     "gemma3_text": Family(name="Gemma3", qk_norm=True, post_norm=True),
 }

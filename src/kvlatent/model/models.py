@@ -11,6 +11,7 @@ from transformers import (
     Gemma3ForCausalLM,
     GenerationConfig,
     Glm4ForCausalLM,
+    GptOssForCausalLM,
     GraniteForCausalLM,
     LlamaForCausalLM,
     Ministral3ForCausalLM,
@@ -37,6 +38,7 @@ from kvlatent.model.config import (
     KVLatentGemma2Config,
     KVLatentGemma3TextConfig,
     KVLatentGlm4Config,
+    KVLatentGptOssConfig,
     KVLatentGraniteConfig,
     KVLatentLlamaConfig,
     KVLatentMinistral3Config,
@@ -235,6 +237,12 @@ class KVLatentGlm4ForCausalLM(KVLatentForCausalLM, Glm4ForCausalLM):
     config_class = KVLatentGlm4Config
 
 
+class KVLatentGptOssForCausalLM(KVLatentForCausalLM, GptOssForCausalLM):
+    """A converted gpt-oss."""
+
+    config_class = KVLatentGptOssConfig
+
+
 class KVLatentGemma2ForCausalLM(KVLatentForCausalLM, Gemma2ForCausalLM):
     """A converted Gemma 2."""
 
@@ -259,6 +267,7 @@ MODELS: dict[str, type[PreTrainedModel]] = {
     "granite": KVLatentGraniteForCausalLM,
     "olmo2": KVLatentOlmo2ForCausalLM,
     "olmo3": KVLatentOlmo3ForCausalLM,
+    "gpt_oss": KVLatentGptOssForCausalLM,
     "gemma2": KVLatentGemma2ForCausalLM,
     "gemma3_text": KVLatentGemma3ForCausalLM,
     "glm4": KVLatentGlm4ForCausalLM,

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from kvlatent.kernels.attention import READ_AT_ONCE, merged, segment_attention
+from kvlatent.kernels.attention import READ_AT_ONCE, merged, segment_attention, with_sinks
 from kvlatent.kernels.codes import Codes
 from kvlatent.kernels.segment import (
     ROWS,
@@ -28,6 +28,7 @@ from kvlatent.kernels.segment import (
     joined_segments,
     merged_segments,
     nothing_seen,
+    sink_segment,
     stacked_rows,
 )
 
@@ -236,6 +237,7 @@ def windowed_attention(
     window: int,
     scale: float,
     cap: float | None = None,
+    learned_sinks: Float[Tensor, "q_heads"] | None = None,
     mask: Bool[Tensor, "mask_batch 1 seq columns"] | None,
     unabsorbed: bool = False,
 ) -> Float[Tensor, "batch q_heads seq head_dim"]:
@@ -249,6 +251,7 @@ def windowed_attention(
         window: Newest tokens that a query meets whole, itself included.
         scale: Logit multiplier.
         cap: Soft cap of the logits.
+        learned_sinks: A logit of each head that shares its softmax and has no value.
         mask: True where a query may look, over all columns; None is the causal triangle.
         unabsorbed: Take latents back to the heads, instead of queries to the latents: less arithmetic for many queries.
 
@@ -266,7 +269,9 @@ def windowed_attention(
         beyond = beyond[0] @ maps.o, beyond[1]
     if beyond is not None and maps.bias is not None:
         beyond = beyond[0], beyond[1] + maps.bias
-    parts = _band(q, whole, tokens, attend), _sinks(q, whole, tokens, attend), beyond
+    band = _band(q, whole, tokens, attend)
+    without_value = None if learned_sinks is None else sink_segment(learned_sinks, band)
+    parts = band, _sinks(q, whole, tokens, attend), beyond, without_value
     return joined_segments([part for part in parts if part is not None])
 
 
@@ -366,9 +371,10 @@ def decode(
     *,
     scale: float,
     cap: float | None = None,
+    learned_sinks: Float[Tensor, "q_heads"] | None = None,
 ) -> Float[Tensor, "batch q_heads 1 head_dim"]:
     """Attend with one query per sequence to what is whole and what is not, both in any order."""
-    whole = segment_attention(q, near.k, near.v, scale=scale, mask=near.mask, cap=cap)
+    whole = with_sinks(segment_attention(q, near.k, near.v, scale=scale, mask=near.mask, cap=cap), learned_sinks)
     if far.k.shape[2] == 0:
         return whole[0]
     absorbed = mapped(q, maps.q)
