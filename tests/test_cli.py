@@ -418,7 +418,8 @@ def test_tasks_of_two_models_are_tested_in_pairs(
 
     def answered(*_: Any, limit: int, **__: Any) -> dict[str, TaskScore]:
         samples = next(right)[:limit]
-        return {"letters": TaskScore(metrics={"acc": sum(samples) / len(samples)}, samples={"acc": samples})}
+        metrics, chance = {"acc": sum(samples) / len(samples)}, {"acc": 0.0}
+        return {"letters": TaskScore(metrics=metrics, samples={"acc": samples}, chance=chance)}
 
     monkeypatch.setattr(measuring, "lm_eval_tasks", answered)
     argv = ["eval", f"{folder}/student", "--against", f"{folder}/teacher", "--tasks", "letters", "--limit", "4"]
@@ -428,7 +429,8 @@ def test_tasks_of_two_models_are_tested_in_pairs(
     assert told["paired"]["letters"]["acc"]["p_value"] == 0.5  # two heads of two coins
     right = iter(([1.0, 0.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]))
     assert cli.main(argv) == 0
-    assert "letters acc: +0.5000 ± 0.2887, p = 0.5" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "letters acc: +0.5000 ± 0.2887, p = 0.5; kept of the score above chance (0): –" in said  # 0.25 ± 0.25
 
 
 def test_export_and_doctor(

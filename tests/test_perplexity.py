@@ -16,7 +16,7 @@ from kvlatent.errors import UserError
 from kvlatent.evaluation import perplexity as evaluate
 from kvlatent.evaluation.needle import needle
 from kvlatent.evaluation.perplexity import Perplexity, compare, perplexity
-from kvlatent.evaluation.tasks import lm_eval_tasks, paired_test
+from kvlatent.evaluation.tasks import kept_above_chance, lm_eval_tasks, paired, paired_test
 from kvlatent.model import layers
 
 VOCABULARY = 260
@@ -253,6 +253,26 @@ def test_paired_test_is_normal_for_other_values() -> None:
         paired_test([1.0], [1.0, 0.0])
 
 
+def test_kept_share_is_the_quotient_of_what_is_above_chance() -> None:
+    teacher, student = [1.0] * 75 + [0.0] * 25, [1.0] * 65 + [0.0] * 25 + [1.0] * 5 + [0.0] * 5
+    kept, error = kept_above_chance(teacher, student, 0.5)
+    assert kept == pytest.approx((0.70 - 0.5) / (0.75 - 0.5))
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(100, (4000, 100), generator=generator)
+    resampled = (torch.tensor(student)[drawn].mean(1) - 0.5) / (torch.tensor(teacher)[drawn].mean(1) - 0.5)
+    assert error == pytest.approx(resampled.std().item(), rel=0.15)
+    assert kept_above_chance(teacher, teacher, 0.5) == (1.0, 0.0)
+    assert kept_above_chance([1.0] * 55 + [0.0] * 45, student, 0.5) == (None, None)  # 0.05 ± 0.05: nothing to keep
+
+
+def test_paired_says_what_is_kept_where_chance_is_known() -> None:
+    right, wrong = {"acc": [1.0, 1.0, 1.0, 0.0] * 10}, {"acc": [1.0, 1.0, 0.0, 0.0] * 10}
+    found = paired({"a": wrong, "b": wrong}, {"a": right, "b": right}, {"a": {"acc": 0.25}})
+    assert found["a"]["acc"]["kept"] == pytest.approx(0.5)
+    assert found["a"]["acc"]["difference"] == found["b"]["acc"]["difference"] == -0.25
+    assert "kept" not in found["b"]["acc"]
+
+
 def test_missing_lm_eval_is_explained(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"needs lm_eval, .*pip install 'kvlatent\[eval\]'"):
@@ -289,6 +309,19 @@ def test_lm_eval_task_runs_on_a_model_in_memory(tokenizer: PreTrainedTokenizerFa
     assert scores["letters"].metrics["acc"] == 0.5  # one of two equal prompts, whichever the model prefers
     assert scores["letters"].metrics["acc_stderr"] > 0
     assert scores["letters"].samples["acc"] in ([0, 1, 0, 1], [1, 0, 1, 0])
+    assert scores["letters"].chance == {"acc": 0.5}
+
+
+@pytest.mark.slow
+def test_nothing_is_guessed_where_the_answer_is_written_or_ranked_alone(
+    tokenizer: PreTrainedTokenizerFast, task_file: Path
+) -> None:
+    pytest.importorskip("lm_eval")
+    asked = task_file.read_text().replace("multiple_choice", "loglikelihood").replace("doc_to_target: gold", "")
+    last = 'doc_to_target: "{{choices[gold]}}"\nmetric_list:\n  - metric: acc\n  - metric: perplexity\n'
+    task_file.write_text(asked.split("metric_list")[0] + last)
+    score = lm_eval_tasks(tiny(), tokenizer, [str(task_file)], limit=4)["letters"]
+    assert {"acc", "perplexity"} <= {*score.samples} and score.chance == {"acc": 0.0}
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ class Eval(Command):
         return evaluate(self.config, **self.common.place())
 
     def table(self, result: dict[str, Any]) -> str:
-        from kvlatent.evaluation.report.text import models_table
+        from kvlatent.evaluation.report.text import models_table, paired_text
 
         quantities = ("perplexity", "perplexity_stderr", "perplexity_at", "bits_per_byte")
         blocks = [side_by_side(result, (*quantities, "joined", "needle", "retrieval", "tasks", "diagnose"))]
@@ -36,9 +36,4 @@ class Eval(Command):
             blocks.append(models_table(rows))
         if "diagnose" in result:
             blocks.append(diagnosis_text(result["diagnose"]))
-        lines = [
-            f"{task} {metric}: {test['difference']:+.4f} ± {test['stderr']:.4f}, p = {test['p_value']:.3g}"
-            for task, tests in result.get("paired", {}).items()
-            for metric, test in tests.items()
-        ]
-        return "\n\n".join([*blocks, *(["\n".join(("on the same samples:", *lines))] if lines else [])])
+        return "\n\n".join(filter(None, (*blocks, paired_text(result.get("paired", {})))))

@@ -66,7 +66,8 @@ class EvalConfig:
     trials: Number = 20
     """Prompts of --retrieval for each context and test."""
     tasks: Annotated[tuple[str, ...], arg(metavar="T…", help_behavior_hint="")] = ()
-    """Tasks of lm-eval (pip install 'kvlatent[eval]'), by name or .yaml file; with --against, tested in pairs."""
+    """Tasks of lm-eval (pip install 'kvlatent[eval]'), by name or .yaml file; with --against, tested in pairs, with the
+    share of its score above chance that is kept."""
     limit: OptionalNumber = None
     """Samples of each task, from the first; all of them by default."""
     policy: PolicyName = None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from kvlatent.compose.policies import policy_of
@@ -14,10 +13,10 @@ from kvlatent.evaluation.config import NEAR_ONLY, EvalConfig
 from kvlatent.evaluation.diagnose import Diagnosis, Material, diagnose, material_of, told
 from kvlatent.evaluation.far import far_scores, near_only_perplexity
 from kvlatent.evaluation.joined import JoinedText, Rolling, joined_scores, joined_text, rolling
-from kvlatent.evaluation.needle import needle
+from kvlatent.evaluation.needle import needles
 from kvlatent.evaluation.perplexity import Perplexity, compare, perplexity
-from kvlatent.evaluation.retrieval import RETRIEVAL_TESTS, retrieval
-from kvlatent.evaluation.tasks import lm_eval_tasks, paired_test
+from kvlatent.evaluation.retrieval import retrievals
+from kvlatent.evaluation.tasks import lm_eval_tasks, paired
 from kvlatent.model.checkpoints import load_model, record_of
 from kvlatent.model.loading import load_config, load_tokenizer
 
@@ -28,7 +27,8 @@ def evaluate(config: EvalConfig, *, device: str = "auto", dtype: str = "auto", s
     """Measure perplexity and bits per byte of a model on held-out text, far text, retrieval and lm-eval tasks.
 
     With another model, every metric of a task comes with a test on the samples that both answered, under `paired`: its
-    difference (model less the other), the standard error of that, and the p-value. With `far`, both and the other one
+    difference (model less the other), the standard error of that, and the p-value, and for accuracies what guessing
+    scores (`chance`) and the share of the other's score above it that is `kept`. With `far`, both and the other one
     without far text (`near_only`) have `far_gain_kept` and the perplexity ratio over the tokens that need far text.
     With a policy, the model answers from what it keeps of prompts, and text is the second half of each block.
 
@@ -64,6 +64,7 @@ def evaluate(config: EvalConfig, *, device: str = "auto", dtype: str = "auto", s
     positions = min(shape.max_position_embeddings for shape in shapes)
     scores: list[Perplexity] = []
     samples: list[dict[str, dict[str, list[float]]]] = []  # of each model, by task and metric
+    chances: dict[str, dict[str, float]] = {}  # the same for both models
     entries: list[dict[str, Any]] = []
     near_only, asked = None, policy_of(config.policy, config.keep)
     for index, name in enumerate(names):
@@ -91,24 +92,20 @@ def evaluate(config: EvalConfig, *, device: str = "auto", dtype: str = "auto", s
                 rolling(loaded, whole, length=length, stride=length if config.stride is None else config.stride)
             )
         if config.needle:
-            entry["needle"] = {
-                str(context): needle(loaded, tokenizer, context=context, trials=NEEDLE_TRIALS, seed=seed, policy=policy)
-                for context in _within(positions, NEEDLE_CONTEXTS)
-            }
+            contexts = _within(positions, NEEDLE_CONTEXTS)
+            entry["needle"] = needles(
+                loaded, tokenizer, contexts=contexts, trials=NEEDLE_TRIALS, seed=seed, policy=policy
+            )
         if config.retrieval:
-            sizes = itertools.product(RETRIEVAL_TESTS, _within(positions, config.retrieval_contexts))
-            answered = {
-                f"{test} {context}": retrieval(
-                    loaded, tokenizer, test, context=context, trials=config.trials, seed=seed, policy=policy
-                )
-                for test, context in sizes
-            }
+            contexts = _within(positions, config.retrieval_contexts)
+            answered = retrievals(loaded, tokenizer, contexts=contexts, trials=config.trials, seed=seed, policy=policy)
             entry["retrieval"] = {test: each.scores() for test, each in answered.items()}
             samples[-1] |= {test: each.samples for test, each in answered.items()}
         if config.tasks:
             tasks = lm_eval_tasks(loaded, tokenizer, config.tasks, limit=config.limit)
             entry["tasks"] = {task: score.metrics for task, score in tasks.items()}
             samples[-1] |= {task: score.samples for task, score in tasks.items()}
+            chances = {task: score.chance for task, score in tasks.items()}
         entries.append(entry)
         del loaded
     teacher = scores[1] if len(scores) > 1 else None
@@ -127,27 +124,13 @@ def evaluate(config: EvalConfig, *, device: str = "auto", dtype: str = "auto", s
         if near_only is not None:
             result["near_only"] = {"model": NEAR_ONLY, **scores_of(near_only, teacher, near_only)}
         if config.retrieval or config.tasks or config.diagnose:
-            result["paired"] = _paired(*samples)
+            result["paired"] = paired(samples[0], samples[1], chances)
     return result
 
 
 def _within(positions: int, contexts: Sequence[int]) -> Sequence[int]:
     """The contexts that a model has positions for, or all of its positions."""
     return [context for context in contexts if context <= positions] or [positions]
-
-
-def _paired(
-    mine: Mapping[str, Mapping[str, list[float]]], theirs: Mapping[str, Mapping[str, list[float]]]
-) -> dict[str, Any]:
-    """Tests on the samples that both models answered, by task and metric."""
-    return {
-        task: {
-            metric: paired_test(theirs[task][metric], samples)._asdict()
-            for metric, samples in metrics.items()
-            if metric in theirs[task] and len(samples) > 1
-        }
-        for task, metrics in mine.items()
-    }
 
 
 def scores_of(

@@ -1,7 +1,7 @@
 """A needle in a haystack: is a code that was mentioned once in long filler text known at its end?"""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ def needle(
     context: int,
     trials: int,
     seed: int,
+    depths: int = DEPTH_BINS,
     policy: Policy | None = None,
 ) -> dict[str, Any]:
     """Ask for a 5-digit code that was mentioned once at a random depth of filler text.
@@ -38,8 +39,9 @@ def needle(
         model: On any device.
         tokenizer: The model's.
         context: Tokens of the prompt and answer together; a few fewer are used, since filler comes in sentences.
-        trials: Prompts to try; depths are spread evenly over `DEPTH_BINS` bins.
+        trials: Prompts to try, spread evenly over the bins of depth.
         seed: Chooses codes, depths and filler; the same seed gives two models the same prompts.
+        depths: Bins of depth, of equal size.
         policy: Answer from what it keeps of the prompt.
 
     Returns:
@@ -47,26 +49,45 @@ def needle(
         `depth` as `[from, to]` (0 is the start of the prompt), `trials`, `exact_match`, `code_log_probability`.
 
     Raises:
-        UserError: `context` is too short for needle and question or too long for the model, or `trials` < 1.
+        UserError: `context` is too short for needle and question or too long for the model, or `trials` < 1, or
+            `depths` < 1.
     """
-    if trials < 1:
-        raise UserError(f"the needle test needs at least 1 trial; got {trials}")
+    prompts = needle_prompts(tokenizer, context=context, trials=trials, seed=seed, depths=depths)
     check_positions(model, context)
-    rng, cache = random.Random(seed), None if policy is None else policy.cache(model)
-    scores: list[list[tuple[bool, float]]] = [[] for _ in range(DEPTH_BINS)]
+    cache = None if policy is None else policy.cache(model)
+    scores: list[list[tuple[bool, float]]] = [[] for _ in range(depths)]
     with evaluation_mode(model):
-        for trial in tqdm(range(trials), desc="needle", unit="prompts"):
-            bin_index = trial % DEPTH_BINS
-            depth = (bin_index + rng.random()) / DEPTH_BINS
-            prompt, answer = _needle_prompt(tokenizer, context=context, depth=depth, rng=rng)
-            scores[bin_index].append(score_answer(model, prompt, answer, cache=cache))
+        for trial, (prompt, answer) in enumerate(tqdm(prompts, desc="needle", total=trials, unit="prompts")):
+            scores[trial % depths].append(score_answer(model, prompt, answer, cache=cache))
     by_depth = [
-        {"depth": [index / DEPTH_BINS, (index + 1) / DEPTH_BINS], "trials": len(of_bin), **_mean_scores(of_bin)}
+        {"depth": [index / depths, (index + 1) / depths], "trials": len(of_bin), **_mean_scores(of_bin)}
         for index, of_bin in enumerate(scores)
         if of_bin
     ]
     everything = [score for of_bin in scores for score in of_bin]
     return {"context": context, "trials": trials, **_mean_scores(everything), "by_depth": by_depth}
+
+
+def needles(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, contexts: Sequence[int], **how: Any
+) -> dict[str, dict[str, Any]]:
+    """The needle at every context, with the other arguments of `needle`."""
+    return {str(context): needle(model, tokenizer, context=context, **how) for context in contexts}
+
+
+def needle_prompts(
+    tokenizer: PreTrainedTokenizerBase, *, context: int, trials: int, seed: int, depths: int = DEPTH_BINS
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Token ids of each prompt and of its answer; the arguments are those of `needle`, checked at once.
+
+    Raises:
+        UserError: As there.
+    """
+    if trials < 1 or depths < 1:
+        raise UserError(f"the needle test needs at least 1 trial and 1 depth; got {trials} and {depths}")
+    rng = random.Random(seed)
+    places = ((trial % depths + rng.random()) / depths for trial in range(trials))
+    return (_needle_prompt(tokenizer, context=context, depth=place, rng=rng) for place in places)
 
 
 def _filler(rng: random.Random) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,21 +84,49 @@ def retrieval(
     Raises:
         UserError: `context` is too short for far text or for the pairs, or too long for the model, or `trials` < 1.
     """
+    prompts = retrieval_prompts(tokenizer, test, context=context, trials=trials, seed=seed)
+    check_positions(model, context)
+    cache = None if policy is None else policy.cache(model)
+    with evaluation_mode(model):
+        answers = [
+            score_answer(model, prompt, answer, cache=cache)
+            for prompt, answer in tqdm(prompts, desc=f"{test} {context}", total=trials, unit="prompts")
+        ]
+    samples = {"exact_match": [float(exact) for exact, _ in answers], "log_probability": [p for _, p in answers]}
+    return Retrieval(pairs=_pairs(test, context), samples=samples)
+
+
+def retrievals(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, contexts: Sequence[int], **how: Any
+) -> dict[str, Retrieval]:
+    """Every test at every context, with the other arguments of `retrieval`."""
+    return {
+        f"{test} {context}": retrieval(model, tokenizer, test, context=context, **how)
+        for test, context in itertools.product(RETRIEVAL_TESTS, contexts)
+    }
+
+
+def retrieval_prompts(
+    tokenizer: PreTrainedTokenizerBase, test: str, *, context: int, trials: int, seed: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Token ids of each prompt and of its answer; the arguments are those of `retrieval`, checked at once.
+
+    Raises:
+        UserError: As there.
+    """
     if trials < 1:
         raise UserError(f"retrieval needs at least 1 trial; got {trials}")
     if context <= 2 * NEAR:
         raise UserError(f"retrieval from far text needs a context of over {2 * NEAR} tokens; got {context}")
-    check_positions(model, context)
     rng = random.Random(f"{test} {context} {seed}")
-    pairs = NEEDLES if test == "needles" else context // TOKENS_PER_PAIR
-    answers, cache = [], None if policy is None else policy.cache(model)
-    with evaluation_mode(model):
-        for trial in tqdm(range(trials), desc=f"{test} {context}", unit="prompts"):
-            depth = (trial + rng.random()) / trials * (1 - 2 * NEAR / context)
-            prompt, answer = retrieval_prompt(tokenizer, pairs, context=context, depth=depth, rng=rng)
-            answers.append(score_answer(model, prompt, answer, cache=cache))
-    samples = {"exact_match": [float(exact) for exact, _ in answers], "log_probability": [p for _, p in answers]}
-    return Retrieval(pairs=pairs, samples=samples)
+    depths = ((trial + rng.random()) / trials * (1 - 2 * NEAR / context) for trial in range(trials))
+    return (
+        retrieval_prompt(tokenizer, _pairs(test, context), context=context, depth=depth, rng=rng) for depth in depths
+    )
+
+
+def _pairs(test: str, context: int) -> int:
+    return NEEDLES if test == "needles" else context // TOKENS_PER_PAIR
 
 
 def retrieval_prompt(

@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.errors import UserError, needs
 from kvlatent.evaluation.perplexity import standard_error
+
+ACCURACIES = ("acc", "acc_norm", "exact_match")
+"""Metrics of lm-eval that are the share of right answers."""
 
 
 class PairedTest(NamedTuple):
@@ -32,6 +35,8 @@ class TaskScore:
     """Every metric and its standard error: `acc`, `acc_stderr`, ..."""
     samples: dict[str, list[float]]
     """Each metric of each sample, in document order; `paired_test` takes two such lists."""
+    chance: dict[str, float] = field(default_factory=dict)
+    """What guessing scores, for each metric that is an accuracy."""
 
 
 def lm_eval_tasks(
@@ -76,10 +81,14 @@ def lm_eval_tasks(
         )
     except (ConnectionError, FileNotFoundError) as error:  # what datasets raises offline or for a wrong data_files
         raise UserError(f"the data of {', '.join(names)} can't be loaded: {str(error).splitlines()[0]}") from error
-    return {
-        name: TaskScore(metrics=_metrics(result), samples=_sample_metrics(outcome["samples"].get(name, [])))
-        for name, result in outcome["results"].items()
-    }
+    scores = {}
+    for name, result in outcome["results"].items():
+        answered = _one_filter(outcome["samples"].get(name, []))
+        choice = outcome["configs"].get(name, {}).get("output_type") == "multiple_choice"
+        scores[name] = TaskScore(
+            metrics=_metrics(result), samples=_sample_metrics(answered), chance=_chance(answered, choice=choice)
+        )
+    return scores
 
 
 def paired_test(a: Sequence[float], b: Sequence[float]) -> PairedTest:
@@ -108,6 +117,62 @@ def paired_test(a: Sequence[float], b: Sequence[float]) -> PairedTest:
     return PairedTest(difference, error, p_value)
 
 
+def kept_above_chance(
+    teacher: Sequence[float], student: Sequence[float], chance: float
+) -> tuple[float | None, float | None]:
+    """How much of what a teacher scores above chance its student keeps, and the standard error of that share.
+
+    Args:
+        teacher: Its score on every sample.
+        student: Its own on the same samples.
+        chance: What guessing scores.
+
+    Returns:
+        (student - chance) / (teacher - chance) of the means, 1 being all, and its error with the samples paired, to
+        first order. Both are None where the teacher is less than two standard errors above chance: there is nothing to
+        keep.
+    """
+    mine, theirs = (torch.tensor(x, dtype=torch.float64) - chance for x in (student, teacher))
+    above, error = theirs.mean().item(), standard_error(theirs)
+    if error is None or above <= 2 * error:
+        return None, None
+    kept = mine.mean().item() / above
+    spread = standard_error(mine - kept * theirs)
+    return kept, None if spread is None else spread / above
+
+
+Samples = Mapping[str, Mapping[str, Sequence[float]]]
+"""What one model scored, by test or task and by metric."""
+
+
+def paired(
+    student: Samples, teacher: Samples, chances: Mapping[str, Mapping[str, float]] | None = None
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Test two models on the samples that both answered.
+
+    Args:
+        student: The one whose gain is a positive difference.
+        teacher: The other one.
+        chances: What guessing scores on a task, by metric.
+
+    Returns:
+        By test and metric the fields of `PairedTest`, and where a chance is known it as `chance`, with
+        `kept_above_chance` as `kept` and `kept_stderr`.
+    """
+    found: dict[str, dict[str, dict[str, float | None]]] = {}
+    for test, metrics in student.items():
+        found[test] = {}
+        for metric, mine in metrics.items():
+            if metric not in teacher[test] or len(mine) < 2:
+                continue
+            theirs = teacher[test][metric]
+            found[test][metric] = dict(paired_test(theirs, mine)._asdict())
+            if (chance := (chances or {}).get(test, {}).get(metric)) is not None:
+                kept, error = kept_above_chance(theirs, mine, chance)
+                found[test][metric] |= {"chance": chance, "kept": kept, "kept_stderr": error}
+    return found
+
+
 def _task_name(path: Path) -> str:
     """Return the `task` a file defines, without resolving its own tags such as `!function`."""
     if not path.is_file():
@@ -127,13 +192,30 @@ def _metrics(result: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _sample_metrics(samples: list[dict[str, Any]]) -> dict[str, list[float]]:
-    if not samples:
-        return {}
-    one_filter = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
-    ordered = sorted(one_filter, key=lambda sample: int(sample["doc_id"]))
+def _one_filter(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The samples of a task's first filter, in document order."""
+    kept = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    return sorted(kept, key=lambda sample: int(sample["doc_id"]))
+
+
+def _sample_metrics(samples: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     return {
-        metric: [float(sample[metric]) for sample in ordered]
-        for metric in ordered[0]["metrics"]
-        if isinstance(ordered[0][metric], int | float)
+        metric: [float(sample[metric]) for sample in samples]
+        for metric in (samples[0]["metrics"] if samples else ())
+        if isinstance(samples[0][metric], int | float)
     }
+
+
+def _chance(samples: Sequence[dict[str, Any]], *, choice: bool) -> dict[str, float]:
+    """What guessing scores by metric: right answers over choices, or none where the answer is written freely."""
+    found = {
+        metric: values
+        for metric, values in _sample_metrics(samples).items()
+        if metric in ACCURACIES and {*values} <= {0.0, 1.0}
+    }
+    if not choice:
+        return dict.fromkeys(found, 0.0)
+    asked = 2 if samples and "acc_mutual_info" in samples[0]["metrics"] else 1  # that one asks twice for every choice
+    right = [len(sample["target"]) if isinstance(sample["target"], list) else 1 for sample in samples]
+    shares = [n * asked / len(sample["filtered_resps"]) for n, sample in zip(right, samples, strict=True)]
+    return dict.fromkeys(found, sum(shares) / len(shares)) if shares else {}

@@ -87,11 +87,14 @@ def perplexity_cell(score: Score) -> Cell:
 
 def far_gain_cell(score: Score) -> Cell:
     """The share of far gain that is kept, and its standard error."""
-    if score.far_gain_kept is None:
+    return share_cell(score.far_gain_kept, score.far_gain_kept_stderr)
+
+
+def share_cell(share: float | None, error: float | None) -> Cell:
+    """A share in percent, and its standard error."""
+    if share is None:
         return Cell(None, "–")
-    error = score.far_gain_kept_stderr
-    spread = "" if error is None else f"± {fixed(100 * error, 1)}"
-    return Cell(score.far_gain_kept, f"{fixed(100 * score.far_gain_kept, 1)} %", spread)
+    return Cell(share, f"{fixed(100 * share, 1)} %", "" if error is None else f"± {fixed(100 * error, 1)}")
 
 
 def far_ratio_cell(score: Score) -> Cell:

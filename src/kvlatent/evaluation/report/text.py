@@ -15,6 +15,7 @@ from kvlatent.evaluation.report.summary import (
     notes_on,
     perplexity_cell,
     score_ratio,
+    share_cell,
     summary_of,
 )
 from kvlatent.model.card import card, code, escaped, flatten
@@ -63,6 +64,19 @@ def _models_table(models: Mapping[str, Score]) -> str:
         cells = [str(perplexity_cell(score)), str(score_ratio(score, teacher)), fixed(score.bits_per_byte, 3)]
         rows.append([name, *cells, *([str(far_gain_cell(score)), str(far_ratio_cell(score))] if far else [])])
     return "\n".join([aligned(header, rows), *([far] if far else [])])
+
+
+def paired_text(tests: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> str:
+    """Return a line per metric of `evaluation.tasks.paired`, empty where there are none."""
+    lines = []
+    for name, metrics in tests.items():
+        for metric, test in metrics.items():
+            line = f"{name} {metric}: {test['difference']:+.4f} ± {test['stderr']:.4f}, p = {test['p_value']:.3g}"
+            if "chance" in test:
+                kept = share_cell(test["kept"], test["kept_stderr"])
+                line += f"; kept of the score above chance ({test['chance']:.3g}): {kept}"
+            lines.append(line)
+    return "\n".join(("on the same samples:", *lines)) if lines else ""
 
 
 def bench_table(bench: Mapping[str, Any]) -> str:
