@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -15,10 +16,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from kvlatent import cli
 from kvlatent.cli import recipe as pipeline
+from kvlatent.cli import recipe_measures, recipe_sizes
 from kvlatent.data.blocks import TokenBlocks
 from kvlatent.errors import UserError
 from kvlatent.evaluation.config import NEAR_ONLY
-from kvlatent.model.checkpoints import RECORD
+from kvlatent.evaluation.needle import needle
+from kvlatent.evaluation.tasks import TaskScore
+from kvlatent.model.checkpoints import RECORD, load_model
+from kvlatent.model.loading import load_tokenizer
 from kvlatent.model.spec import LatentSpec
 
 WORDS = ["river", "stone", "bread", "lamp", "morning", "harbour", "seven", "quiet", "under", "between", "carries"]
@@ -161,7 +166,7 @@ def test_interrupted_run_goes_on_where_it_stopped(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline._Run, "_bench", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(recipe_measures, "benchmark", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         assert cli.main(["run", str(root / "tiny.yaml"), "--out", f"{tmp_path}/run"]) == 130
     assert "run the same command again" in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.delattr(pipeline, "convert_loaded")
@@ -207,6 +212,63 @@ def test_long_blocks_are_judged_by_far_text_too(
     page = (tmp_path / "run" / "report.html").read_text()
     assert NEAR_ONLY in page and "Far gain kept" in page
     assert "far gain" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def roomy(
+    recipe: dict[str, Any],
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    byte_tokenizer: PreTrainedTokenizerFast,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
+    """A recipe without healing, for a teacher with positions for questions about far text."""
+    folder = tmp_path_factory.mktemp("roomy")
+    teacher = tiny_teacher("llama")
+    teacher.config.max_position_embeddings = 700
+    teacher.save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    small = recipe | {"model": str(folder), "students": [{"preset": "paper", "d_qk": 8, "d_vo": 4}]}
+    del small["training"]
+    return small
+
+
+def test_a_recipe_asks_for_needle_retrieval_and_tasks_as_eval_does(
+    roomy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = iter(([1.0] * 9 + [0.0], [1.0] * 8 + [0.0] * 2))  # the teacher's answers, then the student's
+
+    def answered(_model: Any, _tokenizer: Any, names: list[str], *, limit: int) -> dict[str, TaskScore]:
+        samples = next(right)
+        assert (names, limit) == (["letters"], 10)
+        return {"letters": TaskScore(metrics={"acc": 0.5}, samples={"acc": samples}, chance={"acc": 0.5})}
+
+    monkeypatch.setattr(recipe_measures, "lm_eval_tasks", answered)
+    monkeypatch.setattr(recipe_sizes, "find_tasks", lambda _: None)
+    asked = {
+        "needle": {"contexts": [320, 640], "depths": 2, "trials": 4},
+        "retrieval": {"contexts": [640], "trials": 2},
+        "tasks": {"names": ["letters"], "limit": 10},
+    }
+    results = pipeline.run(write(roomy | asked, tmp_path / "asked.yaml"), tmp_path / "run")
+    student = load_model(f"{tmp_path}/run/model")[0]
+    tokenizer = load_tokenizer(roomy["model"])
+    expected = needle(student, tokenizer, context=640, depths=2, trials=4, seed=0)
+    assert results["needle"]["student"]["640"] == expected
+    assert [cell["trials"] for cell in expected["by_depth"]] == [2, 2]
+    assert {*results["needle"]} == {"teacher", "student"} and {*results["needle"]["teacher"]} == {"320", "640"}
+    assert {*results["retrieval"]["models"]["student"]} == {"key_value 640", "needles 640"}
+    tested = results["retrieval"]["paired"]["needles 640"]["log_probability"]
+    scores = [results["retrieval"]["models"][x]["needles 640"]["log_probability"] for x in ("student", "teacher")]
+    assert tested["difference"] == pytest.approx(scores[0] - scores[1])
+    assert results["tasks"]["paired"]["letters"]["acc"]["kept"] == pytest.approx(0.75)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Needle found, student" in page and "<h2>Tasks</h2>" in page and "75.0 %" in page
+    capsys.readouterr()
+    asked["needle"]["contexts"] = [640]
+    results = pipeline.run(write(roomy | asked, tmp_path / "asked.yaml"), tmp_path / "run")
+    assert [*results["needle"]["student"]] == ["640"]
+    lines = [line.split("] ")[1] for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+    assert [line for line in lines if not line.endswith(": reused")] == ["needle", "report"]
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -314,6 +376,30 @@ def test_bad_recipe_gives_one_line_and_leaves_nothing(
     assert said in line
     assert all(step.startswith("[1/") for step in progress)
     assert [item.name for item in tmp_path.iterdir()] == ["bad.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "said"),
+    [
+        ("needle", {"contexts": [320], "depths": 5, "trials": 4}, "needle: Value error, every one of 5 depths needs"),
+        ("needle", {"contexts": [], "trials": 5}, "needle.contexts"),
+        ("needle", {"contexts": [320, 100], "trials": 5}, "needle: facts and question alone need"),
+        ("needle", {"contexts": [701], "trials": 5}, "needle: contexts: 701 tokens exceed the 700 positions"),
+        ("needle", {"contexts": [320], "trials": 5, "depth": 3}, "needle.depth: unknown entry"),
+        ("retrieval", {"contexts": [256], "trials": 1}, "retrieval: retrieval from far text needs a context of over"),
+        ("retrieval", {"contexts": [640, 800], "trials": 1}, "retrieval: contexts: 800 tokens exceed"),
+        ("retrieval", {"contexts": [640]}, "retrieval.trials"),
+        ("tasks", {"names": []}, "tasks.names"),
+        ("tasks", {"names": ["none.yaml"]}, "tasks: "),  # no such file, or no lm-eval
+        ("tasks", {"names": ["letters"], "limit": 0}, "tasks.limit"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_told_before_the_first_step(
+    roomy: dict[str, Any], tmp_path: Path, entry: str, value: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        pipeline.run(write(roomy | {entry: value}, tmp_path / "bad.yaml"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_changed_recipe_needs_another_folder(

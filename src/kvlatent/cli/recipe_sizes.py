@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -12,6 +13,9 @@ from kvlatent.compress.checkpoints import Target
 from kvlatent.compress.statistics import check_far_tokens
 from kvlatent.data.blocks import check_ids, whole_blocks
 from kvlatent.errors import UserError
+from kvlatent.evaluation.needle import needle_prompts
+from kvlatent.evaluation.retrieval import RETRIEVAL_TESTS, retrieval_prompts
+from kvlatent.evaluation.tasks import find_tasks
 from kvlatent.model.loading import bare_model
 from kvlatent.model.sizes import predicted_cache_bytes
 
@@ -37,9 +41,10 @@ def check_sizes(
 
     Raises:
         UserError: Healing's settings can't be, or text, the benchmark or a continuation doesn't fit into the model's
-            positions, the student's window or the memory.
+            positions, the student's window or the memory, or a task of lm-eval is unknown.
     """
     _check_positions(recipe, config, tokenizer)
+    _check_questions(recipe, tokenizer)
     for name, text in (("calibration", recipe.calibration), ("held_out", recipe.held_out)):
         with named(name):
             whole_blocks(text.tokens, text.block_size or recipe.block_size)
@@ -70,10 +75,28 @@ def _check_positions(recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTra
         if not tokens:
             raise UserError(f"generate: the prompt {prompt!r} has no tokens")
         lengths[f"generate: {prompt[:20]!r}"] = tokens + recipe.generate.max_new_tokens
+    for name, asked in (("needle", recipe.needle), ("retrieval", recipe.retrieval)):
+        if asked is not None:
+            lengths[f"{name}: contexts"] = max(asked.contexts)
     positions = config.max_position_embeddings
     for what, length in lengths.items():
         if length > positions:
             raise UserError(f"{what}: {length:,} tokens exceed the {positions:,} positions of {recipe.model}")
+
+
+def _check_questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that what is asked for has room for its first prompt, and that tasks are known."""
+    if recipe.needle is not None:
+        with named("needle"):
+            for context in recipe.needle.contexts:
+                next(needle_prompts(tokenizer, context=context, trials=1, seed=recipe.seed))
+    if recipe.retrieval is not None:
+        with named("retrieval"):
+            for test, context in itertools.product(RETRIEVAL_TESTS, recipe.retrieval.contexts):
+                next(retrieval_prompts(tokenizer, test, context=context, trials=1, seed=recipe.seed))
+    if recipe.tasks is not None:
+        with named("tasks"):
+            find_tasks(recipe.tasks.names)
 
 
 @contextmanager

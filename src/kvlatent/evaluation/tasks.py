@@ -59,18 +59,9 @@ def lm_eval_tasks(
     Raises:
         UserError: lm-eval isn't installed, a task is unknown, or its data can't be loaded.
     """
-    with needs("eval"):
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-
-    files = {task: Path(task) for task in tasks if task.endswith(".yaml")}
-    names = [_task_name(files[task]) if task in files else task for task in tasks]
-    folders = dict.fromkeys(str(path.parent.resolve()) for path in files.values())
-    # Reading the thousands of tasks that come with lm-eval takes many seconds.
-    manager = TaskManager(include_path=list(folders), include_defaults=len(files) < len(tasks))
-    if unknown := sorted(set(names) - set(manager.all_tasks)):
-        raise UserError(f"lm-eval knows no task {', '.join(unknown)}: name one it lists, or a .yaml task file")
+    names, manager = find_tasks(tasks)
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
 
     try:
         outcome = lm_eval.simple_evaluate(
@@ -89,6 +80,28 @@ def lm_eval_tasks(
             metrics=_metrics(result), samples=_sample_metrics(answered), chance=_chance(answered, choice=choice)
         )
     return scores
+
+
+def find_tasks(tasks: Sequence[str]) -> tuple[list[str], Any]:
+    """Names of lm-eval tasks, and the `TaskManager` that knows them.
+
+    Args:
+        tasks: As for `lm_eval_tasks`.
+
+    Raises:
+        UserError: lm-eval isn't installed, or a task is unknown.
+    """
+    with needs("eval"):
+        from lm_eval.tasks import TaskManager
+
+    files = {task: Path(task) for task in tasks if task.endswith(".yaml")}
+    names = [_task_name(files[task]) if task in files else task for task in tasks]
+    folders = dict.fromkeys(str(path.parent.resolve()) for path in files.values())
+    # Reading the thousands of tasks that come with lm-eval takes many seconds.
+    manager = TaskManager(include_path=list(folders), include_defaults=len(files) < len(tasks))
+    if unknown := sorted(set(names) - set(manager.all_tasks)):
+        raise UserError(f"lm-eval knows no task {', '.join(unknown)}: name one it lists, or a .yaml task file")
+    return names, manager
 
 
 def paired_test(a: Sequence[float], b: Sequence[float]) -> PairedTest:

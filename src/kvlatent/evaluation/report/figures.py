@@ -1,7 +1,7 @@
 """Figures of a report."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -176,6 +176,45 @@ def entropy_figures(results: Results) -> Iterator[Picture]:
 
     note = "Red heads look at more tokens alike than the teacher's, blue ones at fewer; white is no change."
     yield picture("Change of entropy by head", note, draw_change)
+
+
+def needle_maps(results: Results) -> Iterator[Picture]:
+    """How often each model finds the needle, by length of the text and depth in it."""
+    for model, by_length in results.needle.items():
+        found = [score.by_depth for score in by_length.values()]
+        depths = [cell.depth for cell in found[0]] if found else []
+        if depths and all([cell.depth for cell in cells] == depths for cells in found):
+            shares = [[cell.exact_match or 0.0 for cell in cells] for cells in zip(*found, strict=True)]
+            trials = {cell.trials for cells in found for cell in cells}
+            yield _needle_map(model, [*by_length], depths, shares, trials)
+
+
+def _needle_map(
+    model: str,
+    lengths: Sequence[int],
+    depths: Sequence[tuple[float, float]],
+    shares: Sequence[Sequence[float]],
+    trials: Collection[int],
+) -> Picture:
+    """The map of one model; a row of `shares` for each depth."""
+
+    def draw(ax: Axes) -> None:
+        ax.grid(visible=False)
+        ax.imshow(shares, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        size = 8 if len(lengths) < 9 and len(depths) < 13 else 5
+        for row, across in enumerate(shares):
+            for column, share in enumerate(across):
+                on_light = share > 0.6
+                colour = "#000000" if on_light else "#ffffff"
+                ax.text(column, row, f"{100 * share:.0f} %", ha="center", va="center", color=colour, fontsize=size)
+        ax.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        ax.set_yticks(range(len(depths)), [f"{100 * low:.0f}–{100 * high:.0f} %" for low, high in depths])
+        ax.set_xlabel("Length (tokens)")
+        ax.set_ylabel("Depth in the text")
+
+    fewest, most = min(trials), max(trials)
+    prompts = f"{most} prompt{'s' if most > 1 else ''}" if fewest == most else f"{fewest} to {most} prompts"
+    return picture(f"Needle found, {model}", f"Share of {prompts} a cell. Higher is better.", draw)
 
 
 def cache_lines(results: Results) -> Iterator[Picture]:

@@ -15,6 +15,7 @@ from kvlatent.evaluation.report import figures
 from kvlatent.evaluation.report.drawing import PALETTES
 from kvlatent.evaluation.report.results import Run, Score, read_run
 from kvlatent.evaluation.report.summary import (
+    answers_of,
     count,
     far_gain_cell,
     far_note,
@@ -23,6 +24,7 @@ from kvlatent.evaluation.report.summary import (
     headline_of,
     mib,
     milliseconds,
+    needle_cells,
     notes_on,
     perplexity_cell,
     score_ratio,
@@ -90,6 +92,14 @@ def _run_context(run: Run) -> dict[str, Any]:
         "quality": [*figures.perplexity_bars(results)],
         "diagnose": results.diagnose,
         "entropy": [*figures.entropy_figures(results)],
+        "needle": [
+            (f"{length:,}", [needle_cells(results.needle[model][length]) for model in ("teacher", "student")])
+            for length in results.needle.get("student", {})
+            if length in results.needle.get("teacher", {})
+        ],
+        "needle_maps": [*figures.needle_maps(results)],
+        "retrieval": answers_of(results.retrieval),
+        "tasks": answers_of(results.tasks),
         "healing": [
             *figures.loss_curve(run.steps, 1, "Loss (mean over layers)"),
             *figures.layer_loss_map(run.steps),

@@ -98,6 +98,39 @@ class Diagnosis(_Section):
     ratio_by_source: dict[str, _Ratio] = {}
 
 
+class _AtDepth(_Section):
+    depth: tuple[float, float]
+    trials: int = 0
+    exact_match: float | None = None
+
+
+class NeedleScore(_Section):
+    """How one model finds the needle at one length."""
+
+    trials: int = 0
+    exact_match: float | None = None
+    code_log_probability: float | None = None
+    by_depth: list[_AtDepth] = []
+
+
+class Paired(_Section):
+    """One metric of a test that both models took: student less teacher, and what is kept of the score above chance."""
+
+    difference: float
+    stderr: float
+    p_value: float
+    chance: float | None = None
+    kept: float | None = None
+    kept_stderr: float | None = None
+
+
+class Answers(_Section):
+    """What teacher and student answered, by test and metric."""
+
+    models: dict[str, dict[str, dict[str, float | None]]] = {}
+    paired: dict[str, dict[str, Paired]] = {}
+
+
 class _Generation(_Section):
     prompt: str = ""
     teacher: str | None = None
@@ -116,6 +149,10 @@ class Results(_Section):
     seconds: dict[str, float] = {}
     evaluate: _Evaluate = _Evaluate()
     diagnose: dict[str, Diagnosis] = {}
+    needle: dict[str, dict[int, NeedleScore]] = {}
+    """By model and length."""
+    retrieval: Answers = Answers()
+    tasks: Answers = Answers()
     bench: _Bench = _Bench()
     generations: list[_Generation] = []
     spec: dict[str, Any] = {}

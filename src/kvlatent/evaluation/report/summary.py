@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from kvlatent.evaluation.config import NEAR, NEAR_ONLY, SINKS, THRESHOLD
-from kvlatent.evaluation.report.results import BenchRow, Results, Score
+from kvlatent.evaluation.report.results import Answers, BenchRow, NeedleScore, Paired, Results, Score
 
 
 def fixed(value: float | None, decimals: int = 0) -> str:
@@ -168,6 +168,50 @@ def summary_of(results: Results) -> list[Metric]:
                 condition += f", {row.new_tokens} new tokens, {row.dtype}"
         rows.append(Metric(name, unit, condition, lower, *cells, _quotient(cells[1], cells[0])))
     return [row for row in rows if row.teacher.value is not None or row.student.value is not None]
+
+
+class Answer(NamedTuple):
+    """One metric of a test, of teacher and student."""
+
+    test: str
+    teacher: Cell
+    student: Cell
+    p_value: str
+    kept: Cell
+    chance: str
+
+
+def answers_of(answers: Answers) -> list[Answer]:
+    """The metrics of every test that both models took."""
+    return [
+        Answer(
+            f"{test} {metric}".replace("_", " "),
+            _answered(answers, "teacher", test, metric),
+            _answered(answers, "student", test, metric),
+            p_value_text(tested),
+            share_cell(tested.kept, tested.kept_stderr),
+            fixed(tested.chance, 3),
+        )
+        for test, metrics in answers.paired.items()
+        for metric, tested in metrics.items()
+    ]
+
+
+def _answered(answers: Answers, model: str, test: str, metric: str) -> Cell:
+    scores = answers.models.get(model, {}).get(test, {})
+    value, error = scores.get(metric), scores.get(f"{metric}_stderr")
+    return Cell(value, fixed(value, 3), "" if error is None else f"± {fixed(error, 3)}")
+
+
+def p_value_text(tested: Paired) -> str:
+    """A p-value with its digits."""
+    return f"{tested.p_value:.3g}"
+
+
+def needle_cells(score: NeedleScore) -> list[Cell]:
+    """How often the needle is found, and how likely the model holds it."""
+    log_probability = score.code_log_probability
+    return [share_cell(score.exact_match, None), Cell(log_probability, fixed(log_probability, 2))]
 
 
 def _share_of_cache(ratio: float) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvlatent.evaluation.report.results import Score, parse_results
+from kvlatent.evaluation.report.results import Paired, Score, parse_results
 from kvlatent.evaluation.report.summary import (
     far_gain_cell,
     far_note,
@@ -13,6 +13,7 @@ from kvlatent.evaluation.report.summary import (
     mib,
     milliseconds,
     notes_on,
+    p_value_text,
     perplexity_cell,
     score_ratio,
     share_cell,
@@ -44,7 +45,8 @@ def summary_table(results: Mapping[str, Any]) -> str:
         )
     if len(parsed.evaluate.models) > 2:
         blocks.append(_models_table(parsed.evaluate.models))
-    return "\n\n".join(blocks) or "no measurements yet"
+    blocks.append(paired_text({**parsed.retrieval.paired, **parsed.tasks.paired}))
+    return "\n\n".join(filter(None, blocks)) or "no measurements yet"
 
 
 def models_table(models: Mapping[str, Mapping[str, Any]]) -> str:
@@ -66,15 +68,16 @@ def _models_table(models: Mapping[str, Score]) -> str:
     return "\n".join([aligned(header, rows), *([far] if far else [])])
 
 
-def paired_text(tests: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> str:
+def paired_text(tests: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a line per metric of `evaluation.tasks.paired`, empty where there are none."""
     lines = []
     for name, metrics in tests.items():
-        for metric, test in metrics.items():
-            line = f"{name} {metric}: {test['difference']:+.4f} ± {test['stderr']:.4f}, p = {test['p_value']:.3g}"
-            if "chance" in test:
-                kept = share_cell(test["kept"], test["kept_stderr"])
-                line += f"; kept of the score above chance ({test['chance']:.3g}): {kept}"
+        for metric, found in metrics.items():
+            test = Paired.model_validate(found)
+            line = f"{name} {metric}: {test.difference:+.4f} ± {test.stderr:.4f}, p = {p_value_text(test)}"
+            if test.chance is not None:
+                kept = share_cell(test.kept, test.kept_stderr)
+                line += f"; kept of the score above chance ({test.chance:.3g}): {kept}"
             lines.append(line)
     return "\n".join(("on the same samples:", *lines)) if lines else ""
 

@@ -1,0 +1,112 @@
+"""What a recipe measures of its first student beside the teacher, apart from perplexity: one function per entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvlatent.cli.recipe_file import Recipe
+from kvlatent.data.blocks import TokenBlocks
+from kvlatent.evaluation.bench import benchmark
+from kvlatent.evaluation.diagnose import beside, diagnose, material_of
+from kvlatent.evaluation.generate import complete
+from kvlatent.evaluation.needle import needles
+from kvlatent.evaluation.retrieval import retrievals
+from kvlatent.evaluation.tasks import Samples, lm_eval_tasks, paired
+
+
+class Pair(NamedTuple):
+    """Teacher and student, and what they are measured on."""
+
+    recipe: Recipe
+    models: Mapping[str, PreTrainedModel]
+    """`teacher` and `student`."""
+    tokenizer: PreTrainedTokenizerBase
+    held_out: TokenBlocks
+    folder: str
+    """Where the student lies."""
+
+
+def _diagnose(pair: Pair) -> Any:
+    vocab_size = pair.models["teacher"].config.vocab_size
+    material = material_of(
+        pair.recipe.held_out.text, pair.tokenizer, pair.held_out, seed=pair.recipe.seed, vocab_size=vocab_size
+    )
+    material.check_held_out(pair.folder)
+    return beside({name: diagnose(model, material) for name, model in pair.models.items()})
+
+
+def _needle(pair: Pair) -> Any:
+    assert pair.recipe.needle is not None
+    how = pair.recipe.needle.model_dump() | {"seed": pair.recipe.seed}
+    return {name: needles(model, pair.tokenizer, **how) for name, model in pair.models.items()}
+
+
+def _retrieval(pair: Pair) -> Any:
+    assert pair.recipe.retrieval is not None
+    how = pair.recipe.retrieval.model_dump() | {"seed": pair.recipe.seed}
+    answered = {name: retrievals(model, pair.tokenizer, **how) for name, model in pair.models.items()}
+    return _in_pairs(
+        {name: {test: each.scores() for test, each in found.items()} for name, found in answered.items()},
+        {name: {test: each.samples for test, each in found.items()} for name, found in answered.items()},
+    )
+
+
+def _tasks(pair: Pair) -> Any:
+    asked = pair.recipe.tasks
+    assert asked is not None
+    answered = {
+        name: lm_eval_tasks(model, pair.tokenizer, asked.names, limit=asked.limit)
+        for name, model in pair.models.items()
+    }
+    return _in_pairs(
+        {name: {task: each.metrics for task, each in found.items()} for name, found in answered.items()},
+        {name: {task: each.samples for task, each in found.items()} for name, found in answered.items()},
+        {task: each.chance for task, each in answered["teacher"].items()},
+    )
+
+
+def _in_pairs(
+    scores: Mapping[str, Any], samples: Mapping[str, Samples], chances: Mapping[str, Mapping[str, float]] | None = None
+) -> dict[str, Any]:
+    """Scores of both models, and tests on the samples that both answered."""
+    return {"models": dict(scores), "paired": paired(samples["student"], samples["teacher"], chances)}
+
+
+def _bench(pair: Pair) -> Any:
+    return benchmark(dict(pair.models), **pair.recipe.bench.model_dump(), seed=pair.recipe.seed)
+
+
+def _generate(pair: Pair) -> Any:
+    wanted = pair.recipe.generate
+    return [
+        {"prompt": prompt}
+        | {
+            name: complete(model, pair.tokenizer, prompt, wanted.max_new_tokens)[0]
+            for name, model in pair.models.items()
+        }
+        for prompt in wanted.prompts
+    ]
+
+
+class Measure(NamedTuple):
+    """One of them."""
+
+    act: Callable[[Pair], Any]
+    file: str
+    """Where the run folder keeps what it found."""
+    kind: Any
+    """The type of that."""
+
+
+MEASURES: dict[str, Measure] = {
+    "diagnose": Measure(_diagnose, "diagnose.json", dict[str, Any]),
+    "needle": Measure(_needle, "needle.json", dict[str, Any]),
+    "retrieval": Measure(_retrieval, "retrieval.json", dict[str, Any]),
+    "tasks": Measure(_tasks, "tasks.json", dict[str, Any]),
+    "bench": Measure(_bench, "bench.json", list[dict[str, Any]]),
+    "generate": Measure(_generate, "generations.json", list[dict[str, str]]),
+}
+"""By the recipe's entry that asks for it, in the order of their steps."""
