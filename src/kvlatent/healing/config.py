@@ -31,7 +31,7 @@ class HealConfig:
     like: Preset = "best"
     """The preset whose settings are the defaults of all others here."""
     stage1_tokens: int = 0
-    """Tokens of in-layer distillation; 0 leaves it out."""
+    """Tokens of in-layer distillation; 0 leaves it out, which is best after presets best and portable."""
     stage2_tokens: int = 0
     """Tokens of end-to-end training; 0 leaves it out."""
     loss: Loss = "kl"
