@@ -61,10 +61,11 @@ def share(layer: int, layers: int, decay: float) -> float:
 
 
 def schedule(tokens: int, decay: float, layers: int, recent: int) -> list[int]:
-    """Tokens that each layer keeps of a prompt."""
+    """Tokens that each layer keeps of a prompt: the newest, and never less than the sinks of all earlier ones."""
     kept, left = [], tokens
     for layer in range(layers):
-        left = min(left, max(LEAST_CONTEXT, recent + int((left - recent) * share(layer, layers, decay))))
+        earlier = max(PyramidInfer.sinks, int((left - recent) * share(layer, layers, decay)))
+        left = min(left, max(LEAST_CONTEXT, recent + earlier))
         kept.append(left)
     return kept
 
