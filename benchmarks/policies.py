@@ -91,7 +91,7 @@ def main() -> None:
                 if cache is not None:
                     cache.reset()
                 row["cache_bytes"] = cache_bytes(model(ids, use_cache=True, logits_to_keep=1, **{CACHE: cache})[CACHE])
-                row["kept_share"] = 1.0 if cache is None else cache.share
+                row |= {"kept_share": 1.0} if cache is None else cache.kept()
             (cost,) = benchmark(
                 {name: model}, context=asked.context, batch=1, new_tokens=asked.new_tokens, repeats=asked.repeats,
                 seed=0, policies={} if policy is None else {name: policy},

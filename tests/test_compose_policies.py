@@ -235,7 +235,7 @@ def test_a_policy_that_keeps_all_changes_nothing(models: Models, text: Tensor, p
             out = model(piece, use_cache=True, **{CACHE: plain})
         plain = out[CACHE]
         torch.testing.assert_close(logits(model, piece, cache), out.logits, **CLOSE)
-    assert cache_bytes(cache) == cache_bytes(plain) and cache.share == 1
+    assert cache_bytes(cache) == cache_bytes(plain) and cache.kept()["kept_share"] == 1
     given = model.generate(text[:, :50], past_key_values=policy(keep=1.0).cache(model), **PLAIN)
     assert torch.equal(given, model.generate(text[:, :50], **PLAIN))
 
@@ -328,9 +328,16 @@ def test_bytes_are_those_of_the_tensors_held(models: Models, text: Tensor, polic
                 held += sum(x.nbytes for x in own) + flags
                 tokens += layer.keys.shape[2] * 3 if valid is None else int(valid.sum())
         assert cache_bytes(cache) == held
-        assert cache.share == pytest.approx(tokens / len(cache.layers) / sum(lengths))
-        if policy not in (PyramidInfer, SpindleKV):
-            assert tokens == sum(max(LEAST, round(0.4 * n)) for n in lengths) * len(cache.layers)
+        told, near = cache.kept(), sum(min(7, int(n)) for n in lengths) if kind in ("window", "codes") else 0
+        assert told["kept_share"] == pytest.approx(tokens / len(cache.layers) / sum(lengths))
+        if near:
+            far = tokens / len(cache.layers) - near
+            wanted = {"kept_far_share": far / (sum(lengths) - near), "kept_far_tokens": far / 3}
+            assert told == pytest.approx({"kept_share": told["kept_share"]} | wanted)
+        if policy not in (PyramidInfer, SpindleKV):  # a share of what the layer doesn't hold in any case
+            free = [int(n) - near // 3 for n in lengths]
+            kept = near + sum(min(n, max(LEAST, round(0.4 * n))) for n in free)
+            assert tokens == kept * len(cache.layers)
 
 
 @pytest.mark.parametrize("kind", ["stock", "window"])
@@ -339,13 +346,13 @@ def test_budgets_of_fixed_size_hold_while_decoding(models: Models, text: Tensor,
     for policy in (StreamingLLM, TOVA):
         cache = policy(keep=0.3).cache(model)
         model.generate(text[:, :100], past_key_values=cache, **PLAIN | {"max_new_tokens": 20})
-        assert [layer.held_tokens()[0] + layer.near for layer in cache.layers] == [30, 30]
+        assert [layer.held_tokens()[0] for layer in cache.layers] == [round(0.3 * (100 - cache.layers[0].near))] * 2
         short = policy(keep=0.3).cache(model)
         model.generate(text[:, :5], past_key_values=short, **PLAIN | {"max_new_tokens": 30})
-        assert [layer.held_tokens()[0] + layer.near for layer in short.layers] == [LEAST, LEAST]
+        assert [layer.held_tokens()[0] for layer in short.layers] == [LEAST, LEAST]
     grows = SnapKV(keep=0.4).cache(model)
     model.generate(text[:, :100], past_key_values=grows, **PLAIN | {"max_new_tokens": 21})
-    assert [layer.held_tokens()[0] + layer.near for layer in grows.layers] == [60, 60]
+    assert [layer.held_tokens()[0] for layer in grows.layers] == [round(0.4 * (100 - grows.layers[0].near)) + 20] * 2
 
 
 @pytest.mark.parametrize("name", ["olmo3", "gemma3_text"])
@@ -377,8 +384,9 @@ def test_later_prefills_keep_their_share_of_all_tokens_in_a_batch_as_alone(
         found.append(logits(model, ids, cache, attention_mask=mask, position_ids=positions))
     assert cache.get_seq_length() == 120
     if policy is not SpindleKV:
-        wanted = [round(0.5 * (length + 50)) for length in lengths]
-        assert [[n + layer.near for n in layer.held_tokens()] for layer in cache.layers] == [wanted, wanted]
+        near = cache.layers[0].near
+        wanted = [round(0.5 * (length + 50 - near)) for length in lengths]
+        assert [layer.held_tokens() for layer in cache.layers] == [wanted, wanted]
     for row, length in enumerate(lengths):
         alone = policy(keep=0.5).cache(model)
         pieces = (batch["input_ids"][row : row + 1, -length:], *more[row : row + 1].split([1, 47, 2], dim=1))
@@ -394,7 +402,7 @@ def test_a_cache_that_was_reset_is_as_new(models: Models, text: Tensor, policy: 
     for batch in (padded(text, [120, 85, 17]), {"input_ids": text[:1, :100]}, padded(text, [120, 85, 17])):
         found.append(model.generate(**batch, past_key_values=cache, **PLAIN))
         cache.reset()
-        assert cache_bytes(cache) == 0 and cache.share == 1
+        assert cache_bytes(cache) == 0 and cache.kept()["kept_share"] == 1
     assert torch.equal(found[0], found[2])
 
 
@@ -444,6 +452,7 @@ def test_pyramid_infer_is_its_plain_loop(models: Models, text: Tensor, n: int, k
         columns, hidden = [columns[j] for j in stays], hidden[:, stays]
         held = cache.layers[layer.self_attn.layer_idx]
         assert held.slots == len(columns) == left
+    assert cache.kept() == {"kept_share": sum(kept) / (5 * n)}
     wanted = model.lm_head(model.model.norm(hidden))[0]
     torch.testing.assert_close(found[columns], wanted, **CLOSE)  # RoPE is float32 here
     dropped = [t for t in range(n) if t not in columns]
@@ -640,4 +649,4 @@ def test_spindle_takes_no_student_whose_keys_are_reduced_behind_rope(models: Mod
 def test_layers_are_of_the_kind_that_a_model_caches(models: Models) -> None:
     for kind, layer in (("stock", EvictingLayer), ("portable", EvictingLayer), ("codes", EvictingWindowLayer)):
         assert all(type(x) is layer for x in SnapKV().cache(models(kind)).layers)
-    assert PolicyCache(SnapKV(), models("stock")).share == 1
+    assert PolicyCache(SnapKV(), models("stock")).kept() == {"kept_share": 1}

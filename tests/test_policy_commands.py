@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from test_window import windowed
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import kvlatent
@@ -64,10 +65,11 @@ def test_text_is_judged_from_what_is_left_of_the_first_half(tiny_teacher: MODELS
     for policy in POLICIES.values():
         all_kept = perplexity(model, text, **settings, policy=policy(keep=1.0))
         torch.testing.assert_close(all_kept.token_nll, half.token_nll, rtol=1e-4, atol=1e-5)
-        assert (all_kept.bytes, all_kept.first, all_kept.kept_share) == (300, 101, 1)
+        assert (all_kept.bytes, all_kept.first, all_kept.kept) == (300, 101, {"kept_share": 1})
         asked = policy(keep=0.4)
         found = perplexity(model, text, **settings, policy=asked)
-        assert found.kept_share == pytest.approx(sum(asked.budget(100, layer, 2) for layer in range(2)) / 200)
+        wanted = sum(asked.budget(100, layer, 2) for layer in range(2)) / 200
+        assert found.kept == {"kept_share": pytest.approx(wanted)}
         assert bool(found.token_nll.isfinite().all()) and not torch.equal(found.token_nll, half.token_nll)
     alone = perplexity(model, text[2:], **settings, policy=SnapKV(keep=0.4)).token_nll[0]
     torch.testing.assert_close(
@@ -107,6 +109,20 @@ def test_generate_and_bench_tell_what_was_kept(folder: Path, capsys: pytest.Capt
     assert row["model"] == f"{model} (streaming 0.25)" and against["model"] == model
     assert row["cache_bytes"] * 104 == against["cache_bytes"] * 25 and row["kept_share"] == 25 / 104
     assert row["cache_bytes_predicted"] is None and "policy" not in against
+    assert cli.main(["bench", model, *sizes, "--policy", "streaming", "--keep", "0.25"]) == 0
+    assert f"{model} (streaming 0.25), 1 × 100: 24.0% of all tokens kept\n" in capsys.readouterr().out
+
+
+def test_a_share_of_a_students_tokens_is_of_those_beyond_its_window(
+    tiny_teacher: MODELS, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    windowed(tiny_teacher("llama"), window=60, sinks=4).save_pretrained(tmp_path / "student")
+    byte_tokenizer.save_pretrained(tmp_path / "student")
+    bench = ["bench", str(tmp_path / "student"), "--context", "124", "--new-tokens", "1", "--repeats", "1"]
+    (row,) = answer(capsys, [*bench, "--policy", "snapkv", "--keep", "0.5"])["rows"]
+    assert (row["kept_far_tokens"], row["kept_far_share"], row["kept_share"]) == (31, 31 / 61, 95 / 125)
+    assert cli.main([*bench, "--policy", "snapkv", "--keep", "0.5"]) == 0
+    assert "76.0% of all tokens kept, 50.8% of those beyond the window, 31 in a layer" in capsys.readouterr().out
 
 
 def test_eval_judges_the_policy_beside_all_tokens(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,10 +134,12 @@ def test_eval_judges_the_policy_beside_all_tokens(folder: Path, capsys: pytest.C
     told = answer(capsys, [*argv, "--keep", "0.2", "--retrieval", "--retrieval-contexts", "700", "--trials", "2"])
     assert (told["policy"], told["keep"], told["kept_share"]) == ("snapkv", 0.2, pytest.approx(51 / 256))
     assert told["perplexity_ratio"] != 1 and "policy" not in told["against"]
+    assert told["retrieval"]["needles 700"]["kept_share"] == pytest.approx(0.2, abs=0.001)
     samples = told["retrieval"]["needles 700"], told["against"]["retrieval"]["needles 700"]
     assert samples[0]["log_probability"] != samples[1]["log_probability"]
     assert cli.main([*argv, "--keep", "0.2"]) == 0
-    assert f"{model} (snapkv 0.2)" in capsys.readouterr().out
+    told_of = capsys.readouterr().out
+    assert f"{model} (snapkv 0.2)" in told_of and "text: 19.9% of all tokens kept\n" in told_of
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from kvlatent.cli.options import Command
-from kvlatent.cli.tables import side_by_side
+from kvlatent.cli.tables import kept_text, side_by_side
 from kvlatent.evaluation.config import BenchConfig
 
 
@@ -27,7 +27,10 @@ class Bench(Command):
         if len(result["rows"]) <= 2:
             keys = ("ttft_ms", "tpot_ms", "tokens_per_s", "roofline_share", "peak_memory_bytes")
             window = ["window_bytes"] if any(row["window_bytes"] for row in result["rows"]) else []
-            return side_by_side(result, ("cache_bytes", "cache_bytes_per_token", *window, *keys))
-        from kvlatent.evaluation.report.text import bench_table
+            table = side_by_side(result, ("cache_bytes", "cache_bytes_per_token", *window, *keys))
+        else:
+            from kvlatent.evaluation.report.text import bench_table
 
-        return bench_table(result)
+            table = bench_table(result)
+        sizes = {f"{row['model']}, {row['batch']} × {row['context']:,}": row for row in result["rows"]}
+        return "\n\n".join(filter(None, (table, kept_text(sizes))))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from kvlatent.cli.options import Command
-from kvlatent.cli.tables import diagnosis_text, side_by_side
+from kvlatent.cli.tables import diagnosis_text, kept_text, side_by_side
 from kvlatent.evaluation.config import EvalConfig
 
 
@@ -31,6 +31,8 @@ class Eval(Command):
 
         quantities = ("perplexity", "perplexity_stderr", "perplexity_at", "bits_per_byte")
         blocks = [side_by_side(result, (*quantities, "joined", "needle", "retrieval", "tasks", "diagnose"))]
+        if kept := kept_text({"text": result, **result.get("retrieval", {})}):
+            blocks.append(kept)
         if "near_only" in result:
             rows = {"teacher": result["against"], result["near_only"]["model"]: result["near_only"], "student": result}
             blocks.append(models_table(rows))

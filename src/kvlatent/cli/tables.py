@@ -33,6 +33,18 @@ def _title(model: Mapping[str, Any]) -> str:
     return f"{name} ({policy})" if policy not in name else name
 
 
+def kept_text(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a policy kept, a line for each result that says so, by what it was measured on."""
+    lines = []
+    for name, result in found.items():
+        if "kept_share" in result:
+            lines.append(f"{name}: {result['kept_share']:.1%} of all tokens kept")
+        if "kept_far_share" in result:
+            far, tokens = result["kept_far_share"], result["kept_far_tokens"]
+            lines[-1] += f", {far:.1%} of those beyond the window, {tokens:,.0f} in a layer"
+    return "\n".join(lines)
+
+
 def cache_table(rows: Sequence[Mapping[str, int]]) -> str:
     """Bytes of caches by context, and where they are; a column that is zero throughout is left out."""
     from kvlatent.evaluation.report.text import aligned

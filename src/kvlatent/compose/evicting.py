@@ -84,13 +84,26 @@ class PolicyCache(DynamicCache):
         if policy.observed(LEAST) or policy.similar is not None:
             self.hooks.observer  # noqa: B018 (now, rather than in the first prefill)
 
-    @property
-    def share(self) -> float:
-        """Tokens held, of those seen, over all sequences and all layers that the policy acts on; 1 before any."""
+    def kept(self) -> dict[str, float]:
+        """What is held of the tokens seen, over all sequences and all layers that the policy acts on.
+
+        Returns:
+            `kept_share`, of all tokens; of a model whose layers hold near tokens whole also `kept_far_share`, of the
+            others, and `kept_far_tokens`, their mean number per layer and sequence. Shares of nothing are 1.
+        """
         layers: list[Any] = [self.layers[index] for index in self.acts_on]
-        seen = sum(layers[0].tokens) * len(layers)
-        held = sum(sum(layer.held_tokens()) + sum(min(layer.near, n) for n in layer.tokens) for layer in layers)
-        return held / seen if seen else 1.0
+        tokens = layers[0].tokens  # later layers see fewer where the policy shortens
+
+        def held(some: list[Any]) -> int:
+            return sum(sum(layer.held_tokens()) for layer in some)
+
+        near, seen = sum(min(layer.near, n) for layer in layers for n in tokens), sum(tokens) * len(layers)
+        found = {"kept_share": (near + held(layers)) / seen if seen else 1.0}
+        if windows := [layer for layer in layers if layer.near]:
+            far = [max(0, n - layer.near) for layer in windows for n in tokens]
+            found["kept_far_share"] = held(windows) / sum(far) if sum(far) else 1.0
+            found["kept_far_tokens"] = held(windows) / max(1, len(far))
+        return found
 
     def before(self, index: int, hidden: Float[Tensor, "batch seq hidden"], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Announce tokens to a layer, and give its attention the mask of what it holds.
@@ -151,14 +164,14 @@ class PolicyCache(DynamicCache):
         count, first_pass, at = hidden.shape[1], not layer.budgets, (self.acts_on.index(index), len(self.acts_on))
         if first_pass or (count > 1 and not self.policy.shortens):
             tokens = self.layers[self.acts_on[0]].tokens  # of the prompt, whatever earlier layers have left of it
-            layer.budgets = [self.policy.budget(n, *at) for n in tokens]
-            kept = self._keep(index, layer, hidden, kwargs, layer.budgets)
+            layer.budgets = [self.policy.budget(max(0, n - layer.near), *at) for n in tokens]
+            kept = self._keep(index, layer, hidden, kwargs)
             if self.policy.shortens:
                 self._leave(layer, kept, count)
             if self.policy.similar is not None:
                 layer.encode()
         elif self.policy.steps:
-            self._keep(index, layer, hidden, kwargs, layer.budgets)
+            self._keep(index, layer, hidden, kwargs)
         else:
             layer.fresh += count
             oldest = self.policy.generated(self._written_far(layer), *at) if count == 1 else None
@@ -166,17 +179,16 @@ class PolicyCache(DynamicCache):
                 self._keep_of_generated(index, layer, hidden, kwargs, *oldest)
 
     def _keep(
-        self, index: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any], budgets: list[int]
+        self, index: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
     ) -> Bool[Tensor, "batch heads slots"] | None:
-        """Take out all but so many tokens of each sequence; None is that all stay."""
-        counts = [max(0, n - layer.near) for n in budgets]
-        if all(held <= n for held, n in zip(layer.held_tokens(), counts, strict=True)):
+        """Take out all but each sequence's budget; None is that all stay."""
+        if all(held <= n for held, n in zip(layer.held_tokens(), layer.budgets, strict=True)):
             return None
         tokens = self.layers[self.acts_on[0]].tokens
         first = [max(0, self.policy.sinks - getattr(layer, "sinks", 0))] * len(tokens)
         last = [max(0, self.policy.recent(n) - getattr(layer, "window", 0)) for n in tokens]
         worth = self._worth(index, layer, hidden, kwargs, last)
-        kept = chosen(worth, layer.valid(), counts, first=first, last=last)
+        kept = chosen(worth, layer.valid(), layer.budgets, first=first, last=last)
         layer.take(*to_the_right(kept))
         return kept
 

@@ -41,7 +41,8 @@ class Policy:
     """The least cosines of keys before RoPE, and of values, with the code words that they become, if they do."""
 
     keep: float = 0.5
-    """Share of a prompt's tokens that stay, over all layers."""
+    """Share of a prompt's tokens that stay, over all layers; of students with a window, of the tokens beyond window and
+    sinks, which stay in any case."""
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
@@ -54,7 +55,7 @@ class Policy:
         """Tokens that a layer keeps of so many, if there are as many.
 
         Args:
-            tokens: Of one sequence, all that were seen.
+            tokens: Of one sequence, all that were seen and that the layer doesn't hold in any case.
             layer: Index of the layer.
             layers: How many layers the policy acts on.
         """

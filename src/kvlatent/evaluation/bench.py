@@ -48,7 +48,7 @@ class Measurement:
     cache_bytes_predicted: int | None
     """None where a policy keeps what the prompt tells."""
     cache_bytes_allocated: int
-    kept_share: float | None
+    kept: dict[str, float]
     """Of tokens, with a policy."""
     bandwidth: float
     """Bytes per second that a copy moved just before, reads and writes counted."""
@@ -137,8 +137,8 @@ def benchmark(
         synthetic: Fill the cache with random numbers instead of a prefill: decode time depends on shapes only, and
             a long prefill of a large batch takes minutes. TTFT is None then.
         seed: Chooses the tokens.
-        policies: By name of the model whose cache keeps to it; its row has `policy`, `keep` and `kept_share`, and no
-            prediction.
+        policies: By name of the model whose cache keeps to it; its row has `policy`, `keep` and what it kept, as
+            `PolicyCache.kept` says, and no prediction.
 
     Returns:
         A row per model: `model, context, batch, new_tokens, dtype, synthetic, cache_bytes` (in use at the end, from the
@@ -195,7 +195,7 @@ def _about(policy: Policy | None, last: Measurement) -> dict[str, Any]:
     """What a row says of a policy."""
     if policy is None:
         return {}
-    return {"policy": policy.name, "keep": policy.keep, "kept_share": last.kept_share}
+    return {"policy": policy.name, "keep": policy.keep, **last.kept}
 
 
 @torch.no_grad()
@@ -242,7 +242,7 @@ def _measure(
         cache_bytes=live,
         cache_bytes_predicted=predicted,
         cache_bytes_allocated=allocated_bytes(cache),
-        kept_share=cache.share if isinstance(cache, PolicyCache) else None,
+        kept=cache.kept() if isinstance(cache, PolicyCache) else {},
         bandwidth=bandwidth,
     )
 

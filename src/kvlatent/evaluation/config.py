@@ -74,7 +74,7 @@ class EvalConfig:
     """Which tokens MODEL's cache keeps of a prompt: answers, and the second half of each block of text, are judged from
     what is left of it; --against keeps all."""
     keep: Keep = None
-    """Share of tokens that --policy keeps."""
+    """Share of tokens that --policy keeps; of a student with a window, of those beyond window and sinks."""
 
     def __post_init__(self) -> None:
         if not (self.text or self.needle or self.retrieval or self.tasks):
@@ -134,7 +134,7 @@ class BenchConfig:
     policy: PolicyName = None
     """Which tokens MODEL's cache keeps after the prefill."""
     keep: Keep = None
-    """Share of tokens that --policy keeps."""
+    """Share of tokens that --policy keeps; of a student with a window, of those beyond window and sinks."""
     out: OptionalFolder = None
     """A new folder for bench.json and bench.html with plots."""
 
@@ -192,7 +192,7 @@ class GenerateConfig:
     policy: PolicyName = None
     """Which tokens the cache keeps after the prompt."""
     keep: Keep = None
-    """Share of tokens that --policy keeps."""
+    """Share of tokens that --policy keeps; of a student with a window, of those beyond window and sinks."""
 
     def __post_init__(self) -> None:
         if not self.prompt:

@@ -142,8 +142,7 @@ def scores_of(
         "perplexity_stderr": score.perplexity_stderr,
         "bits_per_byte": score.bits_per_byte,
     }
-    if score.kept_share is not None:
-        told["kept_share"] = score.kept_share
+    told |= score.kept or {}
     if len(score.by_position) > 1:
         told["perplexity_at"] = score.by_position
     if teacher is not None:

@@ -41,7 +41,7 @@ def generate(config: GenerateConfig, *, device: str = "auto", dtype: str = "auto
     about: dict[str, Any] = {"model": config.model, "prompt": config.prompt}
     if policy is not None and cache is not None:
         about |= {"policy": policy.name, "keep": policy.keep}
-        about |= {"kept_share": cache.share, "cache_bytes": cache_bytes(cache)}
+        about |= {**cache.kept(), "cache_bytes": cache_bytes(cache)}
     return about | {"completion": completion, "new_tokens": new_tokens, "seconds": seconds}
 
 

@@ -46,7 +46,8 @@ def needle(
 
     Returns:
         `context`, `trials`, `exact_match` (a fraction), `code_log_probability` (mean), and `by_depth`: per bin its
-        `depth` as `[from, to]` (0 is the start of the prompt), `trials`, `exact_match`, `code_log_probability`.
+        `depth` as `[from, to]` (0 is the start of the prompt), `trials`, `exact_match`, `code_log_probability`. With a
+        policy also what it kept of a prompt and its answer, as `PolicyCache.kept` says.
 
     Raises:
         UserError: `context` is too short for needle and question or too long for the model, or `trials` < 1, or
@@ -65,7 +66,8 @@ def needle(
         if of_bin
     ]
     everything = [score for of_bin in scores for score in of_bin]
-    return {"context": context, "trials": trials, **_mean_scores(everything), "by_depth": by_depth}
+    kept = {} if cache is None else cache.kept()
+    return {"context": context, "trials": trials, **_mean_scores(everything), **kept, "by_depth": by_depth}
 
 
 def needles(

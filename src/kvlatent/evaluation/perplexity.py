@@ -31,8 +31,8 @@ class Perplexity:
     """UTF-8 bytes of the text behind all tokens, the first of each block included."""
     first: int = 1
     """Place in a block of the first predicted token; what is before it is neither predicted nor counted."""
-    kept_share: float | None = None
-    """Of what is before it, where a policy took tokens out of the cache."""
+    kept: dict[str, float] | None = None
+    """What a policy left of what is before it, as `PolicyCache.kept` says."""
 
     def of_second_half(self) -> "Perplexity":
         """What `perplexity` measures with a policy: the same without the first half of each block."""
@@ -141,7 +141,7 @@ def perplexity(
         kwargs["attention_mask"] = {kind: _written(mask, model) for kind, mask in visible.items()}
     elif visible is not None:
         kwargs["attention_mask"] = _written(visible, model)
-    half, kept_share, parts = 0, None, list[Tensor]()
+    half, kept, parts = 0, None, list[Tensor]()
     if policy is not None:
         half, cache = ids.shape[1] // 2, policy.cache(model)
         kwargs |= {"use_cache": True, CACHE: cache}
@@ -151,7 +151,7 @@ def perplexity(
             if policy is not None:
                 cache.reset()
                 model.get_decoder()(input_ids=batch[:, :half].to(model.device), **kwargs)
-                kept_share = cache.share
+                kept = cache.kept()
             parts.append(token_nll(model, batch[:, half:].to(model.device), **kwargs).cpu().double())
             if not bool((parts[-1] <= MOST_NATS).all()):
                 raise UserError(
@@ -161,7 +161,7 @@ def perplexity(
             progress.set_postfix(perplexity=f"{torch.cat(parts).mean().exp():.2f}", refresh=False)
             progress.update(batch.numel())
     text_bytes = _share(text_bytes, ids.shape[1] - half, ids.shape[1])
-    return Perplexity(token_nll=torch.cat(parts), bytes=text_bytes, first=half + 1, kept_share=kept_share)
+    return Perplexity(token_nll=torch.cat(parts), bytes=text_bytes, first=half + 1, kept=kept)
 
 
 def compare(teacher: Perplexity, student: Perplexity) -> PerplexityRatio:

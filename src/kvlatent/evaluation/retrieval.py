@@ -49,6 +49,8 @@ class Retrieval:
     """Pairs in each prompt."""
     samples: dict[str, list[float]]
     """`exact_match`, 1 where greedy decoding writes the right code, and its `log_probability` in nats."""
+    kept: dict[str, float]
+    """Of a prompt and its answer, with a policy, as `PolicyCache.kept` says."""
 
     def scores(self) -> dict[str, Any]:
         """Means and their standard errors, with prompts as samples; None for one prompt."""
@@ -56,7 +58,7 @@ class Retrieval:
         for metric, values in self.samples.items():
             samples = torch.tensor(values, dtype=torch.float64)
             found |= {metric: samples.mean().item(), f"{metric}_stderr": standard_error(samples)}
-        return found
+        return found | self.kept
 
 
 @torch.no_grad()
@@ -93,7 +95,8 @@ def retrieval(
             for prompt, answer in tqdm(prompts, desc=f"{test} {context}", total=trials, unit="prompts")
         ]
     samples = {"exact_match": [float(exact) for exact, _ in answers], "log_probability": [p for _, p in answers]}
-    return Retrieval(pairs=_pairs(test, context), samples=samples)
+    kept = {} if cache is None else cache.kept()
+    return Retrieval(pairs=_pairs(test, context), samples=samples, kept=kept)
 
 
 def retrievals(

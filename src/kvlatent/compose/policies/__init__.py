@@ -20,7 +20,7 @@ def policy(name: str, *, keep: float = 0.5) -> Policy:
 
     Args:
         name: `streaming`, `snapkv`, `tova`, `pyramid-infer` or `spindle`.
-        keep: Share of a prompt's tokens that stay.
+        keep: Share of a prompt's tokens that stay; of students with a window, of those beyond window and sinks.
 
     Raises:
         UserError: There is no such policy, or the share is out of range.
