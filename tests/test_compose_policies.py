@@ -23,7 +23,7 @@ from kvlatent.compose.coded_layer import CodedLayer, turned
 from kvlatent.compose.evicting import PolicyCache
 from kvlatent.compose.layers import EvictingLayer, EvictingWindowLayer, to_the_right
 from kvlatent.compose.policies import POLICIES
-from kvlatent.compose.policies.pyramid_infer import PyramidInfer, schedule, solved_decay
+from kvlatent.compose.policies.pyramid_infer import PyramidInfer, newest, schedule, solved_decay
 from kvlatent.compose.policies.snapkv import POOL, SnapKV
 from kvlatent.compose.policies.spindle import SpindleKV, shares
 from kvlatent.compose.policies.streaming import StreamingLLM
@@ -111,7 +111,7 @@ class Spy(Policy):
     name: ClassVar[str] = "spy"
     seen: ClassVar[list[Tensor]] = []
 
-    def recent(self, tokens: int) -> int:
+    def recent(self, tokens: int, kept: int) -> int:
         return 0
 
     def observed(self, tokens: int) -> int:
@@ -197,6 +197,23 @@ def test_snapkv_pools_what_heads_of_a_group_receive() -> None:
             assert float(found[0, head, t]) == pytest.approx(max(mean[max(0, t - POOL // 2) : t + POOL // 2 + 1]))
 
 
+@pytest.mark.parametrize("policy", [SnapKV, SpindleKV])
+def test_newest_tokens_leave_half_of_a_small_budget_to_what_they_attend_to(
+    models: Models, text: Tensor, policy: type[Policy]
+) -> None:
+    model, n = models("stock"), 100
+    cache, plain = policy(keep=0.2).cache(model), DynamicCache(config=model.config)
+    logits(model, text[:1, :n], plain)
+    logits(model, text[:1, :n], cache)
+    kept = round(n * 0.2) if policy is SnapKV else round(n * (2 * 0.2 - 0.05))
+    assert kept // 2 < 32, "less than the queries that choose"
+    keys, held = plain.layers[0].keys[0], cache.layers[0].keys[0]
+    places = (keys[:, None] - held[:, :, None]).norm(dim=-1).argmin(-1)
+    assert held.shape[1] == kept
+    for head in places.tolist():
+        assert set(range(n - kept // 2, n)) <= set(head) and min(head) < n - 32, head
+
+
 def test_tova_takes_the_mean_over_all_heads() -> None:
     received = torch.rand(1, 2, 2, 5, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(TOVA().rank(received)[0, 0], received[0].flatten(0, 1).mean(0))
@@ -206,7 +223,7 @@ def test_tova_takes_the_mean_over_all_heads() -> None:
     tokens=st.integers(1, 3000), layers=st.integers(2, 40), keep=st.floats(0.1, 0.99),
 )  # fmt: skip
 def test_the_decay_is_solved_for_the_share(tokens: int, layers: int, keep: float) -> None:
-    recent, decay = PyramidInfer(keep=keep).recent(tokens), solved_decay(tokens, layers, keep)
+    recent, decay = newest(tokens, keep), solved_decay(tokens, layers, keep)
     kept = schedule(tokens, decay, layers, recent)
     assert kept[0] == tokens and kept == sorted(kept, reverse=True) and min(kept) >= min(max(64, recent + 4), tokens)
     least = schedule(tokens, -64.0, layers, recent)

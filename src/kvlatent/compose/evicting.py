@@ -186,7 +186,8 @@ class PolicyCache(DynamicCache):
             return None
         tokens = self.layers[self.acts_on[0]].tokens
         first = [max(0, self.policy.sinks - getattr(layer, "sinks", 0))] * len(tokens)
-        last = [max(0, self.policy.recent(n) - getattr(layer, "window", 0)) for n in tokens]
+        window = getattr(layer, "window", 0)
+        last = [max(0, self.policy.recent(*x) - window) for x in zip(tokens, layer.budgets, strict=True)]
         worth = self._worth(index, layer, hidden, kwargs, last)
         kept = chosen(worth, layer.valid(), layer.budgets, first=first, last=last)
         layer.take(*to_the_right(kept))

@@ -61,8 +61,8 @@ class Policy:
         """
         return max(LEAST, round(self.keep * tokens))
 
-    def recent(self, tokens: int) -> int:
-        """Newest of so many tokens that always stay."""
+    def recent(self, tokens: int, kept: int) -> int:
+        """Newest of so many tokens that stay before all others, where a layer keeps so many."""
         return 1
 
     def observed(self, tokens: int) -> int:

@@ -36,13 +36,13 @@ class PyramidInfer(Policy):
     shortens: ClassVar[bool] = True
 
     def budget(self, tokens: int, layer: int, layers: int) -> int:
-        return schedule(tokens, solved_decay(tokens, layers, self.keep), layers, self.recent(tokens))[layer]
+        return schedule(tokens, solved_decay(tokens, layers, self.keep), layers, newest(tokens, self.keep))[layer]
 
-    def recent(self, tokens: int) -> int:
-        return int(tokens * min(RECENT, 0.4 * self.keep)) + 1
+    def recent(self, tokens: int, kept: int) -> int:
+        return newest(tokens, self.keep)
 
     def observed(self, tokens: int) -> int:
-        return self.recent(tokens)
+        return newest(tokens, self.keep)
 
     def weights(self, count: int) -> Float[Tensor, "count"]:
         return torch.linspace(1, LAST_WEIGHT, count) / count
@@ -53,6 +53,11 @@ class PyramidInfer(Policy):
     def generated(self, fresh: int, layer: int, layers: int) -> tuple[int, int] | None:
         """A block as soon as as many newer tokens have come; 14 of 16 stay in the first layer, fewer in later ones."""
         return (BLOCK, int(BLOCK * GENERATED * share(layer, layers, GENERATED_DECAY))) if fresh >= 2 * BLOCK else None
+
+
+def newest(tokens: int, keep: float) -> int:
+    """Newest tokens of a prompt, which stay in every layer and choose."""
+    return int(tokens * min(RECENT, 0.4 * keep)) + 1
 
 
 def share(layer: int, layers: int, decay: float) -> float:
@@ -77,7 +82,7 @@ def solved_decay(tokens: int, layers: int, keep: float) -> float:
     1 keeps all. It falls below 0 where the cosine alone drops too little. A share is missed that the first layer, which
     drops nothing, exceeds alone, or with `LEAST_CONTEXT` in all others.
     """
-    recent = PyramidInfer(keep=keep).recent(tokens)
+    recent = newest(tokens, keep)
     low, high = STEEPEST, 1.0
     for _ in range(60):
         middle = (low + high) / 2

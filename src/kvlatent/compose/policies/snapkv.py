@@ -13,7 +13,7 @@ from kvlatent.compose.attended import Received
 from kvlatent.compose.policy import Policy
 
 WINDOW, POOL = 32, 7
-"""Queries that choose, which stay themselves, and tokens over which scores are pooled."""
+"""Queries that choose, which stay themselves in half of what a layer keeps, and tokens over which scores are pooled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +22,8 @@ class SnapKV(Policy):
 
     name: ClassVar[str] = "snapkv"
 
-    def recent(self, tokens: int) -> int:
-        return WINDOW
+    def recent(self, tokens: int, kept: int) -> int:
+        return min(WINDOW, kept // 2)
 
     def observed(self, tokens: int) -> int:
         return WINDOW

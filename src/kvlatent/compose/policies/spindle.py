@@ -13,7 +13,7 @@ from typing import ClassVar
 from kvlatent.compose.policy import LEAST, Policy
 
 WINDOW = 32
-"""Queries that choose, which stay themselves."""
+"""Queries that choose, which stay themselves in half of what a layer keeps."""
 LEAST_SHARE, TURNING = 0.05, 0.525
 """The least share of a layer, and the mean share from which on the first layer keeps all."""
 KEYS, VALUES = 0.98, 0.95
@@ -30,8 +30,8 @@ class SpindleKV(Policy):
     def budget(self, tokens: int, layer: int, layers: int) -> int:
         return max(LEAST, round(shares(self.keep, layers)[layer] * tokens))
 
-    def recent(self, tokens: int) -> int:
-        return WINDOW
+    def recent(self, tokens: int, kept: int) -> int:
+        return min(WINDOW, kept // 2)
 
     def observed(self, tokens: int) -> int:
         return WINDOW

@@ -19,7 +19,7 @@ class TOVA(Policy):
     name: ClassVar[str] = "tova"
     steps: ClassVar[bool] = True
 
-    def recent(self, tokens: int) -> int:
+    def recent(self, tokens: int, kept: int) -> int:
         return 0
 
     def observed(self, tokens: int) -> int:
