@@ -145,7 +145,7 @@ def test_eval_judges_the_policy_beside_all_tokens(folder: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("argv", "why"),
     [
-        (["generate", "M", "--prompt", "x", "--keep", "0.5"], "name one with --policy"),
+        (["generate", "M", "--prompt", "x", "--keep", "0.5"], "name a policy too"),
         (["generate", "M", "--prompt", "x", "--policy", "tova", "--keep", "0"], "above 0 and at most 1; got 0.0"),
         (["bench", "M", "--policy", "tova", "--synthetic"], "a policy acts after a prefill"),
         (["bench", "M", "--policy", "tova", "--memory", "1"], "a policy acts after a prefill"),

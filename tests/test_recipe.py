@@ -271,6 +271,39 @@ def test_a_recipe_asks_for_needle_retrieval_and_tasks_as_eval_does(
     assert [line for line in lines if not line.endswith(": reused")] == ["needle", "report"]
 
 
+def test_policies_of_a_recipe_are_those_of_the_commands(
+    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {key: value for key, value in recipe.items() if key != "training"}
+    small |= {"students": [{"budget": 0.5, "window": 0}], "block_size": 128}
+    small["held_out"] = recipe["held_out"] | {"policy": "snapkv", "keep": 0.25}
+    small["bench"] = {"context": 80, "batch": 1, "new_tokens": 2, "policy": "streaming", "keep": 0.25}
+    small["generate"] = {"prompts": ["river stone " * 10], "max_new_tokens": 4, "policy": "tova"}
+    results = pipeline.run(write(small, tmp_path / "small.yaml"), tmp_path / "run")
+    model, told = str(tmp_path / "run" / "model"), results["evaluate"]["models"]
+    text = ["--text", *recipe["held_out"]["text"], "--tokens", "256", "--block-size", "128"]
+    assert (
+        cli.main(["eval", model, "--against", recipe["model"], *text, "--policy", "snapkv", "--keep", "0.25", "--json"])
+        == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    for name, wanted in (("teacher", found["against"]), ("best, no training", found)):
+        for key in ("perplexity", "bits_per_byte", "perplexity_ratio"):
+            assert told[name][key] == pytest.approx(wanted[key]), (name, key)
+    assert told["best, no training"]["kept_share"] == 0.25 and "kept_share" not in told["teacher"]
+    teacher, student = results["bench"]["rows"]
+    assert (student["policy"], student["keep"], student["kept_share"]) == ("streaming", 0.25, 20 / 82)
+    assert student["cache_bytes"] * 82 == teacher["cache_bytes"] * 10 and "policy" not in teacher
+    prompt = ["generate", model, "--prompt", "river stone " * 10, "--max-new-tokens", "4", "--json"]
+    assert cli.main([*prompt, "--policy", "tova"]) == 0
+    assert results["generations"][0]["student"] == json.loads(capsys.readouterr().out)["completion"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "from what snapkv 0.25 has left of the first" in page and "12 % of the KV cache" in page
+    again = small | {"bench": small["bench"] | {"keep": 0.5}}
+    renewed = pipeline.run(write(again, tmp_path / "small.yaml"), tmp_path / "run")
+    assert renewed["bench"]["rows"][1]["kept_share"] == 40 / 82 and renewed["evaluate"] == results["evaluate"]
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +386,10 @@ def changed(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("students.0.heal.lora_rank", 65, "lora_rank must be at most the 64 dims of the FFN; got 65"),
         ("students.0.heal.lora_rank", True, "students.0.heal.lora_rank: Input should be a valid integer"),
         ("students.0.heal.learning_rate", True, "students.0.heal.learning_rate: Input should be a valid number"),
+        ("held_out.keep", 0.5, "held_out: Value error, keep is the share of tokens that a policy keeps"),
+        ("bench.policy", "h2o", "bench.policy: Input should be 'streaming'"),
+        ("held_out.policy", "spindle", "held_out: best: spindle merges keys as they are before RoPE"),
+        ("generate.policy", "spindle", "generate: best: spindle merges keys as they are before RoPE"),
         ("students.0.heal.checkpointing", 1, "students.0.heal.checkpointing: Input should be a valid boolean"),
     ],
 )
@@ -510,6 +547,7 @@ def test_mistakes_are_told_with_their_line(tmp_path: Path) -> None:
         ("batch_size: 1}", "batch_size: 1, magic: 2}", "line {}: students.0.heal.magic: unknown entry"),
         ("    budget: 0.125", "    budget: none", "line {}: students.0.budget: Input should be a valid number"),
         ("    budget: 0.125", "    budget: 1\n  - budget: 0.5", "line {}: there are two students best"),
+        ("held_out:", "diagnose: true\nheld_out:\n  policy: tova", "line {}: diagnose takes whole texts in one pass"),
         ("    budget: 0.125", "    budget: 1\n    budget: 0.5", "budget is given twice, the second time in line {}"),
     ):
         path.write_text(text.replace(old, new))

@@ -19,8 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvlatent.cli.recipe_file import Recipe, Sources, healing_settings, read_recipe
 from kvlatent.cli.recipe_measures import MEASURES, Measure, Pair
-from kvlatent.cli.recipe_sizes import check_sizes, named
-from kvlatent.cli.run_folder import commit, model_folder, read_json, read_score, write_json, write_text
+from kvlatent.cli.recipe_sizes import check_policies, check_sizes, named
+from kvlatent.cli.run_folder import commit, model_folder, read_json, read_score, write_json, write_score, write_text
 from kvlatent.compress.checkpoints import Target, convert_loaded, target_of
 from kvlatent.data.blocks import TokenBlocks, batch_size_for, check_held_out, load_blocks, save_blocks
 from kvlatent.data.positions import context_of
@@ -97,6 +97,7 @@ def run_recipe(wanted: Recipe, out: Path, *, device: str, dtype: str) -> dict[st
         begun = _Run(wanted, out, config, targets, device, dtype)
         memory, element = memory_of(pick_device(device)), getattr(torch, begun.dtype).itemsize
         check_sizes(wanted, config, begun.tokenizer, targets, memory=memory, element_size=element)
+        check_policies(wanted, config, targets)
         if first:
             _prepare_folder(wanted, out)
             begun.forget_finished()
@@ -327,9 +328,12 @@ class _Run:
     def _evaluate(self, model: str, out: Path, *, measure: Callable[..., Perplexity] = perplexity) -> None:
         held_out = self._blocks("held_out")
         check_held_out(record_of(model).get("fingerprints", ()), held_out)
-        size = batch_size_for(held_out.ids.shape[1])
-        score = measure(self.load(model, self.dtype), held_out.ids, text_bytes=held_out.bytes, batch_size=size)
-        write_json(out, {"token_nll": score.token_nll.tolist(), "bytes": score.bytes})
+        settings: dict[str, Any] = {"text_bytes": held_out.bytes, "batch_size": batch_size_for(held_out.ids.shape[1])}
+        policy, is_teacher = self.recipe.held_out.asked_policy, model == self.recipe.model
+        if policy is not None and not is_teacher:
+            settings["policy"] = policy
+        score = measure(self.load(model, self.dtype), held_out.ids, **settings)
+        write_score(out, score.of_second_half() if policy is not None and is_teacher else score)
 
     def _measure(self, measure: Measure, out: Path) -> None:
         student = str(self.final(self.first))

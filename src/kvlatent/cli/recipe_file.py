@@ -13,6 +13,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import PreTrainedConfig
 
+from kvlatent.compose.config import Name, check_policy
+from kvlatent.compose.policies import policy_of
+from kvlatent.compose.policy import Policy
 from kvlatent.compress.config import ConvertConfig
 from kvlatent.compress.methods import PRESETS
 from kvlatent.errors import UserError
@@ -47,6 +50,27 @@ class Text(Sources):
     tokens: Count
 
 
+class Kept(Entry):
+    """The policy that students' caches keep to in a step, as `--policy` and `--keep` of its command."""
+
+    policy: Name | None = None
+    keep: float | None = None
+
+    @model_validator(mode="after")
+    def _share_of_a_policy(self) -> Kept:
+        check_policy(self.policy, self.keep)
+        return self
+
+    @property
+    def asked_policy(self) -> Policy | None:
+        """The policy, if any."""
+        return policy_of(self.policy, self.keep)
+
+
+class HeldOut(Text, Kept):
+    """Text that models are judged on."""
+
+
 class Student(Entry):
     """Dims of a student, or its budget; without `heal` it is measured as converted."""
 
@@ -76,7 +100,7 @@ class Student(Entry):
         return {"name": data.get("preset", "best"), **data} if isinstance(data, dict) else data
 
 
-class Bench(Entry):
+class Bench(Kept):
     """The workload of the benchmark."""
 
     context: Count
@@ -119,7 +143,7 @@ class Tasks(Entry):
     """Samples of each task, from the first; all of them by default."""
 
 
-class Generate(Entry):
+class Generate(Kept):
     """Prompts that teacher and student continue greedily."""
 
     prompts: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
@@ -140,7 +164,7 @@ class Recipe(Entry):
     """Positions that blocks are spread over; all that the model has by default."""
     calibration: Text
     training: Sources | None = None
-    held_out: Text
+    held_out: HeldOut
     students: list[Student] = Field(min_length=1)
     diagnose: bool = False
     """Whether the first student is diagnosed beside the teacher, as `eval --diagnose` does."""
@@ -222,6 +246,11 @@ def read_as(kind: type[Read], path: Path) -> Read:
         data = yaml.load(text, _PlainLoader)
         recipe = kind.model_validate_json(json.dumps(data, default=str))  # where types are exact, but a list is a tuple
         names = [student.name for student in recipe.students]
+        if recipe.diagnose and recipe.held_out.policy:
+            line = _line_of(text, ("held_out", "policy"))
+            raise UserError(
+                f"line {line}: diagnose takes whole texts in one pass, before a policy acts; leave one of both out"
+            )
         for index, name in enumerate(names):
             if name in names[:index]:
                 line = _line_of(text, ("students", index, "name"))

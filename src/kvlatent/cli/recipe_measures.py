@@ -76,19 +76,22 @@ def _in_pairs(
 
 
 def _bench(pair: Pair) -> Any:
-    return benchmark(dict(pair.models), **pair.recipe.bench.model_dump(), seed=pair.recipe.seed)
+    wanted = pair.recipe.bench
+    policies = {} if wanted.asked_policy is None else {"student": wanted.asked_policy}
+    sizes = wanted.model_dump(exclude={"policy", "keep"})
+    return benchmark(dict(pair.models), **sizes, seed=pair.recipe.seed, policies=policies)
 
 
 def _generate(pair: Pair) -> Any:
     wanted = pair.recipe.generate
-    return [
-        {"prompt": prompt}
-        | {
-            name: complete(model, pair.tokenizer, prompt, wanted.max_new_tokens)[0]
-            for name, model in pair.models.items()
-        }
-        for prompt in wanted.prompts
-    ]
+    policy = wanted.asked_policy
+
+    def said(name: str, prompt: str) -> str:
+        model = pair.models[name]
+        cache = None if policy is None or name == "teacher" else policy.cache(model)
+        return complete(model, pair.tokenizer, prompt, wanted.max_new_tokens, cache=cache)[0]
+
+    return [{"prompt": p} | {name: said(name, p) for name in pair.models} for p in wanted.prompts]
 
 
 class Measure(NamedTuple):

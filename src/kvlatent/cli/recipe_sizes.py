@@ -1,4 +1,4 @@
-"""The sizes that a recipe asks for, checked before its first step: what doesn't fit is said before hours of work."""
+"""What a recipe asks for, checked before its first step: what doesn't fit is said before hours of work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from kvlatent.cli.recipe_file import Recipe, healing_settings
+from kvlatent.cli.recipe_file import Kept, Recipe, healing_settings
+from kvlatent.compose.evicting import check_combination
 from kvlatent.compress.checkpoints import Target
 from kvlatent.compress.statistics import check_far_tokens
 from kvlatent.data.blocks import check_ids, whole_blocks
@@ -64,6 +65,27 @@ def check_sizes(
     for what, size in needed.items():
         if size > memory:
             raise UserError(f"{what} take {size / 1e9:,.1f} GB, which exceeds the memory of {memory / 1e9:,.1f} GB")
+
+
+def check_policies(recipe: Recipe, config: PreTrainedConfig, targets: Mapping[str, Target]) -> None:
+    """Check the policies of a recipe against its students.
+
+    Args:
+        recipe: The recipe.
+        config: The teacher's.
+        targets: How each student is converted, the first one first.
+
+    Raises:
+        UserError: A policy can't be combined with a student that it is asked for.
+    """
+    students = list(targets.items())
+    entries: dict[str, Kept] = {"held_out": recipe.held_out, "bench": recipe.bench, "generate": recipe.generate}
+    for entry, asked in entries.items():
+        policy = asked.asked_policy
+        for name, target in students if entry == "held_out" else students[:1]:
+            with named(f"{entry}: {name}"):
+                if policy is not None:
+                    check_combination(policy, config, after_rope=target.request.method.takes_window)
 
 
 def _check_positions(recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

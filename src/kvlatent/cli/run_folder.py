@@ -48,12 +48,19 @@ class _Score(Entry):
 
     token_nll: list[list[Annotated[float, Field(ge=0, le=MOST_NATS)]]] = Field(min_length=1)
     bytes: Count
+    first: Count = 1
+    kept: dict[str, float] | None = None
 
     @model_validator(mode="after")
     def _rows_of_one_length(self) -> _Score:
         if len({len(row) for row in self.token_nll}) > 1 or not self.token_nll[0]:
             raise ValueError("token_nll has rows of several lengths, or empty ones")
         return self
+
+
+def write_score(path: Path, score: Perplexity) -> None:
+    """Write a perplexity as JSON, whole or not at all."""
+    write_json(path, vars(score) | {"token_nll": score.token_nll.tolist()})
 
 
 def read_score(path: Path) -> Perplexity:
@@ -63,7 +70,7 @@ def read_score(path: Path) -> Perplexity:
         UserError: It is missing or damaged.
     """
     score = read_json(path, _Score)
-    return Perplexity(token_nll=torch.tensor(score.token_nll, dtype=torch.float64), bytes=score.bytes)
+    return Perplexity(**dict(score) | {"token_nll": torch.tensor(score.token_nll, dtype=torch.float64)})
 
 
 def model_folder(out: Path, name: str, *, first: str) -> Path:

@@ -18,9 +18,9 @@ Keep = Annotated[float | None, arg(metavar="X", help_behavior_hint="(default: 0.
 def check_policy(policy: str | None, keep: float | None) -> None:
     """Raise `UserError` for a share of tokens without a policy, or out of range."""
     if policy is None and keep is not None:
-        raise UserError("--keep is the share of tokens that a policy keeps; name one with --policy")
+        raise UserError("keep is the share of tokens that a policy keeps; name a policy too")
     if keep is not None and not 0 < keep <= 1:
-        raise UserError(f"--keep must be above 0 and at most 1; got {keep}")
+        raise UserError(f"keep must be above 0 and at most 1; got {keep}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from kvlatent.compose.attended import causal
@@ -54,11 +54,7 @@ class PolicyCache(DynamicCache):
             )
         super().__init__(config=model.config)
         self.policy, self.eager, spec = policy, asked == "eager", spec_of(model)
-        if policy.similar is not None and spec is not None and spec.qk_map == "after_rope":
-            raise UserError(
-                f"{policy.name} merges keys as they are before RoPE, and this student's are reduced behind it; take "
-                "another policy, or a student of --preset portable or paper"
-            )
+        check_combination(policy, model.config, after_rope=spec is not None and spec.qk_map == "after_rope")
         self.hooks = Hooks(model)
         self.acts_on: list[int] = []
         for index, layer in enumerate(self.layers):
@@ -69,15 +65,6 @@ class PolicyCache(DynamicCache):
                 else:
                     self.layers[index] = EvictingWindowLayer(near.window, near.sinks) if near else EvictingLayer()
                 self.acts_on.append(index)
-        if not self.acts_on:
-            raise UserError(
-                "all layers of this model have a sliding window and forget by themselves: nothing is left for a policy"
-            )
-        if policy.shortens and len(self.acts_on) < len(self.layers):
-            raise UserError(
-                f"{policy.name} takes tokens from all later layers, but some have a sliding window, which counts them; "
-                "take another policy"
-            )
         if spec is not None:
             write_in_place(self, model.config)
         self.left: Left | None = None
@@ -244,6 +231,34 @@ class PolicyCache(DynamicCache):
         before = self.left
         of_prompt = columns if before is None else before.columns.gather(1, columns)
         self.left = Left(of_prompt, valid, count if before is None else before.length, columns)
+
+
+def check_combination(policy: Policy, config: PreTrainedConfig, *, after_rope: bool) -> None:
+    """Refuse a policy that a model's cache can't be kept to; needs no weights.
+
+    Args:
+        policy: The policy.
+        config: The model's.
+        after_rope: Whether the model is a student whose maps of keys come after RoPE.
+
+    Raises:
+        UserError: The two can't be combined.
+    """
+    if policy.similar is not None and after_rope:
+        raise UserError(
+            f"{policy.name} merges keys as they are before RoPE, and this student's are reduced behind it; take "
+            "another policy, or a student of --preset portable or paper"
+        )
+    whole = [type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers]
+    if not any(whole):
+        raise UserError(
+            "all layers of this model have a sliding window and forget by themselves: nothing is left for a policy"
+        )
+    if policy.shortens and not all(whole):
+        raise UserError(
+            f"{policy.name} takes tokens from all later layers, but some have a sliding window, which counts them; "
+            "take another policy"
+        )
 
 
 def allowed(mask: Tensor) -> Bool[Tensor, "mask_batch 1 rows columns"]:

@@ -65,6 +65,7 @@ class BenchRow(_Section):
     tpot_ms_range: tuple[float, float] | None = None
     tokens_per_s: float | None = None
     peak_memory_bytes: float | None = None
+    policy: str | None = None
 
     @property
     def workload(self) -> tuple[int, int, int, str]:

@@ -152,9 +152,10 @@ def summary_of(results: Results) -> list[Metric]:
     ]
     pair = results.bench_pair
     window = any(row.window_bytes for row in pair.values())
+    grows_evenly = not window and not any(row.policy for row in pair.values())
     for field, name, unit, lower, show in (
         ("cache_bytes_per_token", "KV cache", f"bytes per token{' beyond the window' if window else ''}", True, count),
-        *([("cache_bytes", "KV cache in use", "bytes", True, count)] if window else []),
+        *([] if grows_evenly else [("cache_bytes", "KV cache in use", "bytes", True, count)]),
         ("ttft_ms", "TTFT", "ms", True, milliseconds),
         ("tpot_ms", "TPOT", "ms", True, milliseconds),
         ("tokens_per_s", "Throughput", "tokens/s", False, milliseconds),
@@ -235,7 +236,8 @@ def headline_of(results: Results) -> str:
         per_token = f"{cache.teacher.text} → {cache.student.text} bytes per token"
         if in_use and in_use.ratio.value is not None:
             context = next(iter(results.bench_pair.values())).context
-            per_token = f"at context {context:,}; {per_token} beyond {results.whole_tokens} whole ones"
+            whole = f" beyond {results.whole_tokens} whole ones" if results.whole_tokens else ""
+            per_token = f"at context {context:,}; {per_token}{whole}"
             cache = in_use
         assert cache.ratio.value is not None
         parts.append(f"{_share_of_cache(cache.ratio.value)} ({per_token})")
@@ -254,6 +256,21 @@ def _texts(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, lis
             yield from _texts(value, f"{prefix}{key}.")
         elif (key == "text" or key.endswith("_text")) and value:
             yield f"{prefix}{key}", [value] if isinstance(value, str) else list(map(str, value))
+
+
+POLICY_NOTES = {
+    "held_out": "judged on the second half of each block, from what {} has left of the first; teachers from all of it",
+    "bench": "benchmarked with a cache that keeps to {}",
+    "generate": "continuing prompts from what {} has left of them",
+}
+"""What a policy in an entry of a recipe means for students."""
+
+
+def _policies(recipe: Mapping[str, Any]) -> Iterator[str]:
+    for entry, note in POLICY_NOTES.items():
+        asked = recipe.get(entry)
+        if isinstance(asked, Mapping) and asked.get("policy"):
+            yield f"Students are {note.format(' '.join(str(asked[x]) for x in ('policy', 'keep') if x in asked))}."
 
 
 def notes_on(results: Results) -> list[str]:
@@ -279,6 +296,7 @@ def notes_on(results: Results) -> list[str]:
         notes.append("± is the standard error of the perplexity, with blocks of held-out text as the samples.")
     if far := far_note(evaluate.models):
         notes.append(far)
+    notes += _policies(results.recipe)
     if any(row.window_bytes for row in results.bench.rows):
         notes.append(
             f"The student holds {results.whole_tokens} tokens of a sequence whole, in as many bytes as the teacher; "
