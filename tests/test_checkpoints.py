@@ -599,6 +599,7 @@ def test_code_in_a_folder_is_not_run_nor_asked_about_nor_passed_on(
         ({"num_key_value_heads": 3}, "can't be right: 4 query heads, 3 KV heads"),
         ({"head_dim": 15}, "head_dim"),
         ({"rms_norm_eps": "much"}, "rms_norm_eps"),
+        ({"attn_logit_softcapping": 0}, "attn_logit_softcapping"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": {}}}, "rope"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 10**30}}, "can't load"),
         ({"hidden_act": "tangent"}, "can't load .*tangent"),

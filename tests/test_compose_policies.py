@@ -546,7 +546,9 @@ def test_planted_duplicates_are_one_word_and_magnitudes_are_exact() -> None:
     torch.testing.assert_close(codebook.read(), new)
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "glm4", "granite", "llama-yarn", "smollm3", "portable", "paper"])
+@pytest.mark.parametrize(
+    "name", ["llama", "phi3", "glm4", "granite", "llama-yarn", "smollm3", "cohere", "portable", "paper"]
+)
 def test_keys_before_rope_are_those_that_rope_turns(
     tiny_teacher: Models, tiny_student: Callable[..., PreTrainedModel], text: Tensor, name: str
 ) -> None:

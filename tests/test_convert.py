@@ -43,7 +43,7 @@ def test_full_dims_give_the_teachers_logits(plain_teacher: PreTrainedModel, ids:
 
 @pytest.mark.parametrize(("preset", "qk"), [("portable", "fold"), ("paper", "stride")])
 @pytest.mark.parametrize(
-    "name", ["mixtral", "qwen3_moe", "granite", "olmo2", "ministral3", "phi3-whole", "gemma2", "gpt_oss"]
+    "name", ["mixtral", "qwen3_moe", "granite", "olmo2", "ministral3", "phi3-whole", "gemma2", "gpt_oss", "cohere"]
 )
 def test_families_that_rotate_all_layers_alike_take_every_preset(
     tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str, preset: str, qk: str

@@ -52,9 +52,11 @@ def turning(position_embeddings: tuple[Tensor, Tensor], freq_index: Tensor | Non
 def refits_weights(config: PreTrainedConfig, spec: LatentSpec) -> bool:
     """Whether W_O and the FFN are refitted to the teacher's residual stream.
 
-    They stay the teacher's where near tokens need them, and where a norm stands before that stream.
+    They stay the teacher's where near tokens need them, where a norm stands before that stream, and where both join it
+    at once.
     """
-    return not (spec.window or family_of(config).post_norm)
+    family = family_of(config)
+    return not (spec.window or family.post_norm or family.parallel)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from kvlatent.compress.values import value_output_svd, value_stride
 from kvlatent.errors import UserError
 from kvlatent.kernels.layout import Groups
 from kvlatent.model.attention import LatentAttention
-from kvlatent.model.families import family_of, turns_alike
+from kvlatent.model.families import norms_heads, turns_alike
 from kvlatent.model.graft import check_teacher, head_dim_of, heads_per_latent_of, identity_spec
 from kvlatent.model.sizes import layer_caches
 from kvlatent.model.spec import LatentSpec, Preset, check_dims
@@ -244,7 +244,7 @@ def plan_reduction(teacher: PreTrainedModel, request: Request, statistics: Stati
         )
     )
     qk_map = decision.qk_map
-    if untouched or (qk_map == "before_rope" and not family_of(teacher.config).qk_norm):  # a norm needs all of head_dim
+    if untouched or (qk_map == "before_rope" and not norms_heads(teacher.config)):
         qk_map = "folded"
     plain = (request.heads_per_latent * request.d_qk[0]) ** -0.5  # to which scales are as the teacher's to its dims'
     spec = replace(

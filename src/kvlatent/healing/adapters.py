@@ -51,7 +51,7 @@ def with_adapters(student: PreTrainedModel, config: HealConfig) -> nn.Module:
                 parameter.requires_grad_(True)
     if "norms" in config.train:
         for module in student.modules():
-            if type(module).__name__.endswith("RMSNorm"):
+            if type(module).__name__.endswith(("RMSNorm", "LayerNorm")):
                 module.requires_grad_(True)
     return trained
 

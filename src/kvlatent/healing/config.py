@@ -60,7 +60,7 @@ class HealConfig:
     clip: float | None = 1.0
     """Largest gradient norm; in stage 1 each layer's, over the square root of their number."""
     train: tuple[Part, ...] = ("attention", "maps")
-    """What trains in full: W_Q, W_K, W_V and W_O (attention), the maps of heads (maps), RMSNorms (norms)."""
+    """What trains in full: W_Q, W_K, W_V and W_O (attention), the maps of heads (maps), norms (norms)."""
     lora_rank: int = 32
     """Rank of the FFN's LoRA; 0 leaves the FFN frozen."""
     lora_alpha: int = 256

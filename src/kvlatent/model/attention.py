@@ -201,9 +201,9 @@ class LatentAttention(nn.Module):
     def _of_heads(x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
         """Projected queries or keys, normalised: (batch, seq, heads·dim) → (batch, heads, seq, dim).
 
-        Norms are of every head, or, where they have that many weights, of all heads together.
+        Norms are of every head, with weights for one or, in two dims, for each, or of all heads together.
         """
-        of_all = norm is not None and norm.weight.numel() == x.shape[-1]  # type: ignore[operator]
+        of_all = norm is not None and norm.weight.shape == x.shape[-1:]
         x = norm(x) if norm is not None and of_all else x
         x = x.unflatten(-1, (heads, -1))
         return (x if norm is None or of_all else norm(x)).transpose(1, 2)

@@ -3,6 +3,8 @@
 from typing import Any
 
 from transformers import (
+    Cohere2Config,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
@@ -117,6 +119,20 @@ class KVLatentGlm4Config(Glm4Config):
     latent: dict[str, Any] | None = None
 
 
+class KVLatentCohereConfig(CohereConfig):
+    """A converted Cohere's config."""
+
+    model_type = "kvlatent_cohere"
+    latent: dict[str, Any] | None = None
+
+
+class KVLatentCohere2Config(Cohere2Config):
+    """A converted Cohere 2's config."""
+
+    model_type = "kvlatent_cohere2"
+    latent: dict[str, Any] | None = None
+
+
 class KVLatentGptOssConfig(GptOssConfig):
     """A converted gpt-oss's config."""
 
@@ -150,6 +166,8 @@ CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "granite": KVLatentGraniteConfig,
     "olmo2": KVLatentOlmo2Config,
     "olmo3": KVLatentOlmo3Config,
+    "cohere": KVLatentCohereConfig,
+    "cohere2": KVLatentCohere2Config,
     "gpt_oss": KVLatentGptOssConfig,
     "gemma2": KVLatentGemma2Config,
     "gemma3_text": KVLatentGemma3TextConfig,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvlatent.errors import UserError
+from kvlatent.model.spec import SLIDING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -24,9 +25,13 @@ class Family:
     name: str
     """Stem of the transformers class names, as in `LlamaForCausalLM`."""
     qk_norm: bool = False
-    """Queries and keys pass an RMSNorm, of each head or of all, so their reduction can't be folded into W_Q and W_K."""
+    """Queries and keys pass a norm, of each head or of all, so their reduction can't be folded into W_Q and W_K."""
     post_norm: bool = False
     """Norms follow attention and FFN, before what they give joins the residual stream; neither is refitted to that."""
+    parallel: bool = False
+    """Attention and FFN read one input and join the residual stream together; neither is refitted to that."""
+    only_sliding_turn: bool = False
+    """RoPE is of layers with a sliding window alone; the others know no positions."""
     interleaved: bool = False
     """RoPE rotates pairs of neighbouring dims, rather than dims half a head apart."""
     stored_apart: bool = True
@@ -49,6 +54,8 @@ FAMILIES = {
     "olmo3": Family(name="Olmo3", qk_norm=True, post_norm=True),
     "phi3": Family(name="Phi3", stored_apart=False),
     "glm4": Family(name="Glm4", interleaved=True, post_norm=True, stored_apart=False),
+    "cohere": Family(name="Cohere", qk_norm=True, parallel=True, interleaved=True, stored_apart=False),
+    "cohere2": Family(name="Cohere2", parallel=True, only_sliding_turn=True, interleaved=True, stored_apart=False),
     "gpt_oss": Family(name="GptOss", stored_apart=False),
     "gemma2": Family(name="Gemma2", post_norm=True),
     "gemma3_text": Family(name="Gemma3", qk_norm=True, post_norm=True),
@@ -105,4 +112,18 @@ def turns_alike(config: PreTrainedConfig) -> bool:
     """Whether all dims of the queries and keys of all layers rotate by one list of frequencies."""
     ropes = _ropes(config)
     whole = all(parameters.get("partial_rotary_factor", 1.0) == 1 for parameters in ropes)
-    return len(ropes) == 1 and whole and all(getattr(config, "no_rope_layers", None) or ())
+    return len(ropes) == 1 and whole and not unrotated_layers(config)
+
+
+def unrotated_layers(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Layers whose queries and keys know no positions."""
+    layers = range(config.num_hidden_layers)
+    if family_of(config).only_sliding_turn:
+        return tuple(i for i in layers if config.sliding_window is None or config.layer_types[i] != SLIDING)
+    turned = getattr(config, "no_rope_layers", None)  # 0 is a layer without RoPE
+    return tuple(i for i in layers if turned and not turned[i])
+
+
+def norms_heads(config: PreTrainedConfig) -> bool:
+    """Whether queries and keys pass a norm, which needs all dims of a head."""
+    return family_of(config).qk_norm and bool(getattr(config, "use_qk_norm", True))

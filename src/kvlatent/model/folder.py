@@ -83,7 +83,11 @@ class Shape(BaseModel):
     head_dim: Annotated[int, Field(ge=2, le=2**16, multiple_of=2)] | None = None
     max_position_embeddings: Count
     sliding_window: Count | None = None
-    rms_norm_eps: Annotated[float, Field(ge=0, le=1)]
+    rms_norm_eps: Annotated[float, Field(ge=0, le=1)] = 0
+    layer_norm_eps: Annotated[float, Field(ge=0, le=1)] = 0
+    attn_logit_softcapping: Annotated[float, Field(gt=0)] | None = None
+    final_logit_softcapping: Annotated[float, Field(gt=0)] | None = None
+    logit_scale: float = 1
     tie_word_embeddings: bool
     rope_parameters: dict[str, Rope] | dict[str, dict[str, Rope]]
     dtype: Annotated[Any, AfterValidator(_of_weights)] = None

@@ -10,7 +10,7 @@ from transformers import initialization as init
 
 from kvlatent.errors import UserError
 from kvlatent.model.config import CONFIGS, OF_THE_CLASS
-from kvlatent.model.families import PREFIX, family_of
+from kvlatent.model.families import PREFIX, family_of, unrotated_layers
 from kvlatent.model.folder import head_is_tied
 from kvlatent.model.models import MODELS
 from kvlatent.model.rope import LatentRotaryEmbedding, frequencies_of
@@ -86,7 +86,6 @@ def identity_spec(teacher: PreTrainedModel) -> LatentSpec:
     by_type = not hasattr(rotary, "inv_freq")  # layers with a sliding window have their own
     inv_freq, scaling = frequencies_of(rotary, head_dim, "full_attention" if by_type else None)
     sliding_inv_freq, sliding_scaling = frequencies_of(rotary, head_dim, SLIDING) if by_type else ((), 1.0)
-    turns = getattr(config, "no_rope_layers", None) or [1] * config.num_hidden_layers  # 0 is a layer without RoPE
     return LatentSpec(
         preset="none",
         head_dim=head_dim,
@@ -99,7 +98,7 @@ def identity_spec(teacher: PreTrainedModel) -> LatentSpec:
         rope_scaling=scaling,
         sliding_inv_freq=sliding_inv_freq,
         sliding_rope_scaling=sliding_scaling,
-        unrotated=tuple(index for index, turned in enumerate(turns) if not turned),
+        unrotated=unrotated_layers(config),
     )
 
 

@@ -125,7 +125,8 @@ def embedded(model: PreTrainedModel, ids: Int[Tensor, "batch seq"]) -> Tensor:
 
 def before_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Final hidden states (…, hidden) whose product with the output head is the logits, before a soft cap."""
-    return hidden / getattr(model.config, "logits_scaling", 1.0)
+    config = model.config
+    return hidden * (getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0))
 
 
 def output_cap(model: PreTrainedModel) -> float | None:

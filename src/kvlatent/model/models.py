@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import (
     Cache,
+    Cohere2ForCausalLM,
+    CohereForCausalLM,
     DynamicCache,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -35,6 +37,8 @@ from kvlatent.model.attention import LatentAttention, check_implementation
 from kvlatent.model.cache import LatentCache, write_in_place
 from kvlatent.model.compatibility import CACHE, CACHE_NAMES, check_itself, is_tested
 from kvlatent.model.config import (
+    KVLatentCohere2Config,
+    KVLatentCohereConfig,
     KVLatentGemma2Config,
     KVLatentGemma3TextConfig,
     KVLatentGlm4Config,
@@ -237,6 +241,18 @@ class KVLatentGlm4ForCausalLM(KVLatentForCausalLM, Glm4ForCausalLM):
     config_class = KVLatentGlm4Config
 
 
+class KVLatentCohereForCausalLM(KVLatentForCausalLM, CohereForCausalLM):
+    """A converted Cohere."""
+
+    config_class = KVLatentCohereConfig
+
+
+class KVLatentCohere2ForCausalLM(KVLatentForCausalLM, Cohere2ForCausalLM):
+    """A converted Cohere 2."""
+
+    config_class = KVLatentCohere2Config
+
+
 class KVLatentGptOssForCausalLM(KVLatentForCausalLM, GptOssForCausalLM):
     """A converted gpt-oss."""
 
@@ -267,6 +283,8 @@ MODELS: dict[str, type[PreTrainedModel]] = {
     "granite": KVLatentGraniteForCausalLM,
     "olmo2": KVLatentOlmo2ForCausalLM,
     "olmo3": KVLatentOlmo3ForCausalLM,
+    "cohere": KVLatentCohereForCausalLM,
+    "cohere2": KVLatentCohere2ForCausalLM,
     "gpt_oss": KVLatentGptOssForCausalLM,
     "gemma2": KVLatentGemma2ForCausalLM,
     "gemma3_text": KVLatentGemma3ForCausalLM,

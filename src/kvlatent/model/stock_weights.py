@@ -41,11 +41,13 @@ def unfused(weights: dict[str, Tensor], config: PreTrainedConfig, *, head_dim: i
         else:
             split[name] = value
     if family.interleaved or rotated < head_dim:
-        assert not family.qk_norm  # its weights would have to move too
         order = rotary_order(head_dim, rotated, interleaved=family.interleaved)
         for name, value in split.items():
-            if name.split(".")[-2] in ("q_proj", "k_proj"):
+            of = name.split(".")[-2]
+            if of in ("q_proj", "k_proj"):
                 split[name] = value.unflatten(0, (-1, head_dim))[:, order.to(value.device)].flatten(0, 1)
+            elif of in ("q_norm", "k_norm"):  # of one head, of each, or of all
+                split[name] = value.reshape(-1, head_dim)[:, order.to(value.device)].view_as(value)
     return split
 
 
