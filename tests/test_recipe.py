@@ -20,6 +20,7 @@ from kvlatent.cli import recipe_measures, recipe_sizes
 from kvlatent.data.blocks import TokenBlocks
 from kvlatent.errors import UserError
 from kvlatent.evaluation.config import NEAR_ONLY
+from kvlatent.evaluation.joined import joined_scores, joined_text, rolling
 from kvlatent.evaluation.needle import needle
 from kvlatent.evaluation.tasks import TaskScore
 from kvlatent.model.checkpoints import RECORD, load_model
@@ -244,7 +245,9 @@ def test_a_recipe_asks_for_needle_retrieval_and_tasks_as_eval_does(
 
     monkeypatch.setattr(recipe_measures, "lm_eval_tasks", answered)
     monkeypatch.setattr(recipe_sizes, "find_tasks", lambda _: None)
+    (tmp_path / "whole.txt").write_text(" ".join(map(str, range(400))))
     asked = {
+        "joined": {"text": [f"{tmp_path}/whole.txt"], "length": 128, "stride": 96},
         "needle": {"contexts": [320, 640], "depths": 2, "trials": 4},
         "retrieval": {"contexts": [640], "trials": 2},
         "tasks": {"names": ["letters"], "limit": 10},
@@ -261,7 +264,12 @@ def test_a_recipe_asks_for_needle_retrieval_and_tasks_as_eval_does(
     scores = [results["retrieval"]["models"][x]["needles 640"]["log_probability"] for x in ("student", "teacher")]
     assert tested["difference"] == pytest.approx(scores[0] - scores[1])
     assert results["tasks"]["paired"]["letters"]["acc"]["kept"] == pytest.approx(0.75)
+    text = joined_text([f"{tmp_path}/whole.txt"], tokenizer, vocab_size=300)
+    told = joined_scores(rolling(student, text, length=128, stride=96), text)
+    assert {key: results["joined"]["models"]["student"][key] for key in told} == told
+    assert results["joined"]["models"]["teacher"]["perplexity_ratio"] == 1
     page = (tmp_path / "run" / "report.html").read_text()
+    assert "windows of 128 tokens that advance by 96" in page
     assert "Needle found, student" in page and "<h2>Tasks</h2>" in page and "75.0 %" in page
     capsys.readouterr()
     asked["needle"]["contexts"] = [640]
@@ -418,6 +426,9 @@ def test_bad_recipe_gives_one_line_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("entry", "value", "said"),
     [
+        ("joined", {"text": ["{used}"], "length": 64}, "evaluate on other text"),
+        ("joined", {"text": ["none.txt"], "length": 701}, "joined: windows: 701 tokens exceed the 700 positions"),
+        ("joined", {"text": ["none.txt"], "length": 64, "stride": 65}, "joined: Value error, windows of 64 tokens"),
         ("needle", {"contexts": [320], "depths": 5, "trials": 4}, "needle: Value error, every one of 5 depths needs"),
         ("needle", {"contexts": [], "trials": 5}, "needle.contexts"),
         ("needle", {"contexts": [320, 100], "trials": 5}, "needle: facts and question alone need"),
@@ -434,6 +445,8 @@ def test_bad_recipe_gives_one_line_and_leaves_nothing(
 def test_a_question_that_cannot_be_asked_is_told_before_the_first_step(
     roomy: dict[str, Any], tmp_path: Path, entry: str, value: dict[str, Any], said: str
 ) -> None:
+    if value.get("text") == ["{used}"]:
+        value = value | {"text": roomy["calibration"]["text"]}
     with pytest.raises(UserError, match=re.escape(said)):
         pipeline.run(write(roomy | {entry: value}, tmp_path / "bad.yaml"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -29,6 +29,7 @@ from kvlatent.errors import UserError
 from kvlatent.evaluation.config import LEAST_FAR_BLOCK, NEAR_ONLY
 from kvlatent.evaluation.evaluate import scores_of
 from kvlatent.evaluation.far import near_only_perplexity
+from kvlatent.evaluation.joined import joined_text
 from kvlatent.evaluation.perplexity import Perplexity, perplexity
 from kvlatent.evaluation.report.page import write_report
 from kvlatent.evaluation.report.text import model_card
@@ -286,8 +287,12 @@ class _Run:
         if recipe.training is not None and (tokens := self._training_tokens(recipe.training)):
             # Another order than calibration's, so that healing sees other text of the same sources.
             used["training"] = made("training", recipe.training, tokens, recipe.seed + 1)
+        judged = [held_out]
+        if recipe.joined is not None:
+            judged.append(joined_text(recipe.joined.text, self.tokenizer, vocab_size=self.config.vocab_size).blocks)
         for blocks_used in used.values():
-            check_held_out(blocks_used.fingerprints, held_out)
+            for text in judged:
+                check_held_out(blocks_used.fingerprints, text)
         _write_recipe(recipe, self.out / "recipe.yaml")
         write_json(self.out / "record.json", environment() | {"commit": commit()})
         for name, blocks_used in used.items():

@@ -108,6 +108,22 @@ class Bench(Kept):
     new_tokens: Count
 
 
+class Joined(Entry):
+    """A whole text, documents joined in their order, in windows, as `eval --joined` measures it."""
+
+    text: list[str] = Field(min_length=1)
+    length: Count
+    """Tokens of a window."""
+    stride: Count | None = None
+    """Tokens by which windows advance; their length by default."""
+
+    @model_validator(mode="after")
+    def _windows_meet(self) -> Joined:
+        if self.stride is not None and self.stride > self.length:
+            raise ValueError(f"windows of {self.length} tokens can't advance by {self.stride}")
+        return self
+
+
 class Needle(Entry):
     """A code hidden in filler, as `eval --needle` asks for it, by length of the text and depth in it."""
 
@@ -168,6 +184,7 @@ class Recipe(Entry):
     students: list[Student] = Field(min_length=1)
     diagnose: bool = False
     """Whether the first student is diagnosed beside the teacher, as `eval --diagnose` does."""
+    joined: Joined | None = None
     needle: Needle | None = None
     retrieval: Retrieval | None = None
     tasks: Tasks | None = None

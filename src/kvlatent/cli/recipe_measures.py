@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.cli.recipe_file import Recipe
-from kvlatent.data.blocks import TokenBlocks
+from kvlatent.data.blocks import TokenBlocks, check_held_out
 from kvlatent.evaluation.bench import benchmark
 from kvlatent.evaluation.diagnose import beside, diagnose, material_of
 from kvlatent.evaluation.generate import complete
+from kvlatent.evaluation.joined import joined_scores, joined_text, rolling
 from kvlatent.evaluation.needle import needles
 from kvlatent.evaluation.retrieval import retrievals
 from kvlatent.evaluation.tasks import Samples, lm_eval_tasks, paired
+from kvlatent.model.checkpoints import record_of
 
 
 class Pair(NamedTuple):
@@ -36,6 +38,17 @@ def _diagnose(pair: Pair) -> Any:
     )
     material.check_held_out(pair.folder)
     return beside({name: diagnose(model, material) for name, model in pair.models.items()})
+
+
+def _joined(pair: Pair) -> Any:
+    asked = pair.recipe.joined
+    assert asked is not None
+    text = joined_text(asked.text, pair.tokenizer, vocab_size=pair.models["teacher"].config.vocab_size)
+    check_held_out(record_of(pair.folder).get("fingerprints", ()), text.blocks)
+    stride = asked.length if asked.stride is None else asked.stride
+    rolled = {name: rolling(model, text, length=asked.length, stride=stride) for name, model in pair.models.items()}
+    scores = {name: joined_scores(found, text, rolled["teacher"]) for name, found in rolled.items()}
+    return {"text": asked.text, "length": asked.length, "stride": stride, "models": scores}
 
 
 def _needle(pair: Pair) -> Any:
@@ -106,6 +119,7 @@ class Measure(NamedTuple):
 
 MEASURES: dict[str, Measure] = {
     "diagnose": Measure(_diagnose, "diagnose.json", dict[str, Any]),
+    "joined": Measure(_joined, "joined.json", dict[str, Any]),
     "needle": Measure(_needle, "needle.json", dict[str, Any]),
     "retrieval": Measure(_retrieval, "retrieval.json", dict[str, Any]),
     "tasks": Measure(_tasks, "tasks.json", dict[str, Any]),

@@ -97,6 +97,8 @@ def _check_positions(recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTra
         if not tokens:
             raise UserError(f"generate: the prompt {prompt!r} has no tokens")
         lengths[f"generate: {prompt[:20]!r}"] = tokens + recipe.generate.max_new_tokens
+    if recipe.joined is not None:
+        lengths["joined: windows"] = recipe.joined.length
     for name, asked in (("needle", recipe.needle), ("retrieval", recipe.retrieval)):
         if asked is not None:
             lengths[f"{name}: contexts"] = max(asked.contexts)

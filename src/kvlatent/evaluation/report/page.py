@@ -92,6 +92,11 @@ def _run_context(run: Run) -> dict[str, Any]:
         "quality": [*figures.perplexity_bars(results)],
         "diagnose": results.diagnose,
         "entropy": [*figures.entropy_figures(results)],
+        "joined": results.joined,
+        "joined_cells": {
+            name: [perplexity_cell(score), score_ratio(score, results.joined.models.get("teacher", Score()))]
+            for name, score in results.joined.models.items()
+        },
         "needle": [
             (f"{length:,}", [needle_cells(results.needle[model][length]) for model in ("teacher", "student")])
             for length in results.needle.get("student", {})

@@ -40,6 +40,13 @@ class Score(_Section):
     far_share: float | None = None
 
 
+class JoinedScore(Score):
+    """Quality of one model on a whole text."""
+
+    tokens: int | None = None
+    word_perplexity: float | None = None
+
+
 class _Evaluate(_Section):
     text: list[str] | str = []
     tokens: int | None = None
@@ -99,6 +106,15 @@ class Diagnosis(_Section):
     ratio_by_source: dict[str, _Ratio] = {}
 
 
+class _Joined(_Section):
+    """Perplexity of a whole text in windows of `length` tokens that advance by `stride`."""
+
+    text: list[str] = []
+    length: int | None = None
+    stride: int | None = None
+    models: dict[str, JoinedScore] = {}
+
+
 class _AtDepth(_Section):
     depth: tuple[float, float]
     trials: int = 0
@@ -150,6 +166,7 @@ class Results(_Section):
     seconds: dict[str, float] = {}
     evaluate: _Evaluate = _Evaluate()
     diagnose: dict[str, Diagnosis] = {}
+    joined: _Joined = _Joined()
     needle: dict[str, dict[int, NeedleScore]] = {}
     """By model and length."""
     retrieval: Answers = Answers()
