@@ -21,7 +21,9 @@ from unittest.mock import patch
 from tqdm import tqdm
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["kvlatent.cli", "kvlatent.cli.recipe", "kvlatent.serving.launch"])
+FORK.set_forkserver_preload(
+    ["kvlatent.cli", "kvlatent.cli.recipe", "kvlatent.evaluation.evaluate", "kvlatent.serving.launch"]
+)
 
 
 def run(argv: list[str], root: Path, *, copies: Path | None = None) -> tuple[int, str]:

@@ -40,6 +40,8 @@ def command(name: str, folder: Path) -> tuple[Callable[[Path], list[str]], str, 
     healing = ["heal", f"{folder}/student", "--teacher", f"{folder}/teacher", *text, "--stage1-tokens", "64"]
     healing += ["--stage2-tokens", "64", "--lora-rank", "2"]
     export, keeping = ["export", f"{folder}/student", "--to"], ["--adapters", "save", "--stream-layers"]
+    judged = ["eval", f"{folder}/student", "--against", f"{folder}/teacher", "--text", f"{folder}/other.txt"]
+    judged += ["--block-size", "32"]
     commands: dict[str, tuple[list[str], str, dict[str, Any]]] = {
         "calibrate": (["calibrate", f"{folder}/teacher", *calibration], "stats", {}),
         "convert": (["convert", f"{folder}/teacher", *calibration, *dims], "student", {}),
@@ -50,6 +52,7 @@ def command(name: str, folder: Path) -> tuple[Callable[[Path], list[str]], str, 
         ),
         "heal": (healing, "healed", {"again": ["--resume"]}),
         "heal, streamed": ([*healing, *keeping], "healed", {"again": ["--resume"]}),
+        "eval": ([*judged, "--tokens", "64", "--joined", "--diagnose"], "scores", {}),
         "export stock": ([*export, "stock"], "stock", {}),
         "export gguf": ([*export, "gguf"], "model.gguf", {}),
         "run": (["run", f"{folder}/tiny.yaml"], "run", {"grows": True}),
@@ -63,7 +66,7 @@ def some(count: int) -> Iterable[int]:
     return (at for at in (1, count // 2, count - 5, count - 2, count) if at > 0)
 
 
-@pytest.mark.parametrize("name", ["export gguf", "heal", "convert, one layer at a time"])
+@pytest.mark.parametrize("name", ["eval", "export gguf", "heal", "convert, one layer at a time"])
 def test_a_kill_at_some_file_events_loses_nothing(name: str, folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
@@ -75,7 +78,7 @@ def test_a_kill_at_some_file_events_loses_nothing(name: str, folder: Path, tmp_p
 @pytest.mark.parametrize(
     "name",
     [
-        *("calibrate", "convert", "convert, one layer at a time", "heal", "heal, streamed"),
+        *("calibrate", "convert", "convert, one layer at a time", "eval", "heal", "heal, streamed"),
         *("export stock", "export gguf", "run"),
     ],
 )

@@ -26,6 +26,11 @@ class Eval(Command):
 
         return evaluate(self.config, **self.common.place())
 
+    def how_to_resume(self) -> str:
+        if self.config.out is None:
+            return "nothing was written; with --out the same command goes on"
+        return "run the same command again to go on"
+
     def table(self, result: dict[str, Any]) -> str:
         from kvlatent.evaluation.report.text import models_table, paired_text
 

@@ -75,6 +75,8 @@ class EvalConfig:
     what is left of it; --against keeps all."""
     keep: Keep = None
     """Share of tokens that --policy keeps; of a student with a window, of those beyond window and sinks."""
+    out: OptionalFolder = None
+    """A new folder for eval.json; interrupted, the same command goes on with what isn't measured yet."""
 
     def __post_init__(self) -> None:
         if not (self.text or self.needle or self.retrieval or self.tasks):
