@@ -1,4 +1,5 @@
-"""llama.cpp's own tools on our files: perplexity by llama-perplexity beside ours, also of what llama-quantize makes.
+"""llama.cpp's own tools on our files: perplexity by llama-perplexity beside ours, also of what llama-quantize makes,
+and of caches in 8 and 4 bits.
 
     python benchmarks/llama_perplexity.py LLAMA_CPP/build/bin smollm2 student
 
@@ -34,13 +35,15 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
     return torch.stack(nll).mean().exp().item()
 
 
-def by_llama_cpp(tools: Path, path: Path, text: Path) -> float:
-    """The last line of the tool's report."""
+def by_llama_cpp(tools: Path, path: Path, text: Path, cache: str) -> dict[str, float]:
+    """The last line of the tool's report, and the MiB of its cache."""
     command = [str(tools / "llama-perplexity"), "-m", str(path), "-f", str(text), "-c", str(CHUNK)]
-    command += ["--chunks", str(CHUNKS), "-t", "2"]
+    command += ["--chunks", str(CHUNKS), "-b", str(CHUNK), "-t", "2", "-fa", "on", "-ctk", cache, "-ctv", cache]
     done = subprocess.run(command, capture_output=True, text=True)
-    [found] = re.findall(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
-    return float(found)
+    told = done.stdout + done.stderr
+    [found] = re.findall(r"Final estimate: PPL = ([\d.]+)", told)
+    sizes = re.findall(r"KV buffer size = +([\d.]+) MiB", told)
+    return {"llama.cpp": float(found), "cache_mib": sum(map(float, sizes))}
 
 
 def main(tools: Path, *names: str) -> None:
@@ -53,14 +56,19 @@ def main(tools: Path, *names: str) -> None:
             model, tokenizer = load_model(name, device="cpu", dtype="float32")
             ours = perplexity(model, tokenizer, text)
 
-            def report(path: Path, kind: str, ours: float = ours, name: str = name, folder: Path = folder) -> None:
-                theirs = by_llama_cpp(tools, path, folder / "text")
-                found = {"model": name, "file": kind, "mb": round(path.stat().st_size / 1e6), "llama.cpp": theirs}
-                print(json.dumps(found | {"ours": round(ours, 4), "ratio": round(theirs / ours, 5)}), flush=True)
+            def report(
+                path: Path, kind: str, cache: str = "f16", ours: float = ours, name: str = name, folder: Path = folder
+            ) -> None:
+                theirs = by_llama_cpp(tools, path, folder / "text", cache)
+                found = {"model": name, "file": kind, "mb": round(path.stat().st_size / 1e6), "cache": cache} | theirs
+                ratio = round(theirs["llama.cpp"] / ours, 5)
+                print(json.dumps(found | {"ours": round(ours, 4), "ratio": ratio}), flush=True)
 
             for kind in ("f32", "f16", "bf16", "q8_0"):
                 export_gguf(model, tokenizer, folder / kind, file_type=kind)
                 report(folder / kind, kind)
+            for cache in ("q8_0", "q4_0"):
+                report(folder / "f16", "f16", cache)
             for kind in ("Q8_0", "Q4_K_M"):
                 subprocess.run(
                     [tools / "llama-quantize", folder / "f16", folder / kind, kind], check=True, capture_output=True
