@@ -140,6 +140,8 @@ def test_eval_judges_the_policy_beside_all_tokens(folder: Path, capsys: pytest.C
     assert cli.main([*argv, "--keep", "0.2"]) == 0
     told_of = capsys.readouterr().out
     assert f"{model} (snapkv 0.2)" in told_of and "text: 19.9% of all tokens kept\n" in told_of
+    assert cli.main(["eval", model, "--needle", "--policy", "tova", "--keep", "0.2"]) == 0
+    assert "needle 1024: 20.0% of all tokens kept\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ class Eval(Command):
 
         quantities = ("perplexity", "perplexity_stderr", "perplexity_at", "bits_per_byte")
         blocks = [side_by_side(result, (*quantities, "joined", "needle", "retrieval", "tasks", "diagnose"))]
-        if kept := kept_text({"text": result, **result.get("retrieval", {})}):
-            blocks.append(kept)
+        needles = {f"needle {context}": found for context, found in result.get("needle", {}).items()}
+        blocks.append(kept_text({"text": result, **needles, **result.get("retrieval", {})}))
         if "near_only" in result:
             rows = {"teacher": result["against"], result["near_only"]["model"]: result["near_only"], "student": result}
             blocks.append(models_table(rows))
