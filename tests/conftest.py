@@ -50,6 +50,15 @@ MULTIPLIERS = {
 }  # fmt: skip
 ROPES = {"rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 1e3}}}
 GROWING = YARN | {"original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.5}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 2.0, 3.0, 5.0, 8.0, 13.0],
+    "original_max_position_embeddings": 200,
+}
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
 CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 9.0}
 ALTERNATING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
@@ -60,6 +69,7 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-llama3-rope": ("llama", GQA | {"rope_parameters": LLAMA3}),
     "llama-yarn": ("llama", GQA | {"rope_parameters": YARN}),
     "llama-biases": ("llama", GQA | {"attention_bias": True, "mlp_bias": True}),
+    "llama-dynamic": ("llama", GQA | {"rope_parameters": DYNAMIC}),
     "mistral": ("mistral", GQA | {"sliding_window": 6}),
     "mistral-mha": ("mistral", MHA | {"sliding_window": None}),
     "qwen2": ("qwen2", GQA),
@@ -73,6 +83,7 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", GQA),
     "olmo3": ("olmo3", GQA | ALTERNATING | ROPES),
     "phi3": ("phi3", GQA | {"rope_parameters": PARTIAL}),
+    "phi3-longrope": ("phi3", GQA | {"rope_parameters": LONG, "original_max_position_embeddings": 200}),
     "phi3-whole": ("phi3", GQA),
     "glm4": ("glm4", GQA | {"attention_bias": True}),
     "cohere": ("cohere", GQA | {"use_qk_norm": True, "logit_scale": 0.5}),
@@ -84,7 +95,7 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", GQA | EXPERTS | {"moe_intermediate_size": 24, "mlp_only_layers": [0]}),
 }
 """Family and what is special, by name; the plain family names have grouped heads."""
-ON_ENGINES = [name for name, (family, _) in TEACHERS.items() if FAMILIES[family].on_engines]
+ON_ENGINES = [name for name, (family, _) in TEACHERS.items() if FAMILIES[family].on_engines and name != "llama-dynamic"]
 
 
 @cache

@@ -32,6 +32,7 @@ from kvlatent.compose.policy import LEAST, Policy, chosen
 from kvlatent.errors import UserError
 from kvlatent.model.cache import cache_bytes
 from kvlatent.model.compatibility import CACHE
+from kvlatent.model.graft import spec_of
 from kvlatent.model.layers import hooks
 from kvlatent.model.window import FarMaps
 from kvlatent.model.window_cache import WindowLayer
@@ -559,9 +560,14 @@ def test_keys_before_rope_are_those_that_rope_turns(
         logits(model, text[:1, :9], cache, position_ids=positions.long())
     still, rotated = (cache.layers[0].keys for cache in caches)  # layer 0 has seen no other layer
     places = torch.arange(9).expand(1, still.shape[1], -1)
-    scaling = observer.attention(0).rope_scaling  # of keys at position 0 too
+    scaling = spec_of(observer.model).rope_scaling  # of keys at position 0 too
     torch.testing.assert_close(turned(observer, 0, still, places), scaling * rotated, **CLOSE)
     torch.testing.assert_close(turned(observer, 0, rotated, places, back=True) * scaling, still, **CLOSE)
+
+
+def test_keys_whose_rope_depends_on_the_length_are_not_turned_back(tiny_teacher: Models) -> None:
+    with pytest.raises(UserError, match=r"spindle turns keys back .* depend on this model's input's length"):
+        SpindleKV(keep=0.9).cache(tiny_teacher("llama-dynamic"))
 
 
 @pytest.mark.parametrize("kind", BEFORE_ROPE)

@@ -94,6 +94,15 @@ def test_families_that_no_engine_knows_run_on_transformers_alone(
             refuses(what)
 
 
+def test_frequencies_that_depend_on_the_length_run_on_transformers_alone(
+    tiny_student: Callable[..., PreTrainedModel],
+) -> None:
+    config = tiny_student("llama-dynamic").config
+    assert engine_names(config) == ["transformers + kvlatent"]
+    with pytest.raises(UserError, match="this model's depend on the length of the input"):
+        check_stock(config)
+
+
 def test_each_engine_caches_what_it_is_said_to(tiny_student: Callable[..., PreTrainedModel]) -> None:
     config = tiny_student("llama", "portable", 8, 4).config
     sizes = {(route.engine, route.form): route.cache_bytes_per_token(2, 1) for route in routes(config)}

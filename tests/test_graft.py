@@ -141,11 +141,52 @@ def test_what_our_attention_cannot_compute_is_refused(tiny_teacher: Callable[[st
         graft(teacher)
 
 
-def test_rope_that_depends_on_the_length_is_refused(tiny_teacher: Callable[[str], PreTrainedModel]) -> None:
+def test_rope_of_an_unknown_type_or_that_one_type_of_layers_adapts_to_the_length_is_refused(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+) -> None:
     teacher = tiny_teacher("llama")
-    teacher.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    with pytest.raises(UserError, match="rope_type 'dynamic' is not supported; supported are default, linear"):
+    teacher.config.rope_parameters = {"rope_type": "spiral", "rope_theta": 1e4}
+    with pytest.raises(UserError, match="rope_type 'spiral' is not supported; supported are default, linear"):
         graft(teacher)
+    teacher = tiny_teacher("olmo3")
+    teacher.config.rope_parameters["full_attention"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(UserError, match="supported in all layers, not in one type"):
+        graft(teacher)
+
+
+@pytest.mark.parametrize("name", ["llama-dynamic", "phi3-longrope"])
+def test_frequencies_follow_the_length_of_the_input_as_the_teachers_do(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, name: str
+) -> None:
+    teacher = tiny_teacher(name)
+    student, plain = graft(teacher), graft(teacher)
+    plain.model.rotary_emb.lengthened = None
+    for first in (0, 180, 250, 2000, 5):  # of up to 24, 204, 274 and 2,024 positions, and few again
+        positions = torch.arange(first, first + 24)[None]
+        with torch.no_grad():
+            wanted, got, without = (m(ids[:2], position_ids=positions).logits for m in (teacher, student, plain))
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
+        longer = first + 24 > {"llama-dynamic": 256, "phi3-longrope": 200}[name]
+        assert ((without - wanted).abs().max() > 1e-3) == longer
+
+
+def test_longrope_decodes_long_inputs_as_it_reads_them(
+    tiny_student: Callable[..., PreTrainedModel], ids: Tensor, tmp_path: Path
+) -> None:
+    student = tiny_student("phi3-longrope", "windowed")
+    positions = torch.arange(210, 234)[None]
+    with torch.no_grad():
+        whole = student(ids[:2], position_ids=positions, use_cache=False).logits
+        cache = student(ids[:2, :14], position_ids=positions[:, :14], use_cache=True).past_key_values
+        steps = [
+            student(ids[:2, t : t + 1], position_ids=positions[:, t : t + 1], past_key_values=cache).logits
+            for t in range(14, 24)
+        ]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole[:, 14:], rtol=0, atol=1e-4)
+    student.save_pretrained(tmp_path)
+    with torch.no_grad():
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)(ids[:2], position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(loaded, whole, rtol=0, atol=1e-5)
 
 
 def test_a_student_is_not_converted_again(tiny_student: Callable[..., PreTrainedModel]) -> None:

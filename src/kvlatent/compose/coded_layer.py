@@ -13,7 +13,7 @@ from kvlatent.compose.layers import EvictingLayer, Slots, gathered
 from kvlatent.errors import UserError
 from kvlatent.model.buffers import Buffer
 from kvlatent.model.cache import Held, Keys, Others, Values
-from kvlatent.model.rope import rotate
+from kvlatent.model.rope import rotate, turned_back
 
 
 class CodedLayer(EvictingLayer):
@@ -166,5 +166,5 @@ def turned(
     if attention.freq_index is not None:
         at = attention.freq_index[None, :, None].expand(batch, -1, slots, -1)
         cos, sin = (y.expand(-1, heads, -1, -1).gather(-1, at) for y in (cos, sin))
-    x = rotate(x, cos, -sin) / attention.rope_scaling**2 if back else rotate(x, cos, sin)
+    x = (turned_back if back else rotate)(x, cos, sin)
     return (x[..., observer.order] if observer.moved else x).to(keys.dtype)

@@ -17,6 +17,7 @@ from kvlatent.compose.layers import EvictingLayer, EvictingWindowLayer, to_the_r
 from kvlatent.compose.policy import LEAST, Policy, chosen
 from kvlatent.errors import UserError
 from kvlatent.model.cache import write_in_place
+from kvlatent.model.families import rope_by_length
 from kvlatent.model.graft import spec_of
 
 MASKED_BY = ("sdpa", "eager")
@@ -248,6 +249,10 @@ def check_combination(policy: Policy, config: PreTrainedConfig, *, after_rope: b
         raise UserError(
             f"{policy.name} merges keys as they are before RoPE, and this student's are reduced behind it; take "
             "another policy, or a student of --preset portable or paper"
+        )
+    if policy.similar is not None and rope_by_length(config):
+        raise UserError(
+            f"{policy.name} turns keys back to before RoPE, whose frequencies depend on this model's input's length"
         )
     whole = [type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers]
     if not any(whole):

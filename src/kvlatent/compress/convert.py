@@ -127,7 +127,7 @@ def _one_shot(
                 fill(layer.self_attn, whole, *reductions(plan, index, whole, stats), stats)
             if stream is not None:
                 stream.keep(index, layer)
-    student.model.rotary_emb = LatentRotaryEmbedding.of(spec).to(student.device)
+    student.model.rotary_emb = LatentRotaryEmbedding.of(spec, student.config).to(student.device)
     student.config.latent = spec.to_dict()
     return student
 

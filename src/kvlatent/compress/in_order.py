@@ -84,7 +84,7 @@ def convert_in_order(
     whole_arguments, teacher_arguments = (
         [layer_arguments(m, part, size) for part in starts] for m in (student, teacher)
     )
-    student.model.rotary_emb = LatentRotaryEmbedding.of(spec).to(device)
+    student.model.rotary_emb = LatentRotaryEmbedding.of(spec, student.config).to(device)
     reduced_arguments = [layer_arguments(student, part, size) for part in starts]
     generator = torch.Generator().manual_seed(0)
     of_block = min(size, -(-LOGIT_QUERIES // len(ids)))

@@ -13,8 +13,8 @@ from kvlatent.kernels.attention import latent_attention
 from kvlatent.kernels.codes import Codes
 from kvlatent.kernels.cpu_linear import linear_outputs
 from kvlatent.model.compatibility import WITHOUT_EFFECT, refuse_unknown
-from kvlatent.model.rope import query_growth, rotate
-from kvlatent.model.spec import SLIDING, LatentSpec
+from kvlatent.model.rope import query_growth, rotate, turned_back
+from kvlatent.model.spec import LatentSpec
 from kvlatent.model.window import (
     Far,
     FarMaps,
@@ -70,8 +70,6 @@ class LatentAttention(nn.Module):
         self.scale, self.qk_map = spec.scale, spec.qk_map
         self.cap: float | None = getattr(config, "attn_logit_softcapping", None)
         self.turns = layer_idx not in spec.unrotated
-        slides = bool(spec.sliding_inv_freq) and config.layer_types[layer_idx] == SLIDING
-        self.rope_scaling = spec.sliding_rope_scaling if slides else spec.rope_scaling
         cached_keys, cached_values = (dims[layer_idx] for dims in spec.latent_dims)
         self.cached_keys = cached_keys
         rotated = spec.head_dim if spec.qk_map == "after_rope" else cached_keys
@@ -163,7 +161,7 @@ class LatentAttention(nn.Module):
 
     def turned_back(self, x: Float[Tensor, "batch heads seq head_dim"], cos: Tensor, sin: Tensor) -> Tensor:
         """Rotated queries or keys of an unreduced attention as they were before it, by the cos and sin they got."""
-        return rotate(x, cos[:, None], -sin[:, None]) * (1 / self.rope_scaling**2) if self.turns else x
+        return turned_back(x, cos[:, None], sin[:, None]) if self.turns else x
 
     def far_maps(self) -> FarMaps:
         """How tokens are reduced that have left the window."""

@@ -11,8 +11,8 @@ from kvlatent.model.spec import SLIDING
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings whose frequencies don't depend on the length of the input."""
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+"""Kinds of rotary embeddings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +93,24 @@ def family_of(config: PreTrainedConfig) -> Family:
                 "checkpoint or a config of that part alone"
             )
         raise UserError(f"{config.model_type!r} models are not supported; supported are {', '.join(FAMILIES)}")
-    for parameters in _ropes(config):
-        rope = parameters.get("rope_type", "default")
-        one_list = rope == "longrope" and parameters.get("short_factor") == parameters.get("long_factor")  # our exports
-        if rope not in ROPE_TYPES and not one_list:
+    ropes = _ropes(config)
+    for rope in (parameters.get("rope_type", "default") for parameters in ropes):
+        if rope not in ROPE_TYPES:
             raise UserError(f"rope_type {rope!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
+    if len(ropes) > 1 and any(map(_by_length, ropes)):
+        raise UserError("frequencies that depend on the input's length are supported in all layers, not in one type")
     return family
+
+
+def rope_by_length(config: PreTrainedConfig) -> bool:
+    """Whether RoPE's frequencies depend on the length of the input."""
+    return any(map(_by_length, _ropes(config)))
+
+
+def _by_length(parameters: dict[str, Any]) -> bool:
+    rope = parameters.get("rope_type")
+    lists = parameters.get("short_factor"), parameters.get("long_factor")  # alike in our exports
+    return rope == "dynamic" or (rope == "longrope" and lists[0] != lists[1])
 
 
 def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
@@ -112,7 +124,7 @@ def turns_alike(config: PreTrainedConfig) -> bool:
     """Whether all dims of the queries and keys of all layers rotate by one list of frequencies."""
     ropes = _ropes(config)
     whole = all(parameters.get("partial_rotary_factor", 1.0) == 1 for parameters in ropes)
-    return len(ropes) == 1 and whole and not unrotated_layers(config)
+    return len(ropes) == 1 and whole and not unrotated_layers(config) and not rope_by_length(config)
 
 
 def unrotated_layers(config: PreTrainedConfig) -> tuple[int, ...]:

@@ -128,7 +128,7 @@ def graft(teacher: PreTrainedModel, *, share: bool = False) -> PreTrainedModel:
     student.load_state_dict({name: value if share else value.clone() for name, value in stock.items()}, assign=True)
     if hasattr(teacher.model.embed_tokens, "embed_scale"):  # which is no part of the state
         student.model.embed_tokens.embed_scale = teacher.model.embed_tokens.embed_scale.clone()
-    student.model.rotary_emb = LatentRotaryEmbedding.of(spec).to(teacher.device)
+    student.model.rotary_emb = LatentRotaryEmbedding.of(spec, config).to(teacher.device)
     student.tie_weights()
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.requires_grad_(True).eval()

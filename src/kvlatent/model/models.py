@@ -299,4 +299,4 @@ def set_spec(model: PreTrainedModel, spec: LatentSpec) -> None:
     model.config.latent = spec.to_dict()
     for index, layer in enumerate(model.model.layers):
         layer.self_attn = LatentAttention(model.config, index, layer.self_attn, spec)
-    model.model.rotary_emb = LatentRotaryEmbedding.of(spec).to(model.device)
+    model.model.rotary_emb = LatentRotaryEmbedding.of(spec, model.config).to(model.device)

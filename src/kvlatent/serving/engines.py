@@ -11,7 +11,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 
 from kvlatent.errors import UserError
-from kvlatent.model.families import FAMILIES, family_of
+from kvlatent.model.families import FAMILIES, family_of, rope_by_length
 from kvlatent.model.graft import cached_dims, spec_in
 from kvlatent.model.spec import bytes_per_token
 from kvlatent.serving.export.vllm import CPU_HEAD_SIZES, Backend, cache_widths, check_windowless, gpu_backend
@@ -251,6 +251,11 @@ def _check_family(config: PreTrainedConfig) -> None:
         known = ", ".join(other.name for other in FAMILIES.values() if other.on_engines)
         raise UserError(
             f"exports and the plugin for vLLM know {known}, not {family.name}, which runs on transformers with kvlatent"
+        )
+    if rope_by_length(config):
+        raise UserError(
+            "exports and the plugin for vLLM rotate by one list of frequencies, and this model's depend on the length "
+            "of the input; it runs on transformers with kvlatent"
         )
 
 
