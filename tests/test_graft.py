@@ -126,6 +126,8 @@ def test_other_architectures_are_refused_with_the_list_of_supported_ones() -> No
     [
         ("deepseek_v3", r"'deepseek_v3' models have multi-head latent attention .* one latent"),
         ("glm_moe_dsa", r"'glm_moe_dsa' models have multi-head latent attention .* one latent"),
+        ("qwen3_next", r"'qwen3_next' models have layers of linear attention"),
+        ("qwen3_5", r"'qwen3_5' models have layers of linear attention"),
         ("mistral4", r"'mistral4' models have multi-head latent attention .* one latent"),
     ],
 )

@@ -62,6 +62,9 @@ FAMILIES = {
 }
 """Family by the `model_type` of the stock config."""
 
+LINEAR = "linear_attention"
+"""What transformers calls layers that keep a state instead of keys and values, in `layer_types`."""
+
 REFUSED = {
     "use_bidirectional_attention": "attention in both directions",
 }
@@ -86,6 +89,12 @@ def family_of(config: PreTrainedConfig) -> Family:
             raise UserError(
                 f"{config.model_type!r} models have multi-head latent attention (MLA): they cache one latent for all "
                 "heads already, so there are no keys and values per head to reduce"
+            )
+        inner = getattr(config, "text_config", config)
+        if LINEAR in (getattr(inner, "layer_types", None) or ()):
+            raise UserError(
+                f"{config.model_type!r} models have layers of linear attention, which keep one state instead of keys "
+                "and values, beside layers of attention; such models are not supported"
             )
         if (text := getattr(getattr(config, "text_config", None), "model_type", None)) in FAMILIES:
             raise UserError(
