@@ -204,8 +204,7 @@ def _needle_map(
         size = 8 if len(lengths) < 9 and len(depths) < 13 else 5
         for row, across in enumerate(shares):
             for column, share in enumerate(across):
-                on_light = share > 0.6
-                colour = "#000000" if on_light else "#ffffff"
+                colour = "#000000" if share > 0.6 else "#ffffff"  # on yellow and on blue
                 ax.text(column, row, f"{100 * share:.0f} %", ha="center", va="center", color=colour, fontsize=size)
         ax.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         ax.set_yticks(range(len(depths)), [f"{100 * low:.0f}–{100 * high:.0f} %" for low, high in depths])
