@@ -62,6 +62,13 @@ LONG = {
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
 CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 9.0}
 ALTERNATING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", GQA),
@@ -90,6 +97,7 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere-mha-plain": ("cohere", MHA | {"attention_bias": True}),
     "cohere2": ("cohere2", GQA | {"logit_scale": 0.5, **ALTERNATING}),
     "gpt_oss": ("gpt_oss", GQA | {**ALTERNATING, **EXPERTS, "rope_parameters": YARN | {"truncate": False}}),
+    "qwen3_5_text": ("qwen3_5_text", GQA | LINEAR),
     "gemma2": ("gemma2", GQA | {"query_pre_attn_scalar": 9, **ALTERNATING, **CAPS}),
     "gemma3_text": ("gemma3_text", GQA | {"query_pre_attn_scalar": 9, **ALTERNATING, **ROPES}),
     "qwen3_moe": ("qwen3_moe", GQA | EXPERTS | {"moe_intermediate_size": 24, "mlp_only_layers": [0]}),

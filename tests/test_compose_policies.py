@@ -32,6 +32,7 @@ from kvlatent.compose.policy import LEAST, Policy, chosen
 from kvlatent.errors import UserError
 from kvlatent.model.cache import cache_bytes
 from kvlatent.model.compatibility import CACHE
+from kvlatent.model.families import linear_layers
 from kvlatent.model.graft import spec_of
 from kvlatent.model.layers import hooks
 from kvlatent.model.window import FarMaps
@@ -131,6 +132,10 @@ def test_received_attention_is_that_of_eager_maps(any_teacher: PreTrainedModel, 
     ids, layer_types = text[:, :40], getattr(any_teacher.config, "layer_types", None)
     if any_teacher.config.model_type == "mistral" and any_teacher.config.sliding_window:
         with pytest.raises(UserError, match="sliding window"):
+            Spy().cache(any_teacher)
+        return
+    if linear_layers(any_teacher.config):
+        with pytest.raises(UserError, match="linear attention"):
             Spy().cache(any_teacher)
         return
     if eager:

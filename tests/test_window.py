@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 
 from kvlatent.kernels import segment
 from kvlatent.model import window as window_module
+from kvlatent.model.attention import attentions
 from kvlatent.model.cache import LatentCache, cache_bytes
+from kvlatent.model.families import linear_layers
 from kvlatent.model.graft import graft, identity_spec, spec_of
 from kvlatent.model.models import set_spec
 from kvlatent.model.spec import LatentSpec
@@ -42,11 +44,11 @@ def windowed(
     torch.manual_seed(3)
     missing = student.load_state_dict(weights, strict=False).missing_keys
     assert missing and all(name.endswith(("_map", "_mean", "far_bias")) for name in missing)
-    for layer in student.model.layers:
+    for attention in attentions(student):
         for name in ("k_mean", "v_mean", "far_bias") if codes else ():
-            torch.nn.init.normal_(getattr(layer.self_attn, name))
+            torch.nn.init.normal_(getattr(attention, name))
         for name in ("q_map", "k_map", "v_map", "o_map"):
-            torch.nn.init.normal_(getattr(layer.self_attn, name), std=0.4)
+            torch.nn.init.normal_(getattr(attention, name), std=0.4)
     student = student.double() if codes else student  # float32 rounds differently step by step, and codes jump
     return student.eval().requires_grad_(False)
 
@@ -178,4 +180,5 @@ def test_left_padding_changes_nothing(any_teacher: PreTrainedModel, ids: Tensor,
             )  # fmt: skip
         got = torch.cat(parts, dim=1)
     torch.testing.assert_close(got[0], alone[0], rtol=2e-5, atol=1e-4)
-    torch.testing.assert_close(got[1, 6:], alone[1, :18], rtol=2e-5, atol=1e-4)
+    atol = 1e-3 if linear_layers(any_teacher.config) else 1e-4  # whose state, in float32, rounds by the piece
+    torch.testing.assert_close(got[1, 6:], alone[1, :18], rtol=2e-5, atol=atol)

@@ -15,7 +15,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from kvlatent.compose.attended import Observer, causal
+from kvlatent.errors import UserError
 from kvlatent.model.compatibility import CACHE_NAMES
+from kvlatent.model.families import linear_layers
 from kvlatent.model.graft import check_teacher, spec_of
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ class Hooks:
         """
         if spec_of(model) is None:
             check_teacher(model.config)
+        if linear_layers(model.config):
+            raise UserError("layers of linear attention keep what a policy drops, so these models take none")
         self.model, mine = model, weakref.ref(self)
         handles: list[RemovableHandle] = []
         last = len(model.model.layers) - 1

@@ -24,7 +24,7 @@ from kvlatent.data.blocks import batch_size_for
 from kvlatent.errors import UserError
 from kvlatent.files import scratch_folder
 from kvlatent.kernels.layout import BITS
-from kvlatent.model.attention import LatentAttention
+from kvlatent.model.attention import LatentAttention, attention_of
 from kvlatent.model.graft import graft, head_dim_of
 from kvlatent.model.layers import embedded, layer_arguments, output_logits
 from kvlatent.model.offload import OffloadedLayers, at_hand
@@ -75,10 +75,8 @@ def far_share(config: PreTrainedConfig, budget: float, near: Near) -> float:
     paid = of_layers + of_window
     if paid and paid >= budget * teacher:
         parts = [f"a window of {near.window} tokens and {near.sinks} sinks"] if near.window else []
-        if whole:
-            parts.insert(
-                0, f"{len(whole)} layers that stay whole, since they slide over {layers[whole[0]].sliding} tokens,"
-            )
+        if slide := [layers[i].sliding for i in whole if layers[i].sliding]:
+            parts.insert(0, f"{len(slide)} layers that stay whole, since they slide over {slide[0]} tokens,")
         raise UserError(
             f"{' and '.join(parts)} alone take{'' if whole else 's'} {paid / teacher:.3g} of the cache of {tokens} "
             f"tokens; give a larger budget than {budget}{', or a shorter --window' if near.window else ''}"
@@ -247,6 +245,9 @@ def loss_curves(
     """
     tails = []
     for index, (layer, stats) in enumerate(zip(teacher.model.layers, statistics.layers, strict=True)):
+        if not stats.sums:
+            tails.append(torch.zeros(2, head_dim_of(teacher.config) + 1, dtype=torch.float64))
+            continue
         with at_hand(offloaded, layer, index, "self_attn.o_proj"):
             o_weight = layer.self_attn.o_proj.weight.detach().cpu()
         kv_heads = teacher.config.num_key_value_heads
@@ -309,7 +310,7 @@ def probe(
         begun = 0
         for index, kwargs in enumerate(tqdm(arguments, unit="layer", desc="probe")):
             layer, stats = layers[index], statistics.layers[index]
-            attention = layer.self_attn
+            attention = attention_of(layer)
             with at_hand(offloaded, layer, index):
                 for hidden in probes[:begun]:
                     hidden.copy_(layer(hidden.to(state.device), **kwargs))
@@ -319,7 +320,9 @@ def probe(
                     layer.self_attn = fill(reduced, attention, *reductions(plan, index, attention, stats))
                     probes[begun].copy_(layer(state, **kwargs))
                     begun += 1
-                layer.self_attn, state = attention, unchanged
+                state = unchanged
+                if attention is not None:
+                    layer.self_attn = attention
         at = torch.arange((ids.shape[1] - 1) % PROBE_STRIDE, ids.shape[1], PROBE_STRIDE)
         compared = torch.cartesian_prod(torch.arange(len(ids)), at)
         losses = torch.zeros(len(probes), dtype=torch.float64)

@@ -28,6 +28,7 @@ from kvlatent.errors import UserError
 from kvlatent.files import check_disk, discard, new_output
 from kvlatent.model.card import unmeasured_card
 from kvlatent.model.checkpoints import environment, load_model, record_of, save_checkpoint
+from kvlatent.model.families import linear_layers
 from kvlatent.model.graft import check_teacher, head_dim_of, heads_per_latent_of, spec_of
 from kvlatent.model.loading import load_config, load_tokenizer, stored_dtype, teacher_name, weight_bytes
 from kvlatent.model.offload import OffloadedLayers, open_offloaded
@@ -120,9 +121,11 @@ def load_statistics(path: Path, config: PreTrainedConfig) -> Statistics:
         UserError: There are none, or they are of another model.
     """
     statistics = Statistics.load(path)
-    q, k, head_dim = *(statistics.layers[0].sums[name] for name in ("q", "k")), head_dim_of(config)
+    q, k, head_dim = *(statistics.first.sums[name] for name in ("q", "k")), head_dim_of(config)
     found = len(statistics.layers), len(q), len(k), q.shape[-1]
-    if found != (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, head_dim):
+    without = tuple(index for index, layer in enumerate(statistics.layers) if not layer.sums)
+    wanted = config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, head_dim
+    if found != wanted or without != linear_layers(config):
         raise UserError(f"{path} holds statistics of another model ({statistics.about.get('model', 'unnamed')})")
     return statistics
 

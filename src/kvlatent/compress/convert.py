@@ -17,7 +17,7 @@ from kvlatent.compress.statistics import Statistics, calibrate, check_far_tokens
 from kvlatent.compress.streamed import Stream, kept_statistics, layers_done, visited
 from kvlatent.errors import UserError
 from kvlatent.kernels.layout import Groups
-from kvlatent.model.attention import LatentAttention
+from kvlatent.model.attention import LatentAttention, attention_of
 from kvlatent.model.graft import graft
 from kvlatent.model.rope import LatentRotaryEmbedding
 from kvlatent.model.spec import Preset
@@ -121,7 +121,7 @@ def _one_shot(
         if index < done:
             continue
         with visited(stream, layer, index):
-            if index not in spec.whole_layers:
+            if index not in spec.whole_layers and attention_of(layer) is not None:
                 whole, stats = layer.self_attn, None if statistics is None else statistics.layers[index]
                 layer.self_attn = LatentAttention(student.config, index, whole, spec)
                 fill(layer.self_attn, whole, *reductions(plan, index, whole, stats), stats)

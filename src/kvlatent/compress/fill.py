@@ -53,6 +53,8 @@ def fill(
         reduced.o_proj.weight.copy_(whole.o_proj.weight)
     if reduced.o_proj.bias is not None:
         reduced.o_proj.bias.copy_(whole.o_proj.bias)
+    if reduced.g_proj is not None and whole.g_proj is not None:
+        reduced.g_proj.load_state_dict(whole.g_proj.state_dict())
     if reduced.v_map is not None:
         reduced.v_map.copy_(vo.v_map)
     if reduced.q_map is not None and reduced.k_map is not None:

@@ -14,13 +14,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kvlatent.compress.fill import fill
 from kvlatent.compress.maps import rescaled
 from kvlatent.compress.planning import Plan, reductions
-from kvlatent.compress.refit import LogitSamples, Ridge, far_bias, larger, refit_logits
-from kvlatent.compress.statistics import LayerStatistics, sample_logits
+from kvlatent.compress.refit import LogitSamples, Ridge, far_bias, larger, refit_logits, sample_logits
+from kvlatent.compress.statistics import LayerStatistics
 from kvlatent.compress.streamed import Stream, hidden_states, layers_done, visited
 from kvlatent.data.positions import block_starts
 from kvlatent.kernels.cpu_linear import is_gated
-from kvlatent.model.attention import LatentAttention
-from kvlatent.model.families import family_of
+from kvlatent.model.attention import LatentAttention, attention_of
+from kvlatent.model.families import family_of, linear_layers
 from kvlatent.model.hidden_states import HiddenStates
 from kvlatent.model.layers import attention_input, embedded, input_and_output, input_of, layer_arguments
 from kvlatent.model.rope import LatentRotaryEmbedding
@@ -52,11 +52,11 @@ def turning(position_embeddings: tuple[Tensor, Tensor], freq_index: Tensor | Non
 def refits_weights(config: PreTrainedConfig, spec: LatentSpec) -> bool:
     """Whether W_O and the FFN are refitted to the teacher's residual stream.
 
-    They stay the teacher's where near tokens need them, where a norm stands before that stream, and where both join it
-    at once.
+    They stay the teacher's where near tokens need them, where a norm stands before that stream, where both join it at
+    once, and beside layers of linear attention.
     """
     family = family_of(config)
-    return not (spec.window or family.post_norm or family.parallel)
+    return not (spec.window or family.post_norm or family.parallel or linear_layers(config))
 
 
 @torch.no_grad()
@@ -110,7 +110,7 @@ def convert_in_order(
             for a, of_batch in zip(arguments, reduced_arguments, strict=True)
         ]
         with visited(stream, layer, index), visited(stream, original, index) if refits else nullcontext():
-            if index not in spec.whole_layers:
+            if index not in spec.whole_layers and attention_of(layer) is not None:
                 whole, stats, samples = layer.self_attn, LayerStatistics(), list[LogitSamples]()
                 for b, (kwargs, rows) in enumerate(zip(arguments, rows_of_batch, strict=True)):
                     x = attention_input(layer, states.before(index, b).to(device), kwargs)

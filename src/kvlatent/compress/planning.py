@@ -16,7 +16,7 @@ from kvlatent.compress.values import value_output_svd, value_stride
 from kvlatent.errors import UserError
 from kvlatent.kernels.layout import Groups
 from kvlatent.model.attention import LatentAttention
-from kvlatent.model.families import norms_heads, turns_alike
+from kvlatent.model.families import linear_layers, norms_heads, turns_alike
 from kvlatent.model.graft import check_teacher, head_dim_of, heads_per_latent_of, identity_spec
 from kvlatent.model.sizes import layer_caches
 from kvlatent.model.spec import LatentSpec, Preset, check_dims
@@ -88,6 +88,10 @@ def requested(
     layers, head_dim = config.num_hidden_layers, head_dim_of(config)
     keys, values = ((d,) * layers if isinstance(d, int) else tuple(d) for d in (d_qk, d_vo))
     check_dims(head_dim, keys, values)
+    linear = linear_layers(config)
+    keys, values = (tuple(head_dim if i in linear else d for i, d in enumerate(x)) for x in (keys, values))
+    whole_layers = sorted({*whole_layers, *linear})
+    k_codes, v_codes = (tuple(() if i in linear else x for i, x in enumerate(codes)) for codes in (k_codes, v_codes))
     recipe = PRESETS[preset]
     method = method_of(preset, qk)
     if len(keys) != layers:
@@ -257,7 +261,7 @@ def plan_reduction(teacher: PreTrainedModel, request: Request, statistics: Stati
         sinks=request.near.sinks,
         k_codes=request.k_codes,
         v_codes=request.v_codes,
-        whole_layers=request.whole_layers,
+        whole_layers=() if qk_map == "folded" else request.whole_layers,
         inv_freq=decision.inv_freq,
         per_head_frequencies=decision.per_head_frequencies,
         qk_map=qk_map,

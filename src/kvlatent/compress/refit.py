@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from kvlatent.compress.linear_algebra import moment
 from kvlatent.compress.maps import QKReduction
-from kvlatent.kernels.segment import capped
+from kvlatent.kernels.segment import capped, softmax_beside
+from kvlatent.model.attention import LatentAttention, side_by_side
 from kvlatent.model.rope import rotate
-from kvlatent.model.window import FarMaps
+from kvlatent.model.window import ALL_FAR, FarMaps, Near
 
 _BLOCKS = 8
 """Rows of blocks that XᵀX is computed in; half of it follows by symmetry."""
@@ -100,6 +102,50 @@ class LogitSamples:
     """What the maps should give, before a soft cap, which only makes errors smaller."""
     probs: Float[Tensor, "batch q_heads rows seq"]
     """Their softmax over visible keys, after a soft cap; zero elsewhere."""
+
+
+def probabilities(attention: LatentAttention, logits: Tensor, visible: Tensor) -> Tensor:
+    """What an attention makes of its logits, (batch, q_heads, rows, seq)."""
+    return softmax_beside(capped(logits, attention.cap).masked_fill(~visible, -torch.inf), attention.sinks)
+
+
+@torch.no_grad()
+def sample_logits(
+    attention: LatentAttention,
+    x: Tensor,
+    kwargs: dict[str, Any],
+    *,
+    rows: Tensor,
+    rotated: bool,
+    heads_per_latent: int = 1,
+    near: Near = ALL_FAR,
+) -> LogitSamples:
+    """Logits of an unreduced attention between the queries at `rows` and all keys, for `refit_logits`.
+
+    Args:
+        attention: The layer's attention, all dims kept.
+        x: Normalised inputs, (batch, seq, hidden).
+        kwargs: The layer's other arguments: position embeddings and mask.
+        rows: Positions of the queries.
+        rotated: Return queries and keys after RoPE, for maps that come after it; otherwise before.
+        heads_per_latent: KV heads whose keys are returned side by side.
+        near: Tokens whose logits don't count.
+    """
+    cos, sin = kwargs["position_embeddings"]
+    q, k, _ = (t.float() for t in attention.queries_keys_values(x, cos, sin, kwargs.get("position_ids")))
+    q, mask = q[:, :, rows], kwargs.get("attention_mask")
+    if mask is None:
+        visible = (torch.arange(k.shape[2], device=k.device) <= rows[:, None])[None, None]
+    else:
+        visible = mask[:, :, rows]
+    grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+    logits = (grouped @ k.mT).mul_(attention.scale).unflatten(2, (-1, len(rows))).flatten(1, 2)
+    probs = probabilities(attention, logits, visible)
+    if near.window:
+        probs = probs * near.far(rows, torch.arange(k.shape[2], device=k.device))
+    if not rotated:
+        q, k = attention.turned_back(q, cos[:, rows], sin[:, rows]), attention.turned_back(k, cos, sin)
+    return LogitSamples(q=q, k=side_by_side(k, heads_per_latent), rows=rows, logits=logits, probs=probs)
 
 
 def refit_logits(

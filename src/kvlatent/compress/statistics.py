@@ -17,12 +17,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kvlatent.compress.linear_algebra import moment
-from kvlatent.compress.refit import LogitSamples
+from kvlatent.compress.refit import probabilities
 from kvlatent.data.positions import block_starts
 from kvlatent.errors import UserError, first_error
 from kvlatent.files import check_regular, new_file
-from kvlatent.kernels.segment import capped, softmax_beside
-from kvlatent.model.attention import LatentAttention, side_by_side
+from kvlatent.model.attention import LatentAttention, attention_of, side_by_side
 from kvlatent.model.graft import graft, heads_per_latent_of
 from kvlatent.model.layers import attention_input, embedded, layer_arguments
 from kvlatent.model.offload import OffloadedLayers
@@ -147,7 +146,7 @@ def _attend(
             visible = torch.ones(end - start, end, dtype=torch.bool, device=k.device).tril(start)[None, None]
         else:
             visible = mask[..., start:end, :end]
-        probs = _probabilities(attention, logits.unflatten(2, (-1, end - start)).flatten(1, 2), visible)
+        probs = probabilities(attention, logits.unflatten(2, (-1, end - start)).flatten(1, 2), visible)
         if near.window:
             probs = probs * near.far(at[start:end], at[:end])
         given.append(probs.sum(-1))
@@ -157,50 +156,6 @@ def _attend(
         parts.append((probs.reshape(batch, latents, -1, end) @ both[:, :, :end]).unflatten(2, (-1, end - start)))
     mean_key, out = torch.cat(parts, dim=3).flatten(1, 2).chunk(2, dim=-1)
     return mean_key, out, received, squared, torch.cat(given, dim=2)
-
-
-def _probabilities(attention: LatentAttention, logits: Tensor, visible: Tensor) -> Tensor:
-    """What an attention makes of its logits, (batch, q_heads, rows, seq)."""
-    return softmax_beside(capped(logits, attention.cap).masked_fill(~visible, -torch.inf), attention.sinks)
-
-
-@torch.no_grad()
-def sample_logits(
-    attention: LatentAttention,
-    x: Tensor,
-    kwargs: dict[str, Any],
-    *,
-    rows: Tensor,
-    rotated: bool,
-    heads_per_latent: int = 1,
-    near: Near = ALL_FAR,
-) -> LogitSamples:
-    """Logits of an unreduced attention between the queries at `rows` and all keys, for `refit.refit_logits`.
-
-    Args:
-        attention: The layer's attention, all dims kept.
-        x: Normalised inputs, (batch, seq, hidden).
-        kwargs: The layer's other arguments: position embeddings and mask.
-        rows: Positions of the queries.
-        rotated: Return queries and keys after RoPE, for maps that come after it; otherwise before.
-        heads_per_latent: KV heads whose keys are returned side by side.
-        near: Tokens whose logits don't count.
-    """
-    cos, sin = kwargs["position_embeddings"]
-    q, k, _ = (t.float() for t in attention.queries_keys_values(x, cos, sin, kwargs.get("position_ids")))
-    q, mask = q[:, :, rows], kwargs.get("attention_mask")
-    if mask is None:
-        visible = (torch.arange(k.shape[2], device=k.device) <= rows[:, None])[None, None]
-    else:
-        visible = mask[:, :, rows]
-    grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-    logits = (grouped @ k.mT).mul_(attention.scale).unflatten(2, (-1, len(rows))).flatten(1, 2)
-    probs = _probabilities(attention, logits, visible)
-    if near.window:
-        probs = probs * near.far(rows, torch.arange(k.shape[2], device=k.device))
-    if not rotated:
-        q, k = attention.turned_back(q, cos[:, rows], sin[:, rows]), attention.turned_back(k, cos, sin)
-    return LogitSamples(q=q, k=side_by_side(k, heads_per_latent), rows=rows, logits=logits, probs=probs)
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -229,6 +184,11 @@ class Statistics:
     """From `budget.probe`: what narrow keys [0] or values [1] of one layer alone cost, in nats per token."""
 
     @property
+    def first(self) -> LayerStatistics:
+        """Of the first layer that has any: those of linear attention have none."""
+        return next((layer for layer in self.layers if layer.sums), self.layers[0])
+
+    @property
     def near(self) -> Near:
         """The tokens that students of these statistics meet whole."""
         return Near(*self.about.get("near", ()))
@@ -236,7 +196,7 @@ class Statistics:
     @property
     def heads_per_latent(self) -> int:
         """KV heads that `GROUPED` are of; 1 without them."""
-        sums = self.layers[0].sums
+        sums = self.first.sums
         return sums.get("k_grouped", sums["k"]).shape[-1] // sums["k"].shape[-1]
 
     def save(self, path: Path) -> None:
@@ -261,14 +221,15 @@ class Statistics:
                 meta, present = file.metadata() or {}, set(file.keys())
                 about = About.model_validate_json(meta["about"]).model_dump(exclude_unset=True)
                 tokens = TypeAdapter(list[Count]).validate_json(meta["tokens"], strict=True)
-                if f"layers.0.{NAMES[0]}" in present and f"layers.0.{SINGLE[0]}" not in present:
+                own = {i for i in range(min(len(tokens), 9 * len(present))) if f"layers.{i}.{NAMES[0]}" in present}
+                first = f"layers.{min(own, default=0)}"
+                if own and f"{first}.{SINGLE[0]}" not in present:
                     raise UserError("it is of an earlier version and says nothing of single tokens; calibrate again")
-                names = NAMES + SINGLE + (GROUPED if f"layers.0.{GROUPED[0]}" in present else ())
-                wanted = {f"layers.{i}.{name}" for i in range(min(len(tokens), len(present))) for name in names}
-                if present - {"probes"} != wanted or len(wanted) != len(tokens) * len(names):
+                names = NAMES + SINGLE + (GROUPED if f"{first}.{GROUPED[0]}" in present else ())
+                if present - {"probes"} != {f"layers.{i}.{name}" for i in own for name in names}:
                     raise UserError("its tensors are not those of so many layers")
                 layers = [
-                    LayerStatistics({name: file.get_tensor(f"layers.{i}.{name}") for name in names}, count)
+                    LayerStatistics({name: file.get_tensor(f"layers.{i}.{name}") for name in names if i in own}, count)
                     for i, count in enumerate(tokens)
                 ]
                 loaded = cls(layers, about, file.get_tensor("probes") if "probes" in present else None)
@@ -283,7 +244,9 @@ class Statistics:
         """Raise `UserError`, naming what is wrong, unless these are finite moments of alike layers of one model."""
         if not self.layers:
             raise UserError("it names no layers")
-        (q_heads, head_dim, _), kv_heads = self.layers[0].sums["q"].shape, len(self.layers[0].sums["k"])
+        if not (first := self.first.sums):
+            raise UserError("no layer has any")
+        (q_heads, head_dim, _), kv_heads = first["q"].shape, len(first["k"])
         m = self.heads_per_latent
         for index, layer in enumerate(self.layers):
             for name, x in layer.sums.items():
@@ -371,9 +334,12 @@ def calibrate(
     starts = block_starts(len(ids), ids.shape[1], context).split(batch_size)
 
     def through(index: int, arguments: list[dict[str, Any]], hidden: Tensor) -> Tensor:
-        layer, kwargs = layers[index], arguments[index]
-        x, moments = attention_input(layer, hidden, kwargs), statistics[index]
-        moments.update(layer.self_attn, x, kwargs, heads_per_latent=grouped, near=near)
+        layer, kwargs, moments = layers[index], arguments[index], statistics[index]
+        if attention_of(layer) is None:
+            moments.tokens += hidden.shape[0] * hidden.shape[1]
+        else:
+            x = attention_input(layer, hidden, kwargs)
+            moments.update(layer.self_attn, x, kwargs, heads_per_latent=grouped, near=near)
         return layer(hidden, **kwargs)
 
     with torch.no_grad(), tqdm(total=ids.numel() * len(layers), unit="tok", unit_scale=True, desc="calibrate") as bar:

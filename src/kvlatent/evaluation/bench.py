@@ -24,6 +24,7 @@ from kvlatent.files import new_folder
 from kvlatent.model.cache import LatentCache, allocated_bytes, cache_bytes
 from kvlatent.model.checkpoints import load_model, peak_memory
 from kvlatent.model.compatibility import CACHE
+from kvlatent.model.families import linear_layers
 from kvlatent.model.graft import cached_dims, cached_heads, graft, spec_of
 from kvlatent.model.loading import load_config
 from kvlatent.model.sizes import (
@@ -253,7 +254,10 @@ def filled_cache(model: PreTrainedModel, *, batch: int, tokens: int) -> Cache:
     config, spec = model.config, spec_of(model)
     cache = DynamicCache(config=config) if spec is None else LatentCache(config)
     where = {"dtype": model.dtype, "device": model.device}
+    linear = linear_layers(config)
     for index, dims in enumerate(zip(*cached_dims(config), strict=True)):
+        if index in linear:
+            continue
         heads, beside = cached_heads(config), list[Any]()
         left_whole = spec is not None and index in spec.whole_layers
         if spec is not None and (spec.window or left_whole):

@@ -21,7 +21,7 @@ from kvlatent.data.sources import read_text
 from kvlatent.errors import UserError
 from kvlatent.evaluation.perplexity import Perplexity, compare, perplexity, standard_error
 from kvlatent.kernels.segment import ROWS
-from kvlatent.model.attention import LatentAttention
+from kvlatent.model.attention import LatentAttention, attentions
 from kvlatent.model.checkpoints import record_of
 from kvlatent.model.graft import graft, spec_of
 from kvlatent.model.layers import evaluation_mode, hooks, token_nll
@@ -160,7 +160,7 @@ def attention_entropy(model: PreTrainedModel, ids: Int[Tensor, "blocks block_siz
         Means over all queries, float64 on the CPU.
     """
     student = model if spec_of(model) is not None else graft(model, share=True)
-    modules = [layer.self_attn for layer in student.model.layers]
+    modules = attentions(student)
     sums = torch.zeros(len(modules), modules[0].q_heads, dtype=torch.float64)
 
     def note(index: int) -> Callable[..., None]:

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from kvlatent.healing.config import HealConfig
 from kvlatent.healing.ffn import FFN, keep_all, keep_little
 from kvlatent.kernels.cpu_linear import is_gated
+from kvlatent.model.attention import attentions
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "sinks")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "g_proj", "sinks")
 """Trained in full as `attention`."""
 MAPS = ("q_map", "k_map", "v_map", "o_map")
 """Trained in full as `maps`."""
@@ -45,8 +46,8 @@ def with_adapters(student: PreTrainedModel, config: HealConfig) -> nn.Module:
                     module.reset_lora_parameters("default", init_lora_weights=True)
             keep_little(layer.mlp)
     names = {*(ATTENTION if "attention" in config.train else ()), *(MAPS if "maps" in config.train else ())}
-    for layer in student.model.layers:
-        for name, parameter in layer.self_attn.named_parameters():
+    for attention in attentions(student):
+        for name, parameter in attention.named_parameters():
             if name.split(".")[0] in names:
                 parameter.requires_grad_(True)
     if "norms" in config.train:

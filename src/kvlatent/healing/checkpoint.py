@@ -28,6 +28,7 @@ from kvlatent.healing.streaming import hidden_bytes
 from kvlatent.healing.teacher_cache import BYTES as TOP_K_BYTES
 from kvlatent.healing.teacher_cache import TeacherCache
 from kvlatent.kernels.cpu_linear import is_gated
+from kvlatent.model.attention import attentions
 from kvlatent.model.card import unmeasured_card
 from kvlatent.model.checkpoints import (
     environment,
@@ -272,9 +273,8 @@ def _work_bytes(student: PreTrainedModel, teacher: PreTrainedModel, settings: He
 
     A state is what trains and AdamW's two moments of it, in float32.
     """
-    trained = 0
+    trained = sum(p.numel() for attention in attentions(student) for p in attention.parameters())
     for layer in student.model.layers:
-        trained += sum(p.numel() for p in layer.self_attn.parameters())
         if is_gated(layer.mlp):
             trained += sum(sum(p.shape) for p in layer.mlp.parameters() if p.ndim == 2) * settings.lora_rank
     states = 2 * 3 * 4 * trained

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from kvlatent.kernels.attention import latent_attention
 from kvlatent.kernels.codes import Codes
 from kvlatent.kernels.cpu_linear import linear_outputs
 from kvlatent.model.compatibility import WITHOUT_EFFECT, refuse_unknown
+from kvlatent.model.families import family_of
 from kvlatent.model.rope import query_growth, rotate, turned_back
 from kvlatent.model.spec import LatentSpec
 from kvlatent.model.window import (
@@ -86,6 +87,9 @@ class LatentAttention(nn.Module):
         self.near, self.window = Near(spec.window, spec.sinks), spec.window
         self.v_proj = linear("v_proj", hidden, self.kv_heads * (spec.head_dim if self.window else self.d_vo))
         output_map = spec.output_map[layer_idx]
+        if gated := family_of(config).gated:  # of dims of heads, to which values return first
+            output_map = output_map or cached_values != spec.head_dim or self.heads_per_latent > 1
+        self.g_proj = linear("q_proj", hidden, self.q_heads * spec.head_dim) if gated else None
         self.o_proj = linear("o_proj", self.q_heads * (spec.head_dim if output_map else cached_values), hidden)
         self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
         self.sinks: Tensor | None = getattr(stock, "sinks", None)  # learned logits (q_heads,), no tokens
@@ -193,7 +197,14 @@ class LatentAttention(nn.Module):
         else:
             pays = taking_back_pays(maps.o, q.shape[2])
             out = windowed_attention(q, near, far, maps, window=self.window, mask=mask, unabsorbed=pays, **softmax)
-        return linear_outputs(out.transpose(1, 2).flatten(2), self.o_proj)[0]
+        return self._given(out, hidden)
+
+    def _given(self, out: Float[Tensor, "batch q_heads seq d_out"], hidden_states: Tensor) -> Tensor:
+        """What W_O makes of the heads' outputs, behind their gates."""
+        out = out.transpose(1, 2).flatten(2)
+        if self.g_proj is not None:
+            out = out * linear_outputs(hidden_states, self.g_proj)[0].sigmoid()
+        return linear_outputs(out, self.o_proj)[0]
 
     @staticmethod
     def _of_heads(x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
@@ -255,7 +266,17 @@ class LatentAttention(nn.Module):
         out = latent_attention(q, k, v, mask=attention_mask, scale=self.scale, cap=self.cap, sinks=self.sinks)
         if self.o_map is not None and v_back is None:
             out = _reduced(out, self.o_map)
-        return linear_outputs(out.transpose(1, 2).flatten(2), self.o_proj)[0], None
+        return self._given(out, hidden_states), None
+
+
+def attention_of(layer: nn.Module) -> Any:
+    """The attention of a decoder layer, or None in one of linear attention."""
+    return getattr(layer, "self_attn", None)
+
+
+def attentions(model: PreTrainedModel) -> list[Any]:
+    """Those of all layers that have one."""
+    return [found for layer in model.model.layers if (found := attention_of(layer)) is not None]
 
 
 def check_implementation(config: PreTrainedConfig) -> None:

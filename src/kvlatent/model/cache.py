@@ -201,7 +201,7 @@ def write_in_place(cache: Cache, config: PreTrainedConfig) -> None:
     if near[0] and not cache.layers:  # a cache that makes its layers as they come
         cache.layers = [DynamicLayer() for _ in range(config.num_hidden_layers)]
     for index, layer in enumerate(cache.layers):
-        if layer.is_initialized:
+        if getattr(layer, "is_initialized", True):  # a linear attention's has no keys and stays
             continue
         window, sinks = (0, 0) if index in left_whole else near
         never_rolled = type(layer) is StaticSlidingWindowLayer and layer.max_cache_len < sliding
@@ -234,7 +234,7 @@ def cache_bytes(cache: Cache) -> int:
             continue
         if hasattr(layer, "_quantized_keys"):
             raise TypeError(f"{type(layer).__name__} keeps quantized content that cache_bytes can't see")
-        total += sum(x.nbytes for x in (layer.keys, layer.values) if x is not None)
+        total += sum(x.nbytes for x in _held(layer))
     return total
 
 
@@ -246,5 +246,10 @@ def allocated_bytes(cache: Cache) -> int:
         if own is not None:
             total += own()
         else:
-            total += sum(x.untyped_storage().nbytes() for x in (layer.keys, layer.values) if x is not None)
+            total += sum(x.untyped_storage().nbytes() for x in _held(layer))
     return total
+
+
+def _held(layer: object) -> list[Tensor]:
+    """Keys and values of a transformers layer; a linear attention's has none, and its state isn't counted."""
+    return [x for name in ("keys", "values") if (x := getattr(layer, name, None)) is not None]

@@ -19,6 +19,7 @@ from transformers import (
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
@@ -140,6 +141,13 @@ class KVLatentGptOssConfig(GptOssConfig):
     latent: dict[str, Any] | None = None
 
 
+class KVLatentQwen3_5TextConfig(Qwen3_5TextConfig):
+    """A converted Qwen3.5 for text's config."""
+
+    model_type = "kvlatent_qwen3_5_text"
+    latent: dict[str, Any] | None = None
+
+
 class KVLatentGemma2Config(Gemma2Config):
     """A converted Gemma 2's config."""
 
@@ -169,6 +177,7 @@ CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "cohere": KVLatentCohereConfig,
     "cohere2": KVLatentCohere2Config,
     "gpt_oss": KVLatentGptOssConfig,
+    "qwen3_5_text": KVLatentQwen3_5TextConfig,
     "gemma2": KVLatentGemma2Config,
     "gemma3_text": KVLatentGemma3TextConfig,
     "glm4": KVLatentGlm4Config,

@@ -32,6 +32,8 @@ class Family:
     """Attention and FFN read one input and join the residual stream together; neither is refitted to that."""
     only_sliding_turn: bool = False
     """RoPE is of layers with a sliding window alone; the others know no positions."""
+    gated: bool = False
+    """W_Q also gives a gate for each dim of every head's output, before W_O."""
     interleaved: bool = False
     """RoPE rotates pairs of neighbouring dims, rather than dims half a head apart."""
     stored_apart: bool = True
@@ -57,13 +59,11 @@ FAMILIES = {
     "cohere": Family(name="Cohere", qk_norm=True, parallel=True, interleaved=True, stored_apart=False),
     "cohere2": Family(name="Cohere2", parallel=True, only_sliding_turn=True, interleaved=True, stored_apart=False),
     "gpt_oss": Family(name="GptOss", stored_apart=False),
+    "qwen3_5_text": Family(name="Qwen3_5", qk_norm=True, gated=True, stored_apart=False),
     "gemma2": Family(name="Gemma2", post_norm=True),
     "gemma3_text": Family(name="Gemma3", qk_norm=True, post_norm=True),
 }
 """Family by the `model_type` of the stock config."""
-
-LINEAR = "linear_attention"
-"""What transformers calls layers that keep a state instead of keys and values, in `layer_types`."""
 
 REFUSED = {
     "use_bidirectional_attention": "attention in both directions",
@@ -89,12 +89,6 @@ def family_of(config: PreTrainedConfig) -> Family:
             raise UserError(
                 f"{config.model_type!r} models have multi-head latent attention (MLA): they cache one latent for all "
                 "heads already, so there are no keys and values per head to reduce"
-            )
-        inner = getattr(config, "text_config", config)
-        if LINEAR in (getattr(inner, "layer_types", None) or ()):
-            raise UserError(
-                f"{config.model_type!r} models have layers of linear attention, which keep one state instead of keys "
-                "and values, beside layers of attention; such models are not supported"
             )
         if (text := getattr(getattr(config, "text_config", None), "model_type", None)) in FAMILIES:
             raise UserError(
@@ -143,6 +137,12 @@ def unrotated_layers(config: PreTrainedConfig) -> tuple[int, ...]:
         return tuple(i for i in layers if config.sliding_window is None or config.layer_types[i] != SLIDING)
     turned = getattr(config, "no_rope_layers", None)  # 0 is a layer without RoPE
     return tuple(i for i in layers if turned and not turned[i])
+
+
+def linear_layers(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Layers of linear attention: they keep a state instead of keys and values, and nothing of them is reduced."""
+    types = getattr(config, "layer_types", None) or ()
+    return tuple(index for index, kind in enumerate(types) if kind == "linear_attention")
 
 
 def norms_heads(config: PreTrainedConfig) -> bool:

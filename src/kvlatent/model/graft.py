@@ -9,8 +9,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from kvlatent.errors import UserError
+from kvlatent.model.attention import attentions
 from kvlatent.model.config import CONFIGS, OF_THE_CLASS
-from kvlatent.model.families import PREFIX, family_of, unrotated_layers
+from kvlatent.model.families import PREFIX, family_of, linear_layers, unrotated_layers
 from kvlatent.model.folder import head_is_tied
 from kvlatent.model.models import MODELS
 from kvlatent.model.rope import LatentRotaryEmbedding, frequencies_of
@@ -94,11 +95,12 @@ def identity_spec(teacher: PreTrainedModel) -> LatentSpec:
         qk_map="folded",
         inv_freq=inv_freq,
         per_head_frequencies=False,
-        scale=teacher.model.layers[0].self_attn.scaling,
+        scale=attentions(teacher)[0].scaling,
         rope_scaling=scaling,
         sliding_inv_freq=sliding_inv_freq,
         sliding_rope_scaling=sliding_scaling,
         unrotated=unrotated_layers(config),
+        linear_layers=linear_layers(config),
     )
 
 

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
     Qwen3ForCausalLM,
     Qwen3MoeForCausalLM,
     SmolLM3ForCausalLM,
@@ -33,7 +34,7 @@ from transformers import (
 
 from kvlatent.errors import UserError
 from kvlatent.kernels.cpu_linear import GatedFFN, is_gated
-from kvlatent.model.attention import LatentAttention, check_implementation
+from kvlatent.model.attention import LatentAttention, attention_of, check_implementation
 from kvlatent.model.cache import LatentCache, write_in_place
 from kvlatent.model.compatibility import CACHE, CACHE_NAMES, check_itself, is_tested
 from kvlatent.model.config import (
@@ -52,10 +53,12 @@ from kvlatent.model.config import (
     KVLatentOlmo3Config,
     KVLatentPhi3Config,
     KVLatentQwen2Config,
+    KVLatentQwen3_5TextConfig,
     KVLatentQwen3Config,
     KVLatentQwen3MoeConfig,
     KVLatentSmolLM3Config,
 )
+from kvlatent.model.families import linear_layers
 from kvlatent.model.fixed_window import FixedWindowLayer
 from kvlatent.model.rope import LatentRotaryEmbedding
 from kvlatent.model.spec import LatentSpec
@@ -146,7 +149,8 @@ def _give_cache(
 
 def _check_cache(cache: Cache, body: PreTrainedModel) -> None:
     left_whole = body.config.latent.get("whole_layers", ())
-    index = next(x for x in range(len(body.layers)) if x not in left_whole)
+    without = {*left_whole, *linear_layers(body.config)}
+    index = next(x for x in range(len(body.layers)) if x not in without)
     held = cache.layers[index] if index < len(cache.layers) else None
     if held is not None and isinstance(held, WindowLayer | FixedWindowLayer) != bool(body.config.latent.get("window")):
         theirs = "a student with a window was given a cache without one"
@@ -259,6 +263,12 @@ class KVLatentGptOssForCausalLM(KVLatentForCausalLM, GptOssForCausalLM):
     config_class = KVLatentGptOssConfig
 
 
+class KVLatentQwen3_5ForCausalLM(KVLatentForCausalLM, Qwen3_5ForCausalLM):
+    """A converted Qwen3.5 for text."""
+
+    config_class = KVLatentQwen3_5TextConfig
+
+
 class KVLatentGemma2ForCausalLM(KVLatentForCausalLM, Gemma2ForCausalLM):
     """A converted Gemma 2."""
 
@@ -286,6 +296,7 @@ MODELS: dict[str, type[PreTrainedModel]] = {
     "cohere": KVLatentCohereForCausalLM,
     "cohere2": KVLatentCohere2ForCausalLM,
     "gpt_oss": KVLatentGptOssForCausalLM,
+    "qwen3_5_text": KVLatentQwen3_5ForCausalLM,
     "gemma2": KVLatentGemma2ForCausalLM,
     "gemma3_text": KVLatentGemma3ForCausalLM,
     "glm4": KVLatentGlm4ForCausalLM,
@@ -295,8 +306,9 @@ MODELS: dict[str, type[PreTrainedModel]] = {
 
 
 def set_spec(model: PreTrainedModel, spec: LatentSpec) -> None:
-    """Give every layer of `model` a fresh `LatentAttention` shaped by `spec`, and its body the matching RoPE."""
+    """Give every attention of `model` a fresh `LatentAttention` shaped by `spec`, and its body the matching RoPE."""
     model.config.latent = spec.to_dict()
     for index, layer in enumerate(model.model.layers):
-        layer.self_attn = LatentAttention(model.config, index, layer.self_attn, spec)
+        if (stock := attention_of(layer)) is not None:
+            layer.self_attn = LatentAttention(model.config, index, stock, spec)
     model.model.rotary_emb = LatentRotaryEmbedding.of(spec, model.config).to(model.device)

@@ -183,7 +183,11 @@ class LatentRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str = "") -> tuple[Tensor, Tensor]:
-        """Return cos and sin, each (batch, seq, pairs), in the dtype of `x`; `position_ids` is (batch, seq)."""
+        """Return cos and sin, each (batch, seq, pairs), in the dtype of `x`; `position_ids` is (batch, seq).
+
+        Models that could see images give each token three positions, (3, batch, seq), which are equal in text.
+        """
+        position_ids = position_ids[0] if position_ids.ndim == 3 else position_ids
         if self.sliding is not None and layer_type == SLIDING:
             return self.sliding(x, position_ids)
         with torch.autocast(x.device.type, enabled=False):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from transformers import DynamicCache, PreTrainedConfig
 
 from kvlatent.model.buffers import reserve
+from kvlatent.model.families import linear_layers
 from kvlatent.model.graft import head_dim_of, spec_in
 from kvlatent.model.window import ALL_FAR, Near
 from kvlatent.model.window_cache import SLACK
@@ -26,7 +27,7 @@ class LayerCache(NamedTuple):
     near: Near
     """Tokens held whole."""
     whole: int
-    """Bytes of such a token, key and value."""
+    """Bytes of such a token, key and value; 0 of linear attention, which holds none."""
     far: tuple[float, float]
     """Bytes of any other token: of its key, and of its value."""
     sliding: int | None
@@ -38,6 +39,8 @@ class LayerCache(NamedTuple):
         A layer with a sliding window forgets what the next token won't look at; beside a window of the student's it
         keeps `SLACK` more.
         """
+        if not self.whole:
+            return 0, 0
         whole = min(tokens, sum(self.near))
         others = tokens - whole
         if self.sliding is not None:
@@ -80,7 +83,8 @@ def contexts_told(config: PreTrainedConfig) -> tuple[int, ...]:
 
 def whole_token_bytes(config: PreTrainedConfig, element_size: int) -> int:
     """Bytes of one token of one sequence that is held whole in all layers."""
-    return int(2 * config.num_key_value_heads * head_dim_of(config) * config.num_hidden_layers * element_size)
+    layers = config.num_hidden_layers - len(linear_layers(config))
+    return int(2 * config.num_key_value_heads * head_dim_of(config) * layers * element_size)
 
 
 def far_token_bytes(config: PreTrainedConfig, element_size: int) -> int:
@@ -105,8 +109,11 @@ def layer_caches(config: PreTrainedConfig, element_size: int) -> list[LayerCache
     """
     spec, heads = spec_in(config), config.num_key_value_heads
     whole = 2 * head_dim_of(config) * heads * element_size
-    found = []
+    found, linear = [], linear_layers(config)
     for index, layer in enumerate(DynamicCache(config=config).layers):
+        if index in linear:
+            found.append(LayerCache(ALL_FAR, 0, (0, 0), None))
+            continue
         near, far = ALL_FAR, (whole // 2, whole // 2)
         if spec is not None and index not in spec.whole_layers:
             near, far = Near(spec.window, spec.sinks), spec.token_bytes(index, heads, element_size)
@@ -115,13 +122,14 @@ def layer_caches(config: PreTrainedConfig, element_size: int) -> list[LayerCache
 
 
 def left_whole(config: PreTrainedConfig) -> tuple[int, ...]:
-    """The layers that a budget leaves as they are: those with a sliding window that ends within the counted context.
+    """The layers that a budget leaves as they are: linear attention, and sliding windows that end within the context.
 
     They don't grow with the context, the others do. Where all layers slide, all are reduced.
     """
     tokens, layers = counted_context(config), layer_caches(config, 1)
+    linear = linear_layers(config)
     found = tuple(index for index, layer in enumerate(layers) if layer.held(tokens)[1] < tokens)
-    return found if len(found) < len(layers) else ()
+    return found if len(found) < len(layers) else linear
 
 
 def reduced_layers(config: PreTrainedConfig) -> list[int]:

@@ -65,8 +65,12 @@ class LatentSpec:
     whole_layers: tuple[int, ...] = ()
     """Layers that stay the teacher's: nothing is reduced there, so no window stands beside it."""
 
+    linear_layers: tuple[int, ...] = ()
+    """Layers of linear attention, which have no keys and values."""
+
     def __post_init__(self) -> None:
-        for name in ("d_qk", "d_vo", "inv_freq", "sliding_inv_freq", "unrotated", "whole_layers"):  # JSON gives lists
+        lists = "d_qk", "d_vo", "inv_freq", "sliding_inv_freq", "unrotated", "whole_layers", "linear_layers"  # of JSON
+        for name in lists:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("k_codes", "v_codes"):
             groups = tuple(tuple((dims, bits) for dims, bits in layer) for layer in getattr(self, name))
@@ -156,6 +160,8 @@ class LatentSpec:
 
     def token_bytes(self, layer: int, kv_heads: int, element_size: int) -> tuple[int, int]:
         """Bytes of one far token's key and of its value in the cache of one layer."""
+        if layer in self.linear_layers:
+            return 0, 0
         heads: Any = {"kv_heads": kv_heads, "heads_per_latent": self.heads_per_latent, "element_size": element_size}
         k_groups, v_groups = (self.k_codes[layer], self.v_codes[layer]) if self.k_codes else ((), ())
         return side_bytes(self.d_qk[layer], k_groups, **heads), side_bytes(self.d_vo[layer], v_groups, **heads)
@@ -177,7 +183,8 @@ class LatentSpec:
     def cache_bytes(self, kv_heads: int, element_size: int, tokens: int) -> int:
         """Bytes of the cache of a sequence: latents of far tokens, whole keys and values of the others."""
         near = min(tokens, self.window + self.sinks)
-        whole = 2 * kv_heads * self.head_dim * len(self.d_qk) * element_size
+        layers = len(self.d_qk) - len(self.linear_layers)
+        whole = 2 * kv_heads * self.head_dim * layers * element_size
         return (tokens - near) * self.cache_bytes_per_token(kv_heads, element_size) + near * whole
 
     def to_dict(self) -> dict[str, Any]:

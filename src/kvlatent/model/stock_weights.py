@@ -38,6 +38,9 @@ def unfused(weights: dict[str, Tensor], config: PreTrainedConfig, *, head_dim: i
             gate, up = value.chunk(2)
             stem = stem.removesuffix("gate_up_proj")
             split |= {f"{stem}gate_proj.{kind}": gate, f"{stem}up_proj.{kind}": up}
+        elif family.gated and stem.endswith("self_attn.q_proj"):  # by head, queries before gates
+            queries, gates = value.unflatten(0, (-1, 2, head_dim)).transpose(0, 1).flatten(1, 2)
+            split |= {name: queries, f"{stem.removesuffix('q_proj')}g_proj.{kind}": gates}
         else:
             split[name] = value
     if family.interleaved or rotated < head_dim:
