@@ -23,6 +23,7 @@ from kvlatent.evaluation.perplexity import Perplexity, compare, perplexity, stan
 from kvlatent.kernels.segment import ROWS
 from kvlatent.model.attention import LatentAttention, attentions
 from kvlatent.model.checkpoints import record_of
+from kvlatent.model.families import linear_layers
 from kvlatent.model.graft import graft, spec_of
 from kvlatent.model.layers import evaluation_mode, hooks, token_nll
 
@@ -67,6 +68,8 @@ class Diagnosis:
     word_order: dict[str, list[float]]
     """By span: `true_preferred`, 1 where the true order is likelier, and the `margin` of its log-probability, nats."""
     by_source: dict[str, Perplexity]
+    layers: Sequence[int]
+    """Those of `entropy`: all but linear attention's."""
 
 
 def material_of(
@@ -143,6 +146,7 @@ def diagnose(model: PreTrainedModel, material: Material) -> Diagnosis:
             source: perplexity(model, part.ids, text_bytes=part.bytes, batch_size=size)
             for source, part in material.by_source.items()
         },
+        layers=[i for i in range(model.config.num_hidden_layers) if i not in linear_layers(model.config)],
     )
 
 
@@ -157,7 +161,7 @@ def attention_entropy(model: PreTrainedModel, ids: Int[Tensor, "blocks block_siz
         ids: Blocks of text.
 
     Returns:
-        Means over all queries, float64 on the CPU.
+        Means over all queries, float64 on the CPU, of the layers that attend.
     """
     student = model if spec_of(model) is not None else graft(model, share=True)
     modules = attentions(student)
@@ -243,7 +247,7 @@ def told(found: Diagnosis, teacher: Diagnosis | None = None) -> dict[str, Any]:
     if teacher is not None:
         change = found.entropy - teacher.entropy
         layer, head = divmod(int(change.abs().argmax()), change.shape[1])
-        largest = {"change": change[layer, head].item(), "layer": layer, "head": head}
+        largest = {"change": change[layer, head].item(), "layer": found.layers[layer], "head": head}
         ratios = {source: compare(teacher.by_source[source], score) for source, score in found.by_source.items()}
         about |= {
             "entropy_change": {"mean_size": change.abs().mean().item(), "largest": largest},
