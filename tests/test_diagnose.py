@@ -168,7 +168,12 @@ def test_a_diagnosis_is_told_beside_the_teachers() -> None:
     def diagnosis(entropy: list[list[float]], margins: list[float], nll: float) -> Diagnosis:
         score = Perplexity(token_nll=torch.full((2, 3), nll, dtype=torch.float64), bytes=10)
         order = {"true_preferred": [float(m > 0) for m in margins], "margin": margins}
-        return Diagnosis(entropy=torch.tensor(entropy, dtype=torch.float64), word_order=order, by_source={"a": score}, layers=range(9))
+        return Diagnosis(
+            entropy=torch.tensor(entropy, dtype=torch.float64),
+            word_order=order,
+            by_source={"a": score},
+            layers=range(9),
+        )
 
     teacher = diagnosis([[1.0, 2.0], [3.0, 4.0]], [1.0, 2.0, 3.0, 4.0], 1.0)
     student = diagnosis([[1.0, 2.0], [0.5, 4.5]], [1.0, -1.0, 1.0, -1.0], 1.5)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlatent.compress.budget import probe
+from kvlatent.compress.checkpoints import load_statistics
 from kvlatent.compress.maps import own_part
 from kvlatent.compress.statistics import NAMES, SINGLE, Statistics, calibrate
 from kvlatent.errors import UserError
@@ -110,6 +111,23 @@ def test_later_layers_see_the_teachers_own_hidden_states(
     torch.testing.assert_close(calibrate(teacher, ids, about={}).layers[1].sums["o"], wanted, rtol=1e-4, atol=1e-3)
 
 
+def test_layers_without_keys_have_no_statistics(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path
+) -> None:
+    teacher = tiny_teacher("qwen3_5_text")
+    first, second = (calibrate(teacher, part, about={}) for part in ids.split(6))
+    merged, whole = first.merge(second), calibrate(teacher, ids, about={})
+    assert not merged.layers[0].sums and merged.layers[0].tokens == ids.numel()
+    for name in NAMES:
+        torch.testing.assert_close(merged.layers[1].sums[name], whole.layers[1].sums[name], rtol=1e-5, atol=1e-4)
+    merged.save(tmp_path / "s")
+    loaded = load_statistics(tmp_path / "s", teacher.config)
+    assert not loaded.layers[0].sums and torch.equal(loaded.layers[1].sums["q"], merged.layers[1].sums["q"])
+    teacher.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(UserError, match="holds statistics of another model"):
+        load_statistics(tmp_path / "s", teacher.config)
+
+
 def test_calibration_leaves_the_teacher_alone(plain_teacher: PreTrainedModel, ids: Tensor) -> None:
     before = {name: value.clone() for name, value in plain_teacher.state_dict().items()}
     with torch.no_grad():
@@ -121,7 +139,7 @@ def test_calibration_leaves_the_teacher_alone(plain_teacher: PreTrainedModel, id
 
 
 @pytest.mark.parametrize("shard", ["100GB", "40KB"])
-@pytest.mark.parametrize("name", ["llama", "llama-mha-tied", "qwen3", "llama-yarn", "gemma3_text"])
+@pytest.mark.parametrize("name", ["llama", "llama-mha-tied", "qwen3", "llama-yarn", "gemma3_text", "gemma2"])
 def test_offloaded_layers_give_the_same_statistics_and_probes(
     tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path, name: str, shard: str
 ) -> None:

@@ -35,6 +35,7 @@ from kvlatent.healing.streaming import LayerStream, layers_to_steps
 from kvlatent.healing.teacher_cache import TeacherCache
 from kvlatent.kernels.allocator import freed_memory_kept
 from kvlatent.model.checkpoints import peak_memory
+from kvlatent.model.families import linear_layers
 from kvlatent.signals import Stopped, interruptible
 
 
@@ -116,6 +117,8 @@ class _Healing:
         self.steps = [math.ceil(n / self.step_tokens) for n in (config.stage1_tokens, config.stage2_tokens)]
         if (needed := sum(self.steps) * self.per_step) > len(text.ids):
             raise UserError(f"healing needs {needed} blocks of {block_size} tokens; the text gives {len(text.ids)}")
+        if config.stream_layers and not config.lora_rank and linear_layers(student.config):
+            raise UserError("layers of linear attention train nothing without LoRA, so they aren't streamed without it")
         self.first = self.accelerator.is_main_process
         if self.first:
             mark = hashlib.sha256(text.ids.numpy().data)
