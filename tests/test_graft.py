@@ -150,6 +150,9 @@ def test_rope_of_an_unknown_type_or_that_one_type_of_layers_adapts_to_the_length
     teacher.config.rope_parameters = {"rope_type": "spiral", "rope_theta": 1e4}
     with pytest.raises(UserError, match="rope_type 'spiral' is not supported; supported are default, linear"):
         graft(teacher)
+    teacher.config.rope_parameters = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 7}
+    with pytest.raises(UserError, match="two lists of as many factors"):
+        graft(teacher)
     teacher = tiny_teacher("olmo3")
     teacher.config.rope_parameters["full_attention"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(UserError, match="supported in all layers, not in one type"):

@@ -97,9 +97,12 @@ def family_of(config: PreTrainedConfig) -> Family:
             )
         raise UserError(f"{config.model_type!r} models are not supported; supported are {', '.join(FAMILIES)}")
     ropes = _ropes(config)
-    for rope in (parameters.get("rope_type", "default") for parameters in ropes):
-        if rope not in ROPE_TYPES:
+    for parameters in ropes:
+        if (rope := parameters.get("rope_type", "default")) not in ROPE_TYPES:
             raise UserError(f"rope_type {rope!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
+        lists: list[Any] = [parameters.get(name) for name in ("short_factor", "long_factor")]
+        if rope == "longrope" and not (all(isinstance(x, list) for x in lists) and len(lists[0]) == len(lists[1])):
+            raise UserError("longrope of a config has two lists of as many factors, short_factor and long_factor")
     if len(ropes) > 1 and any(map(_by_length, ropes)):
         raise UserError("frequencies that depend on the input's length are supported in all layers, not in one type")
     return family
