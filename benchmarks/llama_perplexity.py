@@ -38,7 +38,22 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
 def by_llama_cpp(tools: Path, path: Path, text: Path, cache: str) -> dict[str, float]:
     """The last line of the tool's report, and the MiB of its cache."""
     command = [str(tools / "llama-perplexity"), "-m", str(path), "-f", str(text), "-c", str(CHUNK)]
-    command += ["--chunks", str(CHUNKS), "-b", str(CHUNK), "-t", "2", "-fa", "on", "-ctk", cache, "-ctv", cache]
+    command += [
+        "--chunks",
+        str(CHUNKS),
+        "-b",
+        str(CHUNK),
+        "-t",
+        "2",
+        "-fa",
+        "on",
+        "-ctk",
+        cache,
+        "-ctv",
+        cache,
+        "-lv",
+        "4",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     told = done.stdout + done.stderr
     [found] = re.findall(r"Final estimate: PPL = ([\d.]+)", told)
