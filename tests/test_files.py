@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,23 @@ def test_nothing_is_overwritten_by_what_began_when_it_was_not_there(tmp_path: Pa
 def test_temporaries_of_equal_process_ids_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getpid", lambda: 1)
     assert len({files._partial(tmp_path / "out") for _ in range(100)}) == 100
+
+
+def test_many_who_wait_for_a_path_in_a_new_folder_all_get_their_turn(tmp_path: Path) -> None:
+    """Locks and the folder, which is empty in between, come and go under those who wait."""
+    path, inside, most = tmp_path / "new" / "output", 0, 0
+
+    def write(_: int) -> None:
+        nonlocal inside, most
+        for _ in range(100):
+            with sole_writer(path, wait=True):
+                inside += 1
+                most = max(most, inside)
+                inside -= 1
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len([*pool.map(write, range(4))]) == 4
+    assert most == 1
 
 
 def test_writers_that_replace_wait_for_each_other(tmp_path: Path) -> None:

@@ -56,7 +56,6 @@ def sole_writer(path: Path, *, wait: bool = False) -> Iterator[None]:
     file = None
     try:
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
             file = _acquire(lock, path, wait)
         _held.add(key)
         for partial in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
@@ -74,12 +73,18 @@ def sole_writer(path: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def _acquire(lock: Path, path: Path, wait: bool) -> int:
-    """The descriptor of a locked lock file that is still the one in the folder."""
+    """The descriptor of a locked lock file that is still the one in the folder, which is made if need be."""
     while True:
-        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            if lock.parent.exists():
+                raise
+            continue  # another writer has ended and removed the empty folder
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if lock.exists() and os.path.samestat(os.fstat(file), os.stat(lock)):
+            if _is_still(lock, file):
                 command = " ".join((Path(sys.argv[0]).name, *sys.argv[1:]))
                 os.truncate(file, 0)
                 os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()} ({command[:200]})".encode(), 0)
@@ -92,6 +97,14 @@ def _acquire(lock: Path, path: Path, wait: bool) -> int:
             os.close(file)
             raise
         os.close(file)
+
+
+def _is_still(lock: Path, file: int) -> bool:
+    """Whether a path leads to an open file; whoever held it may remove it at any time."""
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(lock))
+    except FileNotFoundError:
+        return False
 
 
 def sweep(folder: Path) -> None:
