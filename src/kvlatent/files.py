@@ -26,6 +26,8 @@ from kvlatent.errors import UserError
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(kvlatent-lock|partial-[0-9a-f]{12})")
 """Names beside an output while it is written; those of a killed process wait there for the next writer."""
 
+TRIES = 100
+"""How often a folder is made anew that others remove, before what is in the way is told."""
 _held: set[tuple[int, Path]] = set()
 """Outputs that a thread of this process is writing: it may ask again while it does."""
 
@@ -75,13 +77,7 @@ def sole_writer(path: Path, *, wait: bool = False) -> Iterator[None]:
 def _acquire(lock: Path, path: Path, wait: bool) -> int:
     """The descriptor of a locked lock file that is still the one in the folder, which is made if need be."""
     while True:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:
-            if lock.parent.exists():
-                raise
-            continue  # another writer has ended and removed the empty folder
+        file = _opened(lock)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if _is_still(lock, file):
@@ -97,6 +93,16 @@ def _acquire(lock: Path, path: Path, wait: bool) -> int:
             os.close(file)
             raise
         os.close(file)
+
+
+def _opened(lock: Path) -> int:
+    """The descriptor of a lock file; other writers may end and remove the folder, while it is empty, at any time."""
+    for _ in range(TRIES):
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
 
 
 def _is_still(lock: Path, file: int) -> bool:
