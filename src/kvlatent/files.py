@@ -28,6 +28,7 @@ LEFTOVER = re.compile(r"\.(?P<name>.+)\.(kvlatent-lock|partial-[0-9a-f]{12})")
 
 TRIES = 100
 """How often a folder is made anew that others remove, before what is in the way is told."""
+
 _held: set[tuple[int, Path]] = set()
 """Outputs that a thread of this process is writing: it may ask again while it does."""
 
@@ -97,12 +98,15 @@ def _acquire(lock: Path, path: Path, wait: bool) -> int:
 
 def _opened(lock: Path) -> int:
     """The descriptor of a lock file; other writers may end and remove the folder, while it is empty, at any time."""
-    for _ in range(TRIES):
-        with contextlib.suppress(FileNotFoundError, FileExistsError):
+    tries = 0
+    while True:
+        try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             return os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    return os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        except (FileNotFoundError, FileExistsError):
+            tries += 1
+            if tries == TRIES:
+                raise
 
 
 def _is_still(lock: Path, file: int) -> bool:
@@ -139,6 +143,41 @@ def differing_settings(kept: bytes, asked: Mapping[str, Any]) -> list[str]:
         return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     except (AttributeError, RecursionError) as error:
         raise ValueError(str(error)) from None
+
+
+def begin_work(file: Path, settings: dict[str, Any], *, what: str) -> None:
+    """Make the folder of a file with the settings of some work, or find in it what a killed one with the same has done.
+
+    Args:
+        file: Where the settings are, in a folder whose parent is there.
+        settings: What JSON can hold.
+        what: The work, as a message calls it.
+
+    Raises:
+        UserError: It is of other settings, or damaged, or can't be written.
+    """
+    work = file.parent
+    with writing(work):
+        work.mkdir(exist_ok=True)
+        if not file.is_file():
+            with replaced(file) as partial:
+                partial.write_text(json.dumps(settings))
+            return
+        kept = file.read_bytes()
+    try:
+        differing = differing_settings(kept, settings)
+    except ValueError as error:
+        raise damaged_work(work, f"{file.name}: {error}", what=what) from None
+    if differing:
+        raise UserError(
+            f"{work} holds an unfinished {what} that was begun with other settings ({', '.join(differing)}); use the "
+            "same, or remove it to begin anew"
+        )
+
+
+def damaged_work(work: Path, why: str, *, what: str) -> UserError:
+    """What to raise when a file of a work folder isn't as it was written."""
+    return UserError(f"the {what} in {work} is damaged ({why}); remove it to begin anew")
 
 
 def at_home(path: str | Path) -> Path:

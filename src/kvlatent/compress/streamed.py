@@ -6,7 +6,6 @@ the next. The same command, given again after a kill, goes on from there.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,10 +20,11 @@ from transformers import PreTrainedModel
 
 from kvlatent.compress.statistics import Statistics
 from kvlatent.errors import UserError
-from kvlatent.files import differing_settings, discard, replaced, writing
+from kvlatent.files import begin_work, damaged_work, discard, replaced
 from kvlatent.model.hidden_states import HiddenStates, InMemory, OnDisk
 from kvlatent.model.offload import LAYERS, OffloadedLayers, at_hand
 
+WORK = "conversion"
 REST = "rest.safetensors"
 """The last file that is written: all that is no layer."""
 
@@ -63,27 +63,11 @@ class Stream:
             UserError: It is of other settings, another teacher or other text, or can't be written.
         """
         settings = settings | {"weights": sorted(map(file_mark, {*self.layers.files.values()}))}
-        file = self.work / "convert.json"
-        with writing(self.work):
-            self.work.mkdir(exist_ok=True)
-            if not file.is_file():
-                with replaced(file) as partial_file:
-                    partial_file.write_text(json.dumps(settings))
-                return
-            kept = file.read_bytes()
-        try:
-            differing = differing_settings(kept, settings)
-        except ValueError as error:
-            raise self.damaged(f"convert.json: {error}") from None
-        if differing:
-            raise UserError(
-                f"{self.work} holds a conversion that was begun with other settings ({', '.join(differing)}); use the "
-                "same, or remove it to begin anew"
-            )
+        begin_work(self.work / "convert.json", settings, what=WORK)
 
     def damaged(self, what: str) -> UserError:
         """What to raise when a file isn't as it was written."""
-        return UserError(f"the conversion in {self.work} is damaged ({what}); remove it to begin anew")
+        return damaged_work(self.work, what, what=WORK)
 
     def has_work(self) -> bool:
         """Whether statistics or layers are there that a new start would lose."""

@@ -17,10 +17,11 @@ from kvlatent.evaluation.joined import Rolling
 from kvlatent.evaluation.perplexity import Perplexity
 from kvlatent.evaluation.retrieval import Retrieval
 from kvlatent.evaluation.tasks import TaskScore
-from kvlatent.files import differing_settings, discard, new_folder, refuse_existing, replaced, sole_writer, writing
+from kvlatent.files import begin_work, damaged_work, discard, new_folder, refuse_existing, replaced, sole_writer
 
 KINDS: dict[str, type] = {kind.__name__: kind for kind in (Perplexity, Rolling, Diagnosis, Retrieval, TaskScore)}
 """What a measurement may be, beside plain data."""
+WORK = "evaluation"
 SETTINGS, RESULT = "settings.json", "eval.json"
 
 Found = TypeVar("Found")
@@ -41,22 +42,7 @@ class Measured:
         """
         if self.work is None:
             return
-        file = self.work / SETTINGS
-        with writing(self.work):
-            self.work.mkdir(exist_ok=True)
-            if not file.is_file():
-                with replaced(file) as partial:
-                    partial.write_text(json.dumps(settings))
-            kept = file.read_bytes()
-        try:
-            differing = differing_settings(kept, settings)
-        except ValueError as error:
-            raise self._damaged(f"{SETTINGS}: {error}") from None
-        if differing:
-            raise UserError(
-                f"{self.work} holds an evaluation that was begun with other settings ({', '.join(differing)}); use the "
-                "same, or remove it to begin anew"
-            )
+        begin_work(self.work / SETTINGS, settings, what=WORK)
 
     def once(self, name: str, measure: Callable[[], Found]) -> Found:
         """What a measurement gives, or what it gave before the evaluation was killed.
@@ -78,7 +64,7 @@ class Measured:
         try:
             kept: Found = json.loads(file.read_bytes(), object_hook=_whole)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise self._damaged(f"{file.name}: {error}") from None
+            raise damaged_work(self.work, f"{file.name}: {error}", what=WORK) from None
         return kept
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
@@ -107,9 +93,6 @@ class Measured:
         """Remove the folder if nothing was measured that a new start would lose."""
         if self.work is not None and not any(file.name != SETTINGS for file in self.work.glob("*.json")):
             discard(self.work, of=self.out or self.work)
-
-    def _damaged(self, what: str) -> UserError:
-        return UserError(f"the evaluation in {self.work} is damaged ({what}); remove it to begin anew")
 
 
 @contextmanager
