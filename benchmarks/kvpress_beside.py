@@ -79,7 +79,7 @@ def main() -> None:
     if asked.prompts is not None:
         return measure(asked.model, json.loads(asked.prompts.read_text()), asked.keep, "kvpress", asked.out)
 
-    from kvlatent.evaluation.retrieval import NEEDLES, TOKENS_PER_PAIR, retrieval_prompt
+    from kvlatent.evaluation.retrieval import NEEDLES, TOKENS_PER_PAIR, retrieval_questions
     from kvlatent.model.checkpoints import locate
     from kvlatent.model.loading import load_tokenizer
 
@@ -87,7 +87,11 @@ def main() -> None:
     for context in asked.context:
         for test, pairs in (("key_value", context // TOKENS_PER_PAIR), ("needles", NEEDLES)):
             depths = ((trial + 0.5) / asked.trials * (1 - 256 / context) for trial in range(asked.trials))
-            found = [retrieval_prompt(tokenizer, pairs, context=context, depth=depth, rng=rng) for depth in depths]
+            found = [
+                asked
+                for depth in depths
+                for asked in retrieval_questions(tokenizer, pairs, context=context, depths=[depth], rng=rng)
+            ]
             prompts[f"{test} {context}"] = found
     measure(folder, prompts, asked.keep, "kvlatent", asked.out)
     (file := asked.out.with_suffix(".prompts.json")).write_text(json.dumps(prompts))

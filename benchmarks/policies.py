@@ -23,7 +23,7 @@ from kvlatent.compose.policy import Policy
 from kvlatent.evaluation.bench import benchmark
 from kvlatent.evaluation.config import NEAR
 from kvlatent.evaluation.needle import score_answer
-from kvlatent.evaluation.retrieval import NEEDLES, RETRIEVAL_TESTS, TOKENS_PER_PAIR, retrieval_prompt
+from kvlatent.evaluation.retrieval import NEEDLES, RETRIEVAL_TESTS, TOKENS_PER_PAIR, retrieval_questions
 from kvlatent.model.cache import cache_bytes
 from kvlatent.model.checkpoints import load_model
 from kvlatent.model.compatibility import CACHE
@@ -39,7 +39,7 @@ def prompts(tokenizer: PreTrainedTokenizerBase, test: str, *, context: int, tria
     pairs = NEEDLES if test == "needles" else context // TOKENS_PER_PAIR
     for trial in range(trials):
         depth = (trial + rng.random()) / trials * (1 - 2 * NEAR / context)
-        prompt, answer = retrieval_prompt(tokenizer, pairs, context=context, depth=depth, rng=rng)
+        ((prompt, answer),) = retrieval_questions(tokenizer, pairs, context=context, depths=[depth], rng=rng)
         text = tokenizer.decode(prompt)
         facts = text[: text.rindex("The code of")].rstrip()
         found.append((prompt, answer, len(tokenizer(facts)["input_ids"])))

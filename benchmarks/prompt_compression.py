@@ -25,7 +25,7 @@ from kvlatent.compose.prompt import compress_prompt
 from kvlatent.data.documents import read_documents
 from kvlatent.evaluation.needle import score_answer
 from kvlatent.evaluation.perplexity import standard_error
-from kvlatent.evaluation.retrieval import NEEDLES, TOKENS_PER_PAIR, retrieval_prompt
+from kvlatent.evaluation.retrieval import NEEDLES, TOKENS_PER_PAIR, retrieval_questions
 from kvlatent.model.checkpoints import load_model
 from kvlatent.model.layers import evaluation_mode
 
@@ -39,7 +39,7 @@ def codes(tokenizer: PreTrainedTokenizerBase, test: str, *, context: int, trials
     rng = random.Random(0)
     for trial in range(trials):
         pairs, depth = NEEDLES if test == "needles" else context // TOKENS_PER_PAIR, (trial + rng.random()) / trials
-        ids, answer = retrieval_prompt(tokenizer, pairs, context=context, depth=0.75 * depth, rng=rng)
+        ((ids, answer),) = retrieval_questions(tokenizer, pairs, context=context, depths=[0.75 * depth], rng=rng)
         text = tokenizer.decode(ids)
         yield ids, answer, text[text.rindex("The code of") :]
 

@@ -14,11 +14,13 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerF
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvlatent import cli
+from kvlatent.compress.convert import convert
 from kvlatent.errors import UserError
 from kvlatent.evaluation import far
+from kvlatent.evaluation.needle import score_answer, score_answers
 from kvlatent.evaluation.perplexity import Perplexity, perplexity
 from kvlatent.evaluation.report.text import models_table, summary_table
-from kvlatent.evaluation.retrieval import RETRIEVAL_TESTS, retrieval
+from kvlatent.evaluation.retrieval import RETRIEVAL_TESTS, retrieval, retrieval_prompts, retrieval_questions
 
 VOCABULARY = 260
 
@@ -110,10 +112,14 @@ class Copier(LlamaForCausalLM):
 
     reach = 10**6
 
-    def forward(self, input_ids: Tensor, logits_to_keep: int, **_: Any) -> CausalLMOutputWithPast:
-        (row,) = input_ids.tolist()
+    def forward(
+        self, input_ids: Tensor, logits_to_keep: int, past_key_values: list[int] | None = None, **_: Any
+    ) -> CausalLMOutputWithPast:
+        row = past_key_values if past_key_values is not None else list[int]()
+        row += input_ids[0].tolist()
         guesses = [self._guess(row[max(0, end - self.reach) : end]) for end in range(1, len(row) + 1)[-logits_to_keep:]]
-        return CausalLMOutputWithPast(logits=100.0 * torch.nn.functional.one_hot(torch.tensor([guesses]), VOCABULARY))
+        logits = 100.0 * torch.nn.functional.one_hot(torch.tensor([guesses]), VOCABULARY)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=row)
 
     @staticmethod
     def _guess(row: list[int]) -> int:
@@ -143,49 +149,73 @@ def test_a_model_that_copies_retrieves_and_one_that_forgets_does_not(
     assert found["exact_match"] == 1 and found["exact_match_stderr"] == 0
     assert found["log_probability"] == pytest.approx(0, abs=1e-6)
     assert (found["pairs"], found["trials"]) == ({"key_value": 25, "needles": 4}[test], 6)
+    assert found["questions"] == {"key_value": 6 * 8, "needles": 6 * 4}[test]
     monkeypatch.setattr(Copier, "reach", 128)  # what is asked for lies further back
     forgot = retrieval(copier, byte_tokenizer, test, context=800, trials=6, seed=0).scores()
     assert forgot["exact_match"] < 0.5 and forgot["log_probability"] < -10
     json.dumps(forgot, allow_nan=False)
 
 
+@pytest.mark.parametrize("questions", [1, 4])
 @pytest.mark.parametrize(("test", "context"), [("key_value", 1000), ("needles", 1000), ("needles", 2500)])
 def test_prompts_fill_the_context_ask_what_is_far_and_repeat_with_the_seed(
-    test: str, context: int, copier: Copier, byte_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    test: str, context: int, questions: int, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    seen: list[tuple[list[int], list[int]]] = []
-
-    def record(_model: PreTrainedModel, prompt: list[int], answer: list[int], *, cache: None) -> tuple[bool, float]:
-        seen.append((prompt, answer))
-        return False, 0.0
-
-    monkeypatch.setattr("kvlatent.evaluation.retrieval.score_answer", record)
-    for _ in range(2):
-        retrieval(copier, byte_tokenizer, test, context=context, trials=8, seed=3)
-    assert seen[:8] == seen[8:]
+    how: dict[str, Any] = {"context": context, "trials": 8, "seed": 3, "questions": questions}
+    prompts = list(retrieval_prompts(byte_tokenizer, test, **how))
+    assert prompts == list(retrieval_prompts(byte_tokenizer, test, **how))
+    assert len(prompts) == 8 and {len(asked) for asked in prompts} == {questions}
     places = []
-    for prompt, answer in seen[:8]:
-        text, code = byte_tokenizer.decode(prompt), byte_tokenizer.decode(answer).strip()
-        assert context - 100 < len(prompt) + len(answer) <= context
-        *told, question = text.split("The code of ")
-        name = question.removesuffix(" is")
-        assert [fact.split(".")[0] for fact in told if fact.startswith(f"{name} is ")] == [f"{name} is {code}"]
-        assert len(told) - 1 == (4 if test == "needles" else context // 32)
-        places.append(text.index(f"The code of {name} is {code}"))
-        assert len(text) - places[-1] > 128
-    assert places[0] < places[-1]
+    for asked in prompts:
+        facts = set()
+        for prompt, answer in asked:
+            text, code = byte_tokenizer.decode(prompt), byte_tokenizer.decode(answer).strip()
+            assert context - 100 < len(prompt) + len(answer) <= context
+            *told, question = text.split("The code of ")
+            name = question.removesuffix(" is")
+            assert [fact.split(".")[0] for fact in told if fact.startswith(f"{name} is ")] == [f"{name} is {code}"]
+            assert len(told) - 1 == (4 if test == "needles" else context // 32)
+            facts.add(text[: -len(f"The code of {question}")])
+            places.append(text.index(f"The code of {name} is {code}"))
+            assert len(text) - places[-1] > 128
+        assert len(facts) == 1  # what is told is the same for all of its questions
+    assert places[0] < places[-1] and len(set(places[:questions])) == questions
 
 
-def test_many_pairs_have_names_of_their_own(copier: Copier, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvlatent.evaluation.retrieval.filled_prompt", lambda _tokenizer, text, *_, **__: text([]))
-    from kvlatent.evaluation.retrieval import retrieval_prompt
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_questions_of_one_text_are_answered_as_if_asked_alone(
+    family: str, tiny_teacher: Callable[[str], PreTrainedModel]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    told, *ends = (
+        torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in (120, 5, 9, 5, 1)
+    )
+    asked = [([*told, *end], answer) for end, answer in zip(ends, ([7], [8, 9], [3, 4, 5], [6]), strict=True)]
+    teacher = tiny_teacher(family)
+    ids = torch.randint(3, VOCABULARY, (4, 64), generator=generator)
+    dims: dict[str, Any] = {"d_qk": 8, "d_vo": 4, "ids": ids, "window": 6, "sinks": 2}
+    groups = (((16, 4),),) * 2
+    codes = dims | {"d_vo": 8, "k_codes": groups, "v_codes": groups}
+    for model in (teacher, convert(teacher, **dims), convert(teacher, **codes)):
+        with torch.no_grad():
+            alone = [score_answer(model, *each) for each in asked]
+            found = score_answers(model, asked)
+        assert [right for right, _ in found] == [right for right, _ in alone]
+        assert [nats for _, nats in found] == pytest.approx([nats for _, nats in alone], abs=1e-4)
 
+
+def test_many_pairs_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "kvlatent.evaluation.retrieval.filled_prompts", lambda _tokenizer, text, questions, **_: (text([]), *questions)
+    )
     for pairs in (4, 32, 64, 256, 1024):
-        *facts, question = retrieval_prompt(None, pairs, context=0, depth=0.5, rng=random.Random(0))  # type: ignore[arg-type]
+        how: dict[str, Any] = {"context": 0, "depths": [0.2, 0.5], "rng": random.Random(0)}
+        facts, *asked = retrieval_questions(None, pairs, **how)  # type: ignore[arg-type]
         assert len({fact.split(" is ")[0] for fact in facts}) == len(facts) == pairs
-        assert sum(fact.startswith(f"{question} ") for fact in facts) == 1
+        told = [[facts.index(f"{question} {code}.") for question, code in asked]]
+        assert len({*told[0]}) == 2
     with pytest.raises(UserError, match="names for 1024 pairs"):
-        retrieval_prompt(None, 1025, context=0, depth=0.5, rng=random.Random(0))  # type: ignore[arg-type]
+        retrieval_questions(None, 1025, context=0, depths=[0.5], rng=random.Random(0))  # type: ignore[arg-type]
 
 
 def test_retrieval_refuses_what_it_cannot_ask(copier: Copier, byte_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -147,7 +147,7 @@ class Retrieval(Entry):
     contexts: list[Count] = Field(min_length=1)
     """Tokens of the prompts."""
     trials: Count
-    """Prompts of each length and test."""
+    """Prompts of each length and test; each is asked eight questions, or four about needles."""
 
 
 class Tasks(Entry):

@@ -64,7 +64,8 @@ class EvalConfig:
     retrieval_contexts: Numbers = (1024, 2048, 4096, 8192)
     """Tokens of the prompts of --retrieval; more than the model has positions are left out."""
     trials: Number = 20
-    """Prompts of --retrieval for each context and test."""
+    """Prompts of --retrieval for each context and test; each is asked eight questions, or four about needles, and one
+    with --policy, which chooses anew for each."""
     tasks: Annotated[tuple[str, ...], arg(metavar="T…", help_behavior_hint="")] = ()
     """Tasks of lm-eval (pip install 'kvlatent[eval]'), by name or .yaml file; with --against, tested in pairs, with the
     share of its score above chance that is kept."""

@@ -118,6 +118,8 @@ def _evaluate(config: EvalConfig, kept: Measured, *, device: str, dtype: str, se
             }
         if config.retrieval:
             settings = {"trials": config.trials, "seed": seed, "policy": policy}
+            if asked is not None:  # which reads a prompt anew for each question
+                settings["questions"] = 1
             answered = {
                 (what := f"{test} {context}"): model.measure(
                     what, retrieval, tokenizer, test, context=context, **settings

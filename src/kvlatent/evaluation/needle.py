@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -112,40 +113,47 @@ def _needle_prompt(
 
     def text(filler: list[str]) -> list[str]:
         before = round(depth * len(filler))
-        return [*filler[:before], sentence, *filler[before:], question]
+        return [*filler[:before], sentence, *filler[before:]]
 
-    return filled_prompt(tokenizer, text, code, context=context, rng=rng)
+    (asked,) = filled_prompts(tokenizer, text, [(question, code)], context=context, rng=rng)
+    return asked
 
 
-def filled_prompt(
+def filled_prompts(
     tokenizer: PreTrainedTokenizerBase,
     text: Callable[[list[str]], list[str]],
-    answer: str,
+    questions: Sequence[tuple[str, str]],
     *,
     context: int,
     rng: random.Random,
-) -> tuple[list[int], list[int]]:
-    """Return the token ids of a prompt and of its answer, with as much filler as there is room for.
+) -> list[tuple[list[int], list[int]]]:
+    """Return the token ids of a prompt and of its answer for each question, with as much filler as there is room for.
 
     Args:
         tokenizer: The model's.
-        text: Sentences of the prompt, the question last, around the sentences of filler it is given.
-        answer: What should follow.
-        context: Most tokens of both together.
+        text: Sentences before the question, around the sentences of filler it is given; the same for all questions.
+        questions: The prompt's end, and what should follow.
+        context: Most tokens of prompt and answer together.
         rng: Chooses the filler.
 
     Raises:
         UserError: They don't fit without any filler.
     """
 
-    def encode(filler: list[str]) -> tuple[list[int], list[int]]:
-        prompt = " ".join(text(filler))
-        # Tokenized as one text, then cut where the prompt alone ends, so the answer is spelt as the model knows it.
-        alone, whole = tokenizer(prompt)["input_ids"], tokenizer(f"{prompt} {answer}")["input_ids"]
-        cut = next((i for i, (x, y) in enumerate(zip(alone, whole, strict=False)) if x != y), len(alone))
-        return whole[:cut], whole[cut:]
+    def encode(filler: list[str]) -> list[tuple[list[int], list[int]]]:
+        facts, found = text(filler), []
+        for question, answer in questions:
+            prompt = " ".join([*facts, question])
+            # Tokenized as one text, then cut where the prompt alone ends, so the answer is spelt as the model knows it.
+            alone, whole = tokenizer(prompt)["input_ids"], tokenizer(f"{prompt} {answer}")["input_ids"]
+            cut = next((i for i, (x, y) in enumerate(zip(alone, whole, strict=False)) if x != y), len(alone))
+            found.append((whole[:cut], whole[cut:]))
+        return found
 
-    bare = sum(map(len, encode([])))
+    def longest(asked: list[tuple[list[int], list[int]]]) -> int:
+        return max(len(prompt) + len(answer) for prompt, answer in asked)
+
+    bare = longest(encode([]))
     if bare > context:
         raise UserError(f"facts and question alone need {bare} tokens; got a context of {context}")
     filler: list[str] = []
@@ -154,7 +162,7 @@ def filled_prompt(
         filler.append(_filler(rng))
         room -= len(tokenizer(" " + filler[-1], add_special_tokens=False)["input_ids"])
     ids = encode(filler)
-    while sum(map(len, ids)) > context:  # the last sentence, as a rule
+    while longest(ids) > context:  # the last sentence, as a rule
         filler.pop()
         ids = encode(filler)
     return ids
@@ -178,15 +186,33 @@ def score_answer(
         before: How many of the prompt's tokens there are when the policy chooses; all but the last by default, so that
             it knows the question.
     """
+    if cache is None:
+        return _score(model, prompt, answer, use_cache=False)
+    cache.reset()
+    before = len(prompt) - 1 if before is None else before
+    ids = torch.tensor([prompt[:before]], device=model.device)
+    model(input_ids=ids, logits_to_keep=1, use_cache=True, **{CACHE: cache})
+    return _score(model, prompt[before:], answer, use_cache=True, **{CACHE: cache})
+
+
+def score_answers(model: PreTrainedModel, asked: Sequence[tuple[list[int], list[int]]]) -> list[tuple[bool, float]]:
+    """`score_answer` for prompts and answers of which the prompts begin alike; that beginning is read only once."""
+    if len(asked) == 1:
+        return [score_answer(model, *asked[0])]
+    prompts = [prompt for prompt, _ in asked]
+    least = min(map(len, prompts)) - 1
+    before = next((i for i, tokens in enumerate(zip(*prompts, strict=False)) if len({*tokens}) > 1), least)
+    ids = torch.tensor([prompts[0][:before]], device=model.device)
+    cache = model(input_ids=ids, logits_to_keep=1, use_cache=True)[CACHE]
+    return [
+        _score(model, prompt[before:], answer, use_cache=True, **{CACHE: deepcopy(cache)}) for prompt, answer in asked
+    ]
+
+
+def _score(model: PreTrainedModel, prompt: list[int], answer: list[int], **kwargs: Any) -> tuple[bool, float]:
     ids = torch.tensor([prompt + answer], device=model.device)
-    kwargs: dict[str, Any] = {"use_cache": False}
-    if cache is not None:
-        cache.reset()
-        kwargs = {"use_cache": True, CACHE: cache}
-        before = len(prompt) - 1 if before is None else before
-        model(input_ids=ids[:, :before], logits_to_keep=1, **kwargs)
     # One row more than the answer has tokens: each row predicts the next token, and the last row has none to predict.
-    logits = model(input_ids=ids[:, before:], logits_to_keep=len(answer) + 1, **kwargs).logits[0, :-1].float()
+    logits = model(input_ids=ids, logits_to_keep=len(answer) + 1, **kwargs).logits[0, :-1].float()
     targets = ids[0, -len(answer) :]
     log_probability = -F.cross_entropy(logits, targets, reduction="sum").item()
     return bool((logits.argmax(dim=-1) == targets).all()), log_probability
