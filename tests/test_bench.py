@@ -17,6 +17,7 @@ from kvlatent.model.cache import allocated_bytes, cache_bytes
 from kvlatent.model.graft import dims_by_layer, spec_of
 from kvlatent.model.sizes import predicted_cache_bytes
 from kvlatent.model.spec import LatentSpec, bytes_per_token
+from kvlatent.model.window_cache import LEFT
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -226,7 +227,7 @@ def test_a_synthetic_cache_is_one_that_decoding_goes_on_with(student: Callable[.
 @pytest.mark.parametrize("extra", [0, 10_000, 400_000])
 def test_n_max_counts_the_window_and_its_slack(student: Callable[..., PreTrainedModel], extra: int) -> None:
     model = student("llama")
-    weights, taken_at_once = sum(x.nbytes for x in model.parameters()), 2 * (8 + 64) * WHOLE
+    weights, taken_at_once = sum(x.nbytes for x in model.parameters()), 2 * (8 + LEFT) * WHOLE
     memory = weights + taken_at_once + extra
     found = n_max_of(model, memory=memory, batch=2)
     assert weights < found["bytes"] <= memory

@@ -15,7 +15,9 @@ from kvlatent.errors import UserError
 from kvlatent.model.cache import LatentCache, StaticLatentCache, allocated_bytes, cache_bytes
 from kvlatent.model.fixed_window import FixedWindowLayer
 from kvlatent.model.graft import spec_of
-from kvlatent.model.window_cache import SLACK, WindowLayer
+from kvlatent.model.sizes import predicted_cache_bytes
+from kvlatent.model.window import FarMaps
+from kvlatent.model.window_cache import AHEAD, SLACK, WindowLayer
 
 PLAIN: dict[str, Any] = {"max_new_tokens": 14, "do_sample": False, "pad_token_id": 0}
 CLOSE = {"rtol": 1e-3, "atol": 5e-4}
@@ -413,3 +415,36 @@ def test_packed_documents_are_met_as_without_a_cache(student: Callable[..., PreT
     found = [logits(model, ids[:2], use_cache=use, **given) for use in (True, False)]
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[0][:, 10:], logits(model, ids[:2, 10:], use_cache=False), **CLOSE)
+
+
+def test_tokens_that_come_one_by_one_become_latents_some_at_a_time(
+    student: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each layer at steps of its own; what is held, and taken back, is as if each had left alone."""
+    model = student("llama", 64)
+    text = torch.randint(260, (2, 180), generator=torch.Generator().manual_seed(5))
+    whole, cache = logits(model, text, use_cache=False), LatentCache(model.config)
+    counts = list[int]()
+    stored = FarMaps.stored
+
+    def counted(maps: FarMaps, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        counts.append(k.shape[2])
+        return stored(maps, k, v)
+
+    monkeypatch.setattr(FarMaps, "stored", counted)
+    held, at_steps = 0, list[list[int]]()
+    while held < 180:
+        counts.clear()
+        new = 70 if held == 0 else 1
+        got = logits(model, text[:, held : held + new], past_key_values=cache)
+        torch.testing.assert_close(got, whole[:, held : held + new], **CLOSE)
+        held += new
+        sizes = {"batch": 2, "tokens": held, "element_size": model.dtype.itemsize}
+        assert cache_bytes(cache) == predicted_cache_bytes(model.config, **sizes)
+        at_steps.append([count for count in counts if count])
+        if held == 110 and len(at_steps) == 41:
+            cache.crop(-20)
+            held -= 20
+    steps = [counts for counts in at_steps[2:] if counts]
+    assert max(map(max, steps)) == AHEAD and len(steps) < 20
+    assert any(len(counts) == 1 for counts in steps)  # one layer alone

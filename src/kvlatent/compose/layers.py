@@ -240,7 +240,7 @@ class EvictingWindowLayer(Evicting, WindowLayer):
     def take(self, slots: Slots, valid: Bool[Tensor, "batch kept"] | None) -> None:
         """Keep these slots only."""
         end = self.latents_from + self.slots
-        self.far.parts = [Buffer(gathered(x.held(), slots)) for x in self.far.parts]
+        self.far.parts, self.far.ahead = [Buffer(gathered(x.held(), slots)) for x in self.far.parts], 0
         if valid is None or self.visible is None:
             return
         columns = torch.arange(self.length, device=self.device)

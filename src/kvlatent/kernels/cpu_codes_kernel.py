@@ -9,9 +9,8 @@ with twice the dims in a register than as floats. What that rounding does is a h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import Any
 
 from llvmlite import ir
 
@@ -39,7 +38,7 @@ IN_ORDER = [sum(INTERLEAVED, ()).index(lane) for lane in range(DIMS)]
 
 
 @cache
-def build_attention(group_size: int) -> Callable[[Any, int], None]:
+def build_attention(group_size: int) -> Callable[[Iterable[int], int], None]:
     """Return the decode kernel for groups of so many query heads: a function of the call's fields and of threads."""
     return compiled(CodeKernel(group_size).module)
 
@@ -53,9 +52,9 @@ class CodeKernel(Kernel):
     fields = (
         *("q", "k", "k_batch", "k_head", "k_token", "v", "v_batch", "v_head", "v_token", "mask", "mask_batch"),
         *(f"{side}_{name}" for side in "kv" for name in OF_SIDE),
-        *("heads", "length", "parts", "part", "items", "scratch", "out", "sums", "next"),
+        *("scale", "heads", "length", "parts", "part", "items", "scratch", "out", "sums", "next"),
     )
-    """Addresses, strides in bytes, and sizes."""
+    """Addresses, strides in bytes, the logits' multiplier, and sizes."""
 
     def __init__(self, group_size: int) -> None:
         Writer.__init__(self)
@@ -128,11 +127,14 @@ class CodeKernel(Kernel):
             head = b.srem(pair, fields["heads"])
             mean = self._at(fields["k_mean"], b.mul(head, fields["k_width"]), FLOAT)
 
-            def in_steps(dim: ir.Value, query: ir.Value = query) -> ir.Value:
-                return b.fmul(b.load(b.gep(query, [dim])), b.load(self._at(fields["k_scales"], dim, FLOAT)))
+            def scaled(dim: ir.Value, query: ir.Value = query) -> ir.Value:
+                return b.fmul(b.load(b.gep(query, [dim])), self._float(fields["scale"]))
+
+            def in_steps(dim: ir.Value) -> ir.Value:
+                return b.fmul(scaled(dim), b.load(self._at(fields["k_scales"], dim, FLOAT)))
 
             with self._loop(LONG(0), fields["k_width"], sums=[FLOAT(0.0)] * 2) as (dim, (largest, shift), hand):
-                times_mean = self._multiply_add(b.load(b.gep(query, [dim])), b.load(b.gep(mean, [dim])), shift)
+                times_mean = self._multiply_add(scaled(dim), b.load(b.gep(mean, [dim])), shift)
                 hand([self._call("maxnum", self._call("fabs", in_steps(dim)), largest), times_mean])
             unit, up = self._rounding(largest)
             with self._loop(LONG(0), fields["k_width"], sums=[FLOAT(0.0)]) as (dim, (beside,), hand):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
@@ -22,6 +23,8 @@ from kvlatent.kernels.layout import Layout
 
 STORED = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """Dtypes a cache may have here, by their names in the kernel."""
+MOST_KEYS = 64
+"""Keys that a kernel takes at a time, at most; parts of a context are multiples of it."""
 LEAST_PART = 256
 """Keys below which a context isn't split any further."""
 PARTS_PER_THREAD = 8
@@ -53,7 +56,7 @@ def decode_attention(
     mask: Bool[Tensor, "mask_batch 1 1 kv_len"] | None = None,
 ) -> Float[Tensor, "batch q_heads 1 d_vo"]:
     """Attend with one query per sequence; see `decode_segment`."""
-    return decode_segment(q, k, v, scale=scale, mask=mask)[0]
+    return attended(q, k, v, scale=scale, mask=mask)[0].to(q.dtype)
 
 
 def decode_segment(
@@ -87,38 +90,95 @@ def decode_segment(
         The output; the largest logit, times log2(e); and the sum of the weights relative to that: by the last two,
         outputs over several segments can be merged. Both are float32.
     """
-    from kvlatent.kernels.cpu_kernel import BLOCKS, build
+    out, sums = attended(q, k, v, scale=scale, mask=mask, codes=codes, means=means)
+    largest, weight = sums.split(1, -1)
+    return out if out.dtype == q.dtype else out.to(q.dtype), largest, weight
 
-    batch, q_heads, _, d_qk = q.shape
-    _, kv_heads, length, d_vo = v.shape
+
+def attended(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None,
+    codes: tuple[Layout, Layout] | None = None,
+    means: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Float[Tensor, "batch q_heads 1 d_vo"], Float[Tensor, "batch q_heads 1 2"]]:
+    """What `decode_segment` gives, in float32, the largest logit beside the sum of weights."""
+    batch, q_heads = q.shape[:2]
+    rows = q.float().contiguous()
+    out = torch.empty(batch, q_heads, 1, v.shape[3] if codes is None else codes[1].width)
+    sums = torch.empty(batch, q_heads, 1, 2)
+    attend_at(rows.data_ptr(), q_heads, k, v, scale, mask, codes, means, out.data_ptr(), sums.data_ptr())
+    return out, sums
+
+
+def attend_at(
+    q: int,
+    q_heads: int,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    codes: tuple[Layout, Layout] | None,
+    means: tuple[Tensor, Tensor] | None,
+    out: int,
+    sums: int,
+) -> None:
+    """`attended`, with queries and results at these addresses, contiguous and float32."""
+    (batch, kv_heads, length, d_qk), d_vo = k.shape, v.shape[3]
     group_size = q_heads // kv_heads
     if codes is None:
-        run, layouts = build(d_qk, d_vo, group_size, STORED[k.dtype], STORED[v.dtype]), []
-        scratch = group_size * (d_vo + 2)
+        run, scratch = _of_numbers(d_qk, d_vo, group_size, k.dtype, v.dtype)
+        layouts: tuple[int, ...] = ()
     else:
-        from kvlatent.kernels.cpu_codes_kernel import LANES_OF_HEAD, build_attention
-
-        run, d_vo, vectors = build_attention(group_size), codes[1].width, [vectors_of(x) for x in codes]
-        nothing = [torch.zeros(kv_heads, x.width) for x in codes] if means is None else ()
-        held = [x.float().contiguous() for x in means or nothing]
-        layouts = [number for x, mean in zip(vectors, held, strict=True) for number in (mean.data_ptr(), *x.fields)]
-        keys, values = vectors
-        scratch = group_size * (keys.lanes // 2 + values.lanes + LANES_OF_HEAD)
-    rows = (q.float() * (scale * math.log2(math.e))).contiguous()
+        run, scratch, (of_keys, of_values) = _of_codes(*codes, group_size)
+        held = [x.float().contiguous() for x in means or (torch.zeros(kv_heads, x.width) for x in codes)]
+        layouts = held[0].data_ptr(), *of_keys, held[1].data_ptr(), *of_values
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     pairs = batch * kv_heads
-    threads = torch.get_num_threads() if k.nbytes + v.nbytes >= SINGLE_THREAD_BYTES else 1
+    threads = torch.get_num_threads()
+    threads = threads if threads > 1 and k.nbytes + v.nbytes >= SINGLE_THREAD_BYTES else 1
     parts = 1 if threads == 1 else max(1, min(length // LEAST_PART, -(-PARTS_PER_THREAD * threads // pairs)))
-    part = -(-length // (parts * BLOCKS[0])) * BLOCKS[0]
+    part = -(-length // (parts * MOST_KEYS)) * MOST_KEYS
     partial = torch.empty(pairs * parts * scratch)
-    out, sums = torch.empty(batch, q_heads, 1, d_vo), torch.empty(batch, q_heads, 1, 2)
     mask_at = mask_stride = 0
     if mask is not None:
         mask = mask.contiguous()
         mask_at, mask_stride = mask.data_ptr(), 0 if len(mask) == 1 else length
     call = (
-        rows.data_ptr(), k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3], mask_at, mask_stride, *layouts,
-        kv_heads, length, parts, part, pairs * parts, partial.data_ptr(), out.data_ptr(), sums.data_ptr(), 0,
+        q, k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3], mask_at, mask_stride, *layouts,
+        _multiplier(scale), kv_heads, length, parts, part, pairs * parts, partial.data_ptr(), out, sums, 0,
     )  # fmt: skip
-    run((ctypes.c_int64 * len(call))(*call), threads)
-    return out.to(q.dtype), sums.narrow(-1, 0, 1), sums.narrow(-1, 1, 1)
+    run(call, threads)
+
+
+@cache
+def _of_numbers(
+    d_qk: int, d_vo: int, group_size: int, k: torch.dtype, v: torch.dtype
+) -> tuple[Callable[[Iterable[int], int], None], int]:
+    """The kernel for rows of numbers, and how many numbers of scratch memory an item of its work takes."""
+    from kvlatent.kernels.cpu_kernel import build
+
+    return build(d_qk, d_vo, group_size, STORED[k], STORED[v]), group_size * (d_vo + 2)
+
+
+@cache
+def _of_codes(
+    keys: Layout, values: Layout, group_size: int
+) -> tuple[Callable[[Iterable[int], int], None], int, list[tuple[int, ...]]]:
+    """The same for rows of codes, and what a call passes of both layouts."""
+    from kvlatent.kernels.cpu_codes_kernel import LANES_OF_HEAD, build_attention
+
+    vectors = [vectors_of(x) for x in (keys, values)]
+    scratch = group_size * (vectors[0].lanes // 2 + vectors[1].lanes + LANES_OF_HEAD)
+    return build_attention(group_size), scratch, [x.fields for x in vectors]
+
+
+@cache
+def _multiplier(scale: float) -> int:
+    """A logit multiplier as a kernel, whose exponentials are powers of two, is given it."""
+    from kvlatent.kernels.cpu_code import float_field
+
+    return float_field(scale * math.log2(math.e))

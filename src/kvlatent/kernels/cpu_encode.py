@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +23,7 @@ def fits(x: Tensor) -> bool:
 
 def write_rows(x: Tensor, norms: Tensor, at: Places, row_bytes: int) -> Tensor:
     """Rows of latents (…, width) of these norms (…, 1): the same bytes as by `Codes.encode` without a kernel."""
-    from kvlatent.kernels.cpu_encode_kernel import Encoder, build_encoder
+    from kvlatent.kernels.cpu_encode_kernel import build_encoder
 
     x, width = x.contiguous(), x.shape[-1]
     rows = torch.empty(*x.shape[:-1], row_bytes, dtype=torch.uint8)
@@ -34,5 +33,5 @@ def write_rows(x: Tensor, norms: Tensor, at: Places, row_bytes: int) -> Tensor:
         *(table.data_ptr() for table in (at.root, at.byte, at.up, at.most, at.step, at.middle)), items, 0,
     )  # fmt: skip
     threads = min(torch.get_num_threads(), 1 + items // ROWS_PER_THREAD)
-    build_encoder()((ctypes.c_int64 * len(Encoder.fields))(*call), threads)
+    build_encoder()(call, threads)
     return rows

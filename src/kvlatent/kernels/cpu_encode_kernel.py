@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
 
 from llvmlite import ir
 
@@ -19,7 +18,7 @@ def number_of(b: ir.IRBuilder, size: ir.Value) -> ir.Value:
 
 
 @cache
-def build_encoder() -> Callable[[Any, int], None]:
+def build_encoder() -> Callable[[Iterable[int], int], None]:
     """Return the kernel that writes rows: a function of the call's fields and of threads."""
     return compiled(Encoder().module)
 

@@ -6,10 +6,9 @@ A head's row of d_qk or d_vo numbers is a list of explicit vectors, so every wid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import product
-from typing import Any
 
 from llvmlite import ir
 
@@ -25,8 +24,9 @@ from kvlatent.kernels.cpu_code import (
     element_bytes,
     pieces_of,
 )
+from kvlatent.kernels.cpu_decode import MOST_KEYS
 
-BLOCKS = 64, 32, 16
+BLOCKS = MOST_KEYS, 32, 16
 """Keys whose logits are held at a time: the largest number that fits."""
 BLOCK_BYTES = 12 * 1024
 """What a block's keys and values, and the keys of the next one, may take, to stay in the first cache."""
@@ -43,7 +43,7 @@ LOWEST = -1e30
 
 
 @cache
-def build(d_qk: int, d_vo: int, group_size: int, k: str, v: str) -> Callable[[Any, int], None]:
+def build(d_qk: int, d_vo: int, group_size: int, k: str, v: str) -> Callable[[Iterable[int], int], None]:
     """Return the kernel for these dims and dtypes: a function of the call's fields and of threads."""
     return compiled(Kernel(d_qk, d_vo, group_size, STORED[k], STORED[v]).module)
 
@@ -53,9 +53,9 @@ class Kernel(Writer):
 
     fields: tuple[str, ...] = (
         *("q", "k", "k_batch", "k_head", "k_token", "v", "v_batch", "v_head", "v_token", "mask", "mask_batch"),
-        *("heads", "length", "parts", "part", "items", "partial", "out", "sums", "next"),
+        *("scale", "heads", "length", "parts", "part", "items", "partial", "out", "sums", "next"),
     )
-    """Addresses, strides in elements, and sizes."""
+    """Addresses, strides in elements, the logits' multiplier, and sizes."""
 
     def __init__(self, d_qk: int, d_vo: int, group_size: int, k_stored: ir.Type, v_stored: ir.Type) -> None:
         super().__init__()
@@ -144,6 +144,7 @@ class Kernel(Writer):
         b = self.b
         last = b.sub(fields["length"], LONG(1))
         at_once = max(1, REGISTERS // self.keys)
+        scale = self._float(fields["scale"])
         for start in range(0, self.group_size, at_once):
             heads = range(self.group_size)[start : start + at_once]
             with self._loop(LONG(0), count, self.keys) as (j, _, _):
@@ -173,9 +174,9 @@ class Kernel(Writer):
                 for g in heads:
                     place = b.gep(self.weights, [b.add(j, LONG(g * self.block))])
                     if self.keys == 1:
-                        b.store(self._sum(sums[g, 0]), place)
+                        b.store(b.fmul(self._sum(sums[g, 0]), scale), place)
                     else:
-                        logits = self._sums([sums[g, i] for i in range(KEYS)])
+                        logits = b.fmul(self._sums([sums[g, i] for i in range(KEYS)]), self._splat(scale, KEYS))
                         b.store(logits, self._vector(place, 0, FLOAT, KEYS), align=4 * KEYS)
         with self._loop(count, LONG(self.block)) as (j, _, _):
             for g in range(self.group_size):

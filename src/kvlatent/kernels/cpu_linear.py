@@ -7,7 +7,6 @@ are read in place and once, so nothing is packed, stored twice or changed about 
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -97,22 +96,23 @@ def few_rows(x: Float[Tensor, "*rows inputs"], *layers: nn.Linear) -> list[Float
     from kvlatent.kernels.cpu_code import WIDEST
     from kvlatent.kernels.cpu_linear_kernel import TILE, build
 
-    inputs, dtype = x.shape[-1], layers[0].weight.dtype
+    parameters = [(layer.weight, layer.bias) for layer in layers]  # looked up once: each time takes microseconds
+    inputs, dtype = x.shape[-1], parameters[0][0].dtype
     wide = x.float().contiguous()
     threads = torch.get_num_threads()
     row_bytes = inputs * dtype.itemsize
-    outputs = [layer.weight.shape[0] for layer in layers]
+    outputs = [weight.shape[0] for weight, _ in parameters]
     part = min(PART_BYTES // row_bytes, sum(outputs) // (PARTS_PER_THREAD * threads)) // TILE * TILE or TILE
     ahead = TILE * inputs if TILE * row_bytes <= AHEAD_BYTES else 256
     made, fields, parts = list[Tensor](), [wide.data_ptr(), inputs, ahead, part], 0
-    for layer, size in zip(layers, outputs, strict=True):
+    for (weight, _), size in zip(parameters, outputs, strict=True):
         made.append(torch.empty(*x.shape[:-1], size))
-        fields += [layer.weight.data_ptr(), made[-1].data_ptr(), size, parts]
+        fields += [weight.data_ptr(), made[-1].data_ptr(), size, parts]
         parts += -(-size // part)
     fields += [parts, 0]
     run = build(wide.numel() // inputs, inputs % WIDEST, len(layers), STORED[dtype])
-    run((ctypes.c_int64 * len(fields))(*fields), threads)
-    for out, layer in zip(made, layers, strict=True):
-        if layer.bias is not None:
-            out += layer.bias
-    return [out.to(x.dtype) for out in made]
+    run(fields, threads)
+    for out, (_, bias) in zip(made, parameters, strict=True):
+        if bias is not None:
+            out += bias
+    return made if dtype == torch.float32 else [out.to(x.dtype) for out in made]

@@ -6,9 +6,8 @@ asked for, since a row of a small model is over before the processor has noticed
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
 
 from llvmlite import ir
 
@@ -23,7 +22,7 @@ TILE_ROWS = 4
 
 
 @cache
-def build(rows: int, rest: int, layers: int, stored: str) -> Callable[[Any, int], None]:
+def build(rows: int, rest: int, layers: int, stored: str) -> Callable[[Iterable[int], int], None]:
     """Return the kernel for `rows` rows of inputs, `rest` of each beyond whole vectors, and layers of a dtype."""
     return compiled(Kernel(rows, rest, layers, STORED[stored]).module)
 

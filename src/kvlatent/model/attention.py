@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
+from kvlatent.kernels import cpu_step
 from kvlatent.kernels.attention import latent_attention
 from kvlatent.kernels.codes import Codes
 from kvlatent.kernels.cpu_linear import linear_outputs
@@ -143,7 +144,7 @@ class LatentAttention(nn.Module):
         if self.qk_map == "before_rope":
             assert self.q_map is not None and self.k_map is not None
             q, k = _reduced(q, self.q_map), _reduced(k, self.k_map)
-        v = v.unflatten(-1, (self.kv_heads if self.window else self.latents, -1)).transpose(1, 2)
+        v = _by_head(v, self.kv_heads if self.window else self.latents)
         maps_follow = self.qk_map == "after_rope" and not self.window
         q_map, k_map = (self.q_map, self.k_map) if maps_follow else (None, None)
         q_map = None if whole_queries else q_map
@@ -154,6 +155,8 @@ class LatentAttention(nn.Module):
 
     def _turned(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys after RoPE."""
+        if self.freq_index is None and q.shape[3] % (2 * cpu_step.LANES) == 0 and cpu_step.fits(q, k, cos, sin):
+            return cpu_step.turned_rows(q, k, cos, sin)
         if self.freq_index is None:
             cos, sin = cos[:, None], sin[:, None]  # (batch, 1, seq, pairs)
         else:
@@ -169,10 +172,10 @@ class LatentAttention(nn.Module):
 
     def far_maps(self) -> FarMaps:
         """How tokens are reduced that have left the window."""
-        assert self.q_map is not None and self.k_map is not None and self.v_map is not None and self.o_map is not None
-        return FarMaps(
-            self.q_map, self.k_map, self.v_map, self.o_map, self.k_mean, self.v_mean, self.codes, self.far_bias
-        )
+        maps, held = self._parameters, self._buffers  # by attribute each would take a decode step microseconds
+        q, k, v, o = (maps[f"{name}_map"] for name in "qkvo")
+        assert q is not None and k is not None and v is not None and o is not None
+        return FarMaps(q, k, v, o, held["k_mean"], held["v_mean"], self.codes, held["far_bias"])
 
     def _split(self, k: Tensor, v: Tensor, maps: FarMaps, mask: Tensor | None) -> tuple[Whole, Far]:
         """A sequence without a cache: all of it whole, and latents of what leaves the last query's window."""
@@ -201,7 +204,7 @@ class LatentAttention(nn.Module):
 
     def _given(self, out: Float[Tensor, "batch q_heads seq d_out"], hidden_states: Tensor) -> Tensor:
         """What W_O makes of the heads' outputs, behind their gates."""
-        out = out.transpose(1, 2).flatten(2)
+        out = out.reshape(len(out), 1, -1) if out.shape[2] == 1 else out.transpose(1, 2).flatten(2)
         if self.g_proj is not None:
             out = out * linear_outputs(hidden_states, self.g_proj)[0].sigmoid()
         return linear_outputs(out, self.o_proj)[0]
@@ -214,8 +217,9 @@ class LatentAttention(nn.Module):
         """
         of_all = norm is not None and norm.weight.shape == x.shape[-1:]
         x = norm(x) if norm is not None and of_all else x
-        x = x.unflatten(-1, (heads, -1))
-        return (x if norm is None or of_all else norm(x)).transpose(1, 2)
+        if norm is None or of_all:
+            return _by_head(x, heads)
+        return norm(x.unflatten(-1, (heads, -1))).transpose(1, 2)
 
     def forward(
         self,
@@ -277,6 +281,13 @@ def attention_of(layer: nn.Module) -> Any:
 def attentions(model: PreTrainedModel) -> list[Any]:
     """Those of all layers that have one."""
     return [found for layer in model.model.layers if (found := attention_of(layer)) is not None]
+
+
+def _by_head(x: Float[Tensor, "batch seq outputs"], heads: int) -> Float[Tensor, "batch heads seq dim"]:
+    """What a linear layer gives each head; one token's by one operator instead of two."""
+    if x.shape[1] == 1:
+        return x.reshape(len(x), heads, 1, -1)
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def check_implementation(config: PreTrainedConfig) -> None:

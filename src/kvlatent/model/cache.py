@@ -206,7 +206,7 @@ def write_in_place(cache: Cache, config: PreTrainedConfig) -> None:
         window, sinks = (0, 0) if index in left_whole else near
         never_rolled = type(layer) is StaticSlidingWindowLayer and layer.max_cache_len < sliding
         if type(layer) is DynamicLayer:
-            cache.layers[index] = WindowLayer(window, sinks) if window else GrowingLayer()
+            cache.layers[index] = WindowLayer(window, sinks, phase=index) if window else GrowingLayer()
         elif type(layer) is DynamicSlidingWindowLayer:
             kept = layer.sliding_window
             cache.layers[index] = WindowLayer(window, sinks, kept) if window else RollingLayer(kept)

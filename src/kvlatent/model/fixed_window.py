@@ -8,7 +8,7 @@ from transformers.cache_utils import StaticLayer
 
 from kvlatent.model.buffers import Buffer, check_crop
 from kvlatent.model.window import NOWHERE, FarMaps, Segment, at_columns, next_sinks
-from kvlatent.model.window_cache import SLACK, Held, WindowLayer
+from kvlatent.model.window_cache import LEFT, SLACK, Held, WindowLayer
 
 
 class FixedWindowLayer(StaticLayer):
@@ -37,7 +37,7 @@ class FixedWindowLayer(StaticLayer):
         places = max(0, self.max_cache_len - self.window - self.sinks) + 1
         self.whole, self.left = (
             [x.new_zeros(batch, x.shape[1], slots, x.shape[3]) for x in (key_states, value_states)]
-            for slots in (self.window + self.sinks, SLACK)
+            for slots in (self.window + self.sinks, LEFT)
         )
         none = maps.stored(key_states[:, :, :0], value_states[:, :, :0])
         self.latents = [x.new_zeros(batch, x.shape[1], places, x.shape[3]) for x in none]
@@ -102,7 +102,7 @@ class FixedWindowLayer(StaticLayer):
         place = torch.where(leaving >= self.sinks, leaving - self.sinks, trash)[None]
         for whole, left, old, new in zip(self.whole, self.left, oldest, (key, value), strict=True):
             whole[:, :, self.window :] = torch.where(becomes_sink, old, whole[:, :, self.window :])
-            left.index_copy_(2, (leaving % SLACK)[None], old)  # before the window is full, what is overwritten later
+            left.index_copy_(2, (leaving % LEFT)[None], old)  # before the window is full, what is overwritten later
             whole.index_copy_(2, slot, new)
         for latents, new in zip(self.latents, maps.stored(*oldest), strict=True):
             latents.index_copy_(2, place, new)

@@ -59,6 +59,8 @@ class QuantizedCache(LatentCache):
 class QuantizedLatents(Latents):
     """Codes and scales of whole groups of tokens, then the rest as it is: the residual, which is `parts`."""
 
+    at_once = 1
+
     def __init__(self, bits: int, newest: int = 0) -> None:
         """Build an empty store.
 

@@ -11,7 +11,7 @@ from kvlatent.model.buffers import reserve
 from kvlatent.model.families import linear_layers
 from kvlatent.model.graft import head_dim_of, spec_in
 from kvlatent.model.window import ALL_FAR, Near
-from kvlatent.model.window_cache import SLACK
+from kvlatent.model.window_cache import LEFT, SLACK
 
 MOST_CONTEXT = 8192
 """Bytes of a sequence are told and budgeted at the model's positions, or at so many tokens if those are more."""
@@ -62,7 +62,7 @@ class LayerCache(NamedTuple):
             grows: Whether the layer is one of `LatentCache`, which reserves capacity to grow in place.
         """
         _, others = self.held(tokens)
-        slots = sum(self.near) + SLACK if self.near.window else 0  # taken at once
+        slots = sum(self.near) + LEFT if self.near.window else 0  # taken at once
         if grows and others:
             others += reserve(others) * (1 if self.sliding is None else 2)  # what is dropped in front waits there too
         elif self.sliding is not None and others == self.sliding - 1:

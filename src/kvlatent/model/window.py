@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from kvlatent.kernels import cpu_step
 from kvlatent.kernels.attention import READ_AT_ONCE, merged, segment_attention, with_sinks
 from kvlatent.kernels.codes import Codes
 from kvlatent.kernels.segment import (
@@ -109,6 +110,8 @@ def mapped(
     x: Float[Tensor, "batch maps seq inputs"], maps: Float[Tensor, "maps inputs outputs"]
 ) -> Float[Tensor, "batch maps seq outputs"]:
     """Every head's rows times its own map."""
+    if cpu_step.fits(x, maps):
+        return cpu_step.mapped_rows(x, maps)
     if x.shape[2] != 1 or x.shape[0] == 1:
         return x @ maps
     return torch.bmm(x[:, :, 0].transpose(0, 1), maps).transpose(0, 1)[:, :, None]  # `@` copies a map per sequence
@@ -374,12 +377,12 @@ def decode(
     learned_sinks: Float[Tensor, "q_heads"] | None = None,
 ) -> Float[Tensor, "batch q_heads 1 head_dim"]:
     """Attend with one query per sequence to what is whole and what is not, both in any order."""
+    means = None if maps.k_mean is None or maps.v_mean is None else (maps.k_mean, maps.v_mean)
+    softmax: dict[str, Any] = {"codes": maps.codes, "means": means, "scale": scale}
+    if cap is None and learned_sinks is None and far.k.shape[2] and cpu_step.fits(q, maps.q, maps.o, near.k, near.v):
+        return cpu_step.attend(q, near, far, (maps.q, maps.o), bias=maps.bias, **softmax)
     whole = with_sinks(segment_attention(q, near.k, near.v, scale=scale, mask=near.mask, cap=cap), learned_sinks)
     if far.k.shape[2] == 0:
         return whole[0]
-    absorbed = mapped(q, maps.q)
-    means = None if maps.k_mean is None or maps.v_mean is None else (maps.k_mean, maps.v_mean)
-    out, largest, weight = segment_attention(
-        absorbed, far.k, far.v, scale=scale, mask=far.mask, cap=cap, codes=maps.codes, means=means
-    )
+    out, largest, weight = segment_attention(mapped(q, maps.q), far.k, far.v, mask=far.mask, cap=cap, **softmax)
     return merged(whole, (mapped(out, maps.o), largest, weight), maps.bias)

@@ -2,8 +2,9 @@
 
 Whole keys and values live in one tensor: a ring of `window` slots, in which a token's column decides its slot, and the
 sinks behind it, so that what a decode step meets whole is the tensor's beginning. A token that leaves the ring is
-reduced and appended to the latents. The last `SLACK` tokens that left are kept whole once more, so that assisted
-decoding can take tokens back. What is held is detached: gradients reach the tokens of the same forward pass alone.
+reduced and appended to the latents; where tokens come one by one, some at a time, before they leave. The last `SLACK`
+tokens that left are kept whole once more, so that assisted decoding can take tokens back. What is held is detached:
+gradients reach the tokens of the same forward pass alone.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ from kvlatent.model.window import (
 
 SLACK = 64
 """Tokens that can be taken back without loss."""
+AHEAD = 32
+"""Tokens of the window that become latents together, at most: their maps are read once, and operators called once."""
+LEFT = SLACK + AHEAD
+"""Places for whole tokens that have left the window or are about to."""
 
 Held = tuple[Whole, Far] | tuple[Segment, Segment]
 """What new queries meet: of several, runs of columns; of one, two segments."""
@@ -37,8 +42,12 @@ Held = tuple[Whole, Far] | tuple[Segment, Segment]
 class Latents:
     """Keys and values of the tokens that have left the window: latents, or rows of codes."""
 
+    at_once = AHEAD
+    """Tokens that may be appended before they leave the window, the one that leaves included."""
+
     def __init__(self) -> None:
         self.parts: list[Buffer] = []  # keys, values
+        self.ahead = 0  # tokens written behind those held, which are still in the window
 
     @property
     def length(self) -> int:
@@ -46,11 +55,19 @@ class Latents:
         return self.parts[0].length if self.parts else 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in more tokens, and return all of them."""
+        """Take in more tokens, and return all of them; tokens that were ahead are written again."""
+        self.ahead = 0
         if not self.parts:
             self.parts = [Buffer(x[:, :, :0]) for x in (keys, values)]
         held_keys, held_values = (buffer.append(x) for buffer, x in zip(self.parts, (keys, values), strict=True))
         return held_keys, held_values
+
+    def move(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Hold so many of the tokens ahead or, below zero, put as many of those held ahead; return those held."""
+        self.ahead -= tokens
+        for buffer in self.parts:
+            buffer.length += tokens
+        return self.held()
 
     def held(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens."""
@@ -64,6 +81,7 @@ class Latents:
 
     def crop(self, tokens: int) -> None:
         """Let go of the newest tokens, of as many as there are."""
+        self.ahead = 0
         for buffer in self.parts:
             buffer.length = max(0, buffer.length - tokens)
 
@@ -83,7 +101,12 @@ class WindowLayer(Buffered, DynamicLayer):
     supports_early_init = False  # latents have widths of their own
 
     def __init__(
-        self, window: int, sinks: int, sliding: int | None = None, store: Callable[[], Latents] = Latents
+        self,
+        window: int,
+        sinks: int,
+        sliding: int | None = None,
+        store: Callable[[], Latents] = Latents,
+        phase: int = 0,
     ) -> None:
         """Build an empty layer.
 
@@ -92,8 +115,10 @@ class WindowLayer(Buffered, DynamicLayer):
             sinks: First tokens of every sequence held whole.
             sliding: The teacher's sliding window, beyond which latents are forgotten; None forgets nothing.
             store: What makes the place of the latents.
+            phase: Any number, say the layer's: layers of unlike phases reduce their tokens at unlike steps.
         """
         super().__init__()
+        self.phase = phase
         self.window, self.sinks, self.sliding, self.store = window, sinks, sliding, store
         self.is_sliding = sliding is not None
         self.record_past = False  # set before assisted decoding; here nothing depends on it
@@ -104,7 +129,7 @@ class WindowLayer(Buffered, DynamicLayer):
         self.sink_at: Tensor | None = None  # columns (batch, sinks); None, without a mask so far, is the first ones
         self.sinks_known = self.sinks == 0  # of every sequence, so that no others are looked for
         self.whole: list[Tensor] = []  # keys, values: window slots, then the sinks
-        self.left: list[Tensor] = []  # the last that left the window, by column modulo SLACK
+        self.left: list[Tensor] = []  # the last that left the window, by column modulo LEFT
         self.left_from = 0
         self.far = self.store()
         self.is_initialized = False
@@ -115,7 +140,7 @@ class WindowLayer(Buffered, DynamicLayer):
         for x in (key_states, value_states):
             batch, heads, _, dim = x.shape
             self.whole.append(x.new_zeros(batch, heads, self.window + self.sinks, dim))
-            self.left.append(x.new_zeros(batch, heads, SLACK, dim))
+            self.left.append(x.new_zeros(batch, heads, LEFT, dim))
         self.is_initialized = True
 
     @property
@@ -142,18 +167,15 @@ class WindowLayer(Buffered, DynamicLayer):
 
     def _step(self, key: Tensor, value: Tensor, maps: FarMaps, mask: Tensor | None) -> tuple[Segment, Segment]:
         slot = self.length % self.window
-        if self.length >= self.window:
-            far = self._leave(self.length - self.window, [x[:, :, slot : slot + 1] for x in self.whole], maps)
-        else:
-            far = self.far.held()
+        far = self._oldest_leaves(slot, maps) if self.length >= self.window else self.far.held()
         for whole, new in zip(self.whole, (key, value), strict=True):
-            whole[:, :, slot] = new[:, :, 0]
+            whole.narrow(2, slot, 1).copy_(new)
         self.length += 1
         self._find_sinks(mask, 1)
-        first_latent = self.latents_from
         held = min(self.length, self.window + self.sinks)
         near_mask = far_mask = None
         if mask is not None:
+            first_latent = self.latents_from
             newest, width = self.length - 1, min(self.length, self.window)
             slots = torch.arange(width, device=self.device)
             ring = mask[..., newest - (newest - slots) % self.window]
@@ -165,7 +187,7 @@ class WindowLayer(Buffered, DynamicLayer):
                 at = torch.arange(far[0].shape[2], device=self.device) + first_latent
                 far_mask = far_mask & (at > self.sink_at[:, -1:])[:, None, None]
         self._forget()
-        near_k, near_v = (x[:, :, :held] for x in self.whole)
+        near_k, near_v = (x if held == x.shape[2] else x.narrow(2, 0, held) for x in self.whole)
         return Segment(k=near_k, v=near_v, mask=near_mask), Segment(k=far[0], v=far[1], mask=far_mask)
 
     def _extend(self, keys: Tensor, values: Tensor, maps: FarMaps, mask: Tensor | None) -> tuple[Whole, Far]:
@@ -176,6 +198,7 @@ class WindowLayer(Buffered, DynamicLayer):
         self.length += keys.shape[2]
         self._find_sinks(mask, keys.shape[2])
         leaving = max(0, self.length - self.window - start)
+        self.left_from = max(self.left_from, start + leaving - SLACK)
         far_k, far_v = self._leave(start, [x[:, :, :leaving] for x in (k, v)], maps)
         newest = torch.arange(max(0, self.length - self.window), self.length, device=self.device)
         for whole, new in zip(self.whole, (k, v), strict=True):
@@ -192,18 +215,31 @@ class WindowLayer(Buffered, DynamicLayer):
             k=k, v=v, start=start, sink_k=sink_k, sink_v=sink_v, sink_columns=columns, sinks_first=sinks_first
         ), far
 
+    def _oldest_leaves(self, slot: int, maps: FarMaps) -> tuple[Tensor, Tensor]:
+        """Take in the window's oldest token, at a slot, and with it those that leave next; return all latents."""
+        column = self.length - self.window
+        self.left_from = max(self.left_from, column + 1 - SLACK)
+        alone = torch.is_grad_enabled() or self.sliding is not None or column < self.sinks
+        if self.far.ahead and not alone:
+            return self.far.move(1)
+        at_once = 1 if alone else self.far.at_once
+        count = min(at_once - (column + self.phase) % at_once, self.window - slot)
+        held = self._leave(column, [x.narrow(2, slot, count) for x in self.whole], maps)
+        return held if count == 1 else self.far.move(1 - count)
+
     def _leave(self, column: int, parts: list[Tensor], maps: FarMaps) -> tuple[Tensor, Tensor]:
-        """Take in whole keys and values that have left the window, `column` the first of them; return all latents."""
+        """Take in whole keys and values that leave the window, `column` the first of them; return all latents."""
         count = parts[0].shape[2]
         end = column + count
-        kept = torch.arange(max(column, end - SLACK), end, device=self.device) if count > 1 else None
-        self.left_from = max(self.left_from, end - SLACK)
+        place, kept = column % LEFT, None
+        if place + count > LEFT:
+            kept = torch.arange(max(column, end - LEFT), end, device=self.device)
         for whole, left, x in zip(self.whole, self.left, parts, strict=True):
             x = x.detach()
             if kept is None:
-                left.narrow(2, column % SLACK, count).copy_(x)
+                left.narrow(2, place, count).copy_(x)
             else:
-                left.index_copy_(2, kept % SLACK, x[:, :, kept - column])
+                left.index_copy_(2, kept % LEFT, x[:, :, kept - column])
             if self.sink_at is not None and count:
                 columns = self.sink_columns()
                 hit = ((columns >= column) & (columns < end))[:, None, :, None]
@@ -270,7 +306,7 @@ class WindowLayer(Buffered, DynamicLayer):
             )
         back = torch.arange(left_then, min(left, length), device=self.device)
         for whole, kept in zip(self.whole, self.left, strict=True):
-            whole.index_copy_(2, back % self.window, kept[:, :, back % SLACK])
+            whole.index_copy_(2, back % self.window, kept[:, :, back % LEFT])
         self.far.crop(max(0, left - self.sinks) - max(0, left_then - self.sinks))
         self.length = length
         if self.sink_at is not None and self.sinks:
