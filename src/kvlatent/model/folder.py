@@ -76,7 +76,10 @@ class Shape(BaseModel):
 
     vocab_size: Count
     hidden_size: Annotated[int, Field(ge=1, le=2**20)]
-    intermediate_size: Count
+    intermediate_size: Count | None = None
+    """None where all FFNs are experts."""
+    moe_intermediate_size: Count | None = None
+    shared_expert_intermediate_size: Count | None = None
     num_hidden_layers: Annotated[int, Field(ge=1, le=2**12)]
     num_attention_heads: Annotated[int, Field(ge=1, le=2**16)]
     num_key_value_heads: Annotated[int, Field(ge=1, le=2**16)]
