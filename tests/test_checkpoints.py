@@ -23,6 +23,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 from windowless import convert
 
+from kvlatent.compress.checkpoints import convert_checkpoint
+from kvlatent.compress.config import ConvertConfig
 from kvlatent.data.blocks import separator_id
 from kvlatent.errors import UserError
 from kvlatent.files import new_folder, refuse_existing
@@ -486,6 +488,66 @@ def test_what_is_quantized_is_not_read_layer_by_layer(stock: Path) -> None:
     edit_weights(stock, **{"model.layers.0.self_attn.q_proj.weight_scale_inv": torch.ones(1, 1)})
     with pytest.raises(UserError, match=r"stock is quantized \(fp8\), .*leave --offload out"):
         open_offloaded(str(stock), device="cpu")
+
+
+def mxfp4_value(code: int) -> float:
+    """A number of 4 bits by its definition: a sign, two bits of exponent, one of mantissa."""
+    exponent, mantissa = code >> 1 & 3, code & 1
+    return (-1) ** (code >> 3) * (mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2 ** (exponent - 1))
+
+
+def with_experts_in_mxfp4(teacher: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Save a gpt-oss whose experts are random numbers in MXFP4, as published; return it with these numbers."""
+    config = teacher.config
+    config.intermediate_size = 32
+    teacher = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator, packed = torch.Generator().manual_seed(0), {}
+    for layer in range(config.num_hidden_layers):
+        for name, (inputs, outputs) in {"gate_up_proj": (64, 64), "down_proj": (32, 64)}.items():
+            codes = torch.randint(16, (4, outputs, inputs // 32, 32), generator=generator)
+            scales = torch.randint(122, 126, (4, outputs, inputs // 32), generator=generator)
+            key = f"model.layers.{layer}.mlp.experts.{name}"
+            packed[f"{key}_blocks"] = (codes[..., ::2] + 16 * codes[..., 1::2]).to(torch.uint8)
+            packed[f"{key}_scales"] = scales.to(torch.uint8)
+            numbers = torch.tensor([mxfp4_value(code) for code in codes.flatten().tolist()], dtype=torch.float64)
+            weight = (numbers.view_as(codes) * 2.0 ** (scales[..., None] - 127)).flatten(2).mT
+            teacher.get_parameter(key).data.copy_(weight)  # (experts, inputs, outputs)
+    teacher.save_pretrained(folder)
+    edit_config(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    edit_weights(folder, **packed)
+    kept = {k: x for k, x in load_file(folder / "model.safetensors").items() if f"{k}_blocks" not in packed}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return teacher.eval()
+
+
+def test_experts_in_mxfp4_are_read_whole_and_layer_by_layer(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    byte_tokenizer: PreTrainedTokenizerFast,
+    ids: Tensor,
+    tmp_path: Path,
+) -> None:
+    wanted = with_experts_in_mxfp4(tiny_teacher("gpt_oss"), tmp_path / "teacher")
+    byte_tokenizer.save_pretrained(tmp_path / "teacher")
+    loaded, _ = load_model(str(tmp_path / "teacher"), device="cpu", dtype="float32")
+    assert torch.equal(logits(loaded, ids), logits(wanted, ids))
+    opened, layers = open_offloaded(str(tmp_path / "teacher"), device="cpu", dtype="float32")
+    with layers.visiting(opened.model.layers[1], 1):
+        found, given = opened.model.layers[1].state_dict(), wanted.model.layers[1].state_dict()
+        assert found.keys() == given.keys() and all(torch.equal(found[name], given[name]) for name in given)
+    (tmp_path / "text.txt").write_text(" ".join(f"{n * n} is the square of {n}." for n in range(200)))
+    for offload in (False, True):
+        asked = ConvertConfig(
+            d_qk=8, d_vo=8, window=8, text=(str(tmp_path / "text.txt"),), tokens=512, block_size=64, offload=offload
+        )
+        convert_checkpoint(str(tmp_path / "teacher"), tmp_path / f"{offload}", asked, device="cpu", dtype="float32")
+    students = [load_model(str(tmp_path / f"{offload}"), device="cpu")[0] for offload in (False, True)]
+    assert not any(hasattr(student.config, "quantization_config") for student in students)
+    torch.testing.assert_close(logits(students[1], ids), logits(students[0], ids), rtol=0, atol=1e-4)
+    edit = load_file(tmp_path / "teacher" / "model.safetensors")
+    edit.pop("model.layers.1.mlp.experts.down_proj_scales")
+    save_file(edit, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 weights .*, model\.layers\.1\.mlp\.experts\.down_proj"):
+        open_offloaded(str(tmp_path / "teacher"), device="cpu")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

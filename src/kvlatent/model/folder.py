@@ -138,6 +138,19 @@ def read_config(source: str, **where: Any) -> PreTrainedConfig:
     return config
 
 
+def in_mxfp4(config: PreTrainedConfig) -> bool:
+    """Whether experts are stored in MXFP4, which is read as numbers of 16 or 32 bits wherever a model is loaded."""
+    quantized = getattr(config, "quantization_config", None)
+    return quantized is not None and quantized.get("quant_method") == "mxfp4"
+
+
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Let a model whose weights were dequantized be saved as any other, and its students too."""
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
 Token = Annotated[int, Field(ge=-1, le=2**31)]
 
 

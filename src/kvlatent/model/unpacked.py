@@ -21,7 +21,7 @@ from transformers import initialization as init
 
 from kvlatent.errors import UserError
 from kvlatent.files import at_home, check_disk, discard, replaced, sole_writer, sweep
-from kvlatent.model.folder import check_all_used, one_line, read_config, read_tokenizer
+from kvlatent.model.folder import check_all_used, forget_quantization, one_line, read_config, read_tokenizer
 
 HASHES = "hashes.json"
 """Of every other file in an unpacked folder."""
@@ -105,9 +105,7 @@ def _read(file: Path) -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, config=config, dtype=torch.float32, trust_remote_code=False, **where
     )
-    model.hf_quantizer = None  # else save_pretrained refuses
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    forget_quantization(model)
     tokenizer = read_tokenizer(str(file.parent), **where)
     _drop_strangers(tokenizer, reader)
     return model, tokenizer
