@@ -20,7 +20,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    GPT2Config,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from windowless import convert
 
 from kvlatent.compress.checkpoints import convert_checkpoint
@@ -259,6 +266,54 @@ def test_biases_of_a_gguf_file_are_read_and_other_tensors_refused(
     )
     with pytest.raises(UserError, match=r"lacks 1 weights of its architecture, blk\.1\.attn_q\.bias among them"):
         load_model(str(tmp_path / "other.gguf"), device="cpu")
+
+
+def write_gemma_gguf(teacher: PreTrainedModel, path: Path) -> None:
+    """As llama.cpp stores a Gemma 3: weights of norms one larger, and a SentencePiece tokenizer, here of bytes."""
+    config = teacher.config
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(1e6)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "  ", "▁"])
+    writer.add_token_scores([0.0] * 262)
+    kinds = {gguf.TokenType.CONTROL: 4, gguf.TokenType.BYTE: 256, gguf.TokenType.NORMAL: 2}
+    writer.add_token_types([kind for kind, many in kinds.items() for _ in range(many)])
+    for add, index in ((writer.add_pad_token_id, 0), (writer.add_eos_token_id, 1), (writer.add_bos_token_id, 2)):
+        add(index)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, config.num_hidden_layers)
+    for name, value in teacher.state_dict().items():
+        if name != "lm_head.weight":
+            stored = (value + 1 if "norm" in name else value).numpy()
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(stored))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_of_gemma_3_is_read(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path, cache: Path
+) -> None:
+    settings = tiny_teacher("gemma3_text").config.to_dict() | {"query_pre_attn_scalar": 256}
+    settings |= {"num_hidden_layers": 6, "vocab_size": 262}
+    left_out = {"layer_types": None, "rope_parameters": None}  # by GGUF files, so that the defaults are meant
+    torch.manual_seed(0)
+    teacher = AutoModelForCausalLM.from_config(Gemma3TextConfig(**settings | left_out), dtype=torch.float32).eval()
+    write_gemma_gguf(teacher, tmp_path / "gemma.gguf")
+    loaded, tokenizer = load_model(str(tmp_path / "gemma.gguf"), device="cpu")
+    assert loaded.config.layer_types == teacher.config.layer_types and loaded.config.sliding_window == 6
+    torch.testing.assert_close(logits(loaded, ids), logits(teacher, ids), rtol=0, atol=1e-4)
+    assert tokenizer.decode(tokenizer("two  spaces", add_special_tokens=False).input_ids) == "two  spaces"
 
 
 def test_the_tokens_of_a_gguf_file_are_the_models_own(
