@@ -32,9 +32,9 @@ from kvlatent.evaluation.far import near_only_perplexity
 from kvlatent.evaluation.perplexity import Perplexity, perplexity
 from kvlatent.model.cache import cache_bytes
 from kvlatent.model.checkpoints import load_model
-from kvlatent.model.graft import head_dim_of, spec_of
+from kvlatent.model.graft import head_dim_of
 from kvlatent.model.quantized import QuantizedCache
-from kvlatent.model.sizes import counted_context, whole_token_bytes
+from kvlatent.model.sizes import counted_context, predicted_cache_bytes, whole_token_bytes
 
 CHUNK = 32
 """Tokens at a time into a quantized cache, so that all but the newest are read back from codes."""
@@ -123,8 +123,8 @@ def main() -> None:
 
     whole = judged(perplexity(teacher, held_out.ids, **settings))
     near_only = judged(near_only_perplexity(teacher, held_out.ids, **settings))
-    heads, context = teacher.config.num_key_value_heads, counted_context(teacher.config)
-    original = context * whole_token_bytes(teacher.config, 2)
+    context = counted_context(teacher.config)
+    original = predicted_cache_bytes(teacher.config, batch=1, tokens=context, element_size=2)
 
     def write(label: str, share: float, found: Perplexity, **more: object) -> None:
         row = {
@@ -148,11 +148,9 @@ def main() -> None:
                 continue
             student = convert(
                 teacher, d_qk=spent.d_qk, d_vo=spent.d_vo, k_codes=spent.k_codes, v_codes=spent.v_codes,
-                statistics=statistics,
+                whole_layers=spent.whole_layers, statistics=statistics,
             )  # fmt: skip
-            spec = spec_of(student)
-            assert spec is not None
-            share = spec.cache_bytes(heads, 2, context) / original
+            share = predicted_cache_bytes(student.config, batch=1, tokens=context, element_size=2) / original
             found = judged(perplexity(student, held_out.ids, **settings))
             write(f"{budget:g} {bits}", share, found, expected=spent.expected_loss)
     for bits in asked.kivi:

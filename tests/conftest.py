@@ -70,6 +70,7 @@ LINEAR = {
     "linear_value_head_dim": 8,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+SHARED = EXPERTS | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 16}
 TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", GQA),
     "llama-mha-tied": ("llama", MHA | {"tie_word_embeddings": True}),
@@ -97,7 +98,9 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere-mha-plain": ("cohere", MHA | {"attention_bias": True}),
     "cohere2": ("cohere2", GQA | {"logit_scale": 0.5, **ALTERNATING}),
     "gpt_oss": ("gpt_oss", GQA | {**ALTERNATING, **EXPERTS, "rope_parameters": YARN | {"truncate": False}}),
+    "qwen3_next": ("qwen3_next", GQA | LINEAR | SHARED | {"mlp_only_layers": [0]}),
     "qwen3_5_text": ("qwen3_5_text", GQA | LINEAR),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", GQA | LINEAR | SHARED),
     "gemma2": ("gemma2", GQA | {"query_pre_attn_scalar": 9, **ALTERNATING, **CAPS}),
     "gemma3_text": ("gemma3_text", GQA | {"query_pre_attn_scalar": 9, **ALTERNATING, **ROPES}),
     "qwen3_moe": ("qwen3_moe", GQA | EXPERTS | {"moe_intermediate_size": 24, "mlp_only_layers": [0]}),

@@ -165,6 +165,22 @@ def test_hub_failure_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
         list(read_documents("hf:absent/one"))
 
 
+def test_a_stream_gives_the_same_documents_every_time(tmp_path: Path, byte_tokenizer: Any) -> None:
+    """By its files in order and the seed alone, more documents than are held for shuffling among them."""
+    for part in range(3):
+        rows = (json.dumps({"text": f"row {3_000 * part + n}"}) for n in range(3_000))
+        (tmp_path / f"train-{part}.jsonl").write_text("\n".join(rows))
+    source = f"hf:{tmp_path}"
+    assert list(read_documents(source)) == [f"row {n}" for n in range(9_000)]
+
+    def blocks(seed: int) -> TokenBlocks:
+        return token_blocks([source], byte_tokenizer, block_size=64, tokens=9_600, seed=seed)
+
+    first, again, other = blocks(1), blocks(1), blocks(2)
+    assert torch.equal(first.ids, again.ids) and first.fingerprints == again.fingerprints
+    assert first.fingerprints != other.fingerprints
+
+
 @settings(deadline=None, max_examples=60)
 @given(text=st.text("ab .\n", max_size=300), limit=st.integers(4, 50))
 def test_cut_loses_nothing_but_whitespace(text: str, limit: int) -> None:

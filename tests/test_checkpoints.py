@@ -20,9 +20,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    GPT2Config,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from windowless import convert
 
+from kvlatent.compress.checkpoints import convert_checkpoint
+from kvlatent.compress.config import ConvertConfig
 from kvlatent.data.blocks import separator_id
 from kvlatent.errors import UserError
 from kvlatent.files import new_folder, refuse_existing
@@ -259,6 +268,54 @@ def test_biases_of_a_gguf_file_are_read_and_other_tensors_refused(
         load_model(str(tmp_path / "other.gguf"), device="cpu")
 
 
+def write_gemma_gguf(teacher: PreTrainedModel, path: Path) -> None:
+    """As llama.cpp stores a Gemma 3: weights of norms one larger, and a SentencePiece tokenizer, here of bytes."""
+    config = teacher.config
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(1e6)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "  ", "▁"])
+    writer.add_token_scores([0.0] * 262)
+    kinds = {gguf.TokenType.CONTROL: 4, gguf.TokenType.BYTE: 256, gguf.TokenType.NORMAL: 2}
+    writer.add_token_types([kind for kind, many in kinds.items() for _ in range(many)])
+    for add, index in ((writer.add_pad_token_id, 0), (writer.add_eos_token_id, 1), (writer.add_bos_token_id, 2)):
+        add(index)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, config.num_hidden_layers)
+    for name, value in teacher.state_dict().items():
+        if name != "lm_head.weight":
+            stored = (value + 1 if "norm" in name else value).numpy()
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(stored))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_of_gemma_3_is_read(
+    tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path, cache: Path
+) -> None:
+    settings = tiny_teacher("gemma3_text").config.to_dict() | {"query_pre_attn_scalar": 256}
+    settings |= {"num_hidden_layers": 6, "vocab_size": 262}
+    left_out = {"layer_types": None, "rope_parameters": None}  # by GGUF files, so that the defaults are meant
+    torch.manual_seed(0)
+    teacher = AutoModelForCausalLM.from_config(Gemma3TextConfig(**settings | left_out), dtype=torch.float32).eval()
+    write_gemma_gguf(teacher, tmp_path / "gemma.gguf")
+    loaded, tokenizer = load_model(str(tmp_path / "gemma.gguf"), device="cpu")
+    assert loaded.config.layer_types == teacher.config.layer_types and loaded.config.sliding_window == 6
+    torch.testing.assert_close(logits(loaded, ids), logits(teacher, ids), rtol=0, atol=1e-4)
+    assert tokenizer.decode(tokenizer("two  spaces", add_special_tokens=False).input_ids) == "two  spaces"
+
+
 def test_the_tokens_of_a_gguf_file_are_the_models_own(
     tiny_teacher: Callable[[str], PreTrainedModel], tmp_path: Path, cache: Path
 ) -> None:
@@ -486,6 +543,66 @@ def test_what_is_quantized_is_not_read_layer_by_layer(stock: Path) -> None:
     edit_weights(stock, **{"model.layers.0.self_attn.q_proj.weight_scale_inv": torch.ones(1, 1)})
     with pytest.raises(UserError, match=r"stock is quantized \(fp8\), .*leave --offload out"):
         open_offloaded(str(stock), device="cpu")
+
+
+def mxfp4_value(code: int) -> float:
+    """A number of 4 bits by its definition: a sign, two bits of exponent, one of mantissa."""
+    exponent, mantissa = code >> 1 & 3, code & 1
+    return (-1) ** (code >> 3) * (mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2 ** (exponent - 1))
+
+
+def with_experts_in_mxfp4(teacher: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Save a gpt-oss whose experts are random numbers in MXFP4, as published; return it with these numbers."""
+    config = teacher.config
+    config.intermediate_size = 32
+    teacher = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator, packed = torch.Generator().manual_seed(0), {}
+    for layer in range(config.num_hidden_layers):
+        for name, (inputs, outputs) in {"gate_up_proj": (64, 64), "down_proj": (32, 64)}.items():
+            codes = torch.randint(16, (4, outputs, inputs // 32, 32), generator=generator)
+            scales = torch.randint(122, 126, (4, outputs, inputs // 32), generator=generator)
+            key = f"model.layers.{layer}.mlp.experts.{name}"
+            packed[f"{key}_blocks"] = (codes[..., ::2] + 16 * codes[..., 1::2]).to(torch.uint8)
+            packed[f"{key}_scales"] = scales.to(torch.uint8)
+            numbers = torch.tensor([mxfp4_value(code) for code in codes.flatten().tolist()], dtype=torch.float64)
+            weight = (numbers.view_as(codes) * 2.0 ** (scales[..., None] - 127)).flatten(2).mT
+            teacher.get_parameter(key).data.copy_(weight)  # (experts, inputs, outputs)
+    teacher.save_pretrained(folder)
+    edit_config(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    edit_weights(folder, **packed)
+    kept = {k: x for k, x in load_file(folder / "model.safetensors").items() if f"{k}_blocks" not in packed}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return teacher.eval()
+
+
+def test_experts_in_mxfp4_are_read_whole_and_layer_by_layer(
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    byte_tokenizer: PreTrainedTokenizerFast,
+    ids: Tensor,
+    tmp_path: Path,
+) -> None:
+    wanted = with_experts_in_mxfp4(tiny_teacher("gpt_oss"), tmp_path / "teacher")
+    byte_tokenizer.save_pretrained(tmp_path / "teacher")
+    loaded, _ = load_model(str(tmp_path / "teacher"), device="cpu", dtype="float32")
+    assert torch.equal(logits(loaded, ids), logits(wanted, ids))
+    opened, layers = open_offloaded(str(tmp_path / "teacher"), device="cpu", dtype="float32")
+    with layers.visiting(opened.model.layers[1], 1):
+        found, given = opened.model.layers[1].state_dict(), wanted.model.layers[1].state_dict()
+        assert found.keys() == given.keys() and all(torch.equal(found[name], given[name]) for name in given)
+    (tmp_path / "text.txt").write_text(" ".join(f"{n * n} is the square of {n}." for n in range(200)))
+    for offload in (False, True):
+        asked = ConvertConfig(
+            d_qk=8, d_vo=8, window=8, text=(str(tmp_path / "text.txt"),), tokens=512, block_size=64, offload=offload
+        )
+        convert_checkpoint(str(tmp_path / "teacher"), tmp_path / f"{offload}", asked, device="cpu", dtype="float32")
+    students = [load_model(str(tmp_path / f"{offload}"), device="cpu")[0] for offload in (False, True)]
+    assert not any(hasattr(student.config, "quantization_config") for student in students)
+    torch.testing.assert_close(logits(students[1], ids), logits(students[0], ids), rtol=0, atol=1e-4)
+    edit = load_file(tmp_path / "teacher" / "model.safetensors")
+    edit.pop("model.layers.1.mlp.experts.down_proj_scales")
+    save_file(edit, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 weights .*, model\.layers\.1\.mlp\.experts\.down_proj"):
+        open_offloaded(str(tmp_path / "teacher"), device="cpu")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -128,6 +128,7 @@ def test_other_architectures_are_refused_with_the_list_of_supported_ones() -> No
         ("deepseek_v3", r"'deepseek_v3' models have multi-head latent attention .* one latent"),
         ("glm_moe_dsa", r"'glm_moe_dsa' models have multi-head latent attention .* one latent"),
         ("qwen3_5", "wrap a text model, qwen3_5_text, which is supported on its own"),
+        ("qwen3_5_moe", "wrap a text model, qwen3_5_moe_text, which is supported on its own"),
         ("mistral4", r"'mistral4' models have multi-head latent attention .* one latent"),
     ],
 )

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from kvlatent.errors import UserError
 from kvlatent.healing import heal as heal_module
-from kvlatent.healing.adapters import ATTENTION, FFN, MAPS
+from kvlatent.healing.adapters import ATTENTION, FFN, MAPS, with_adapters
 from kvlatent.healing.config import HealConfig
 from kvlatent.healing.heal import heal
 from kvlatent.healing.losses import hidden_mse, kl_loss, relative_error
@@ -458,6 +458,12 @@ def test_held_out_perplexity_is_measured_on_the_way_and_tensorboard_is_told(
     )
     unwatched = heal(tiny_student("llama"), tiny_teacher("llama"), blocks[:-6], tmp_path / "unwatched", settings)
     assert same(weights(unwatched), weights(healed))
+
+
+def test_experts_get_no_adapters(tiny_student: Callable[..., PreTrainedModel]) -> None:
+    trained = with_adapters(tiny_student("qwen3_next"), config())  # whose second layer has a shared expert too
+    found = {name for name, module in trained.named_modules() if isinstance(module, LoraLayer)}
+    assert found == {f"base_model.model.model.layers.0.mlp.{name}" for name in FFN}
 
 
 @pytest.mark.parametrize("how", ["keep", "save"])

@@ -139,7 +139,7 @@ def test_calibration_leaves_the_teacher_alone(plain_teacher: PreTrainedModel, id
 
 
 @pytest.mark.parametrize("shard", ["100GB", "40KB"])
-@pytest.mark.parametrize("name", ["llama", "llama-mha-tied", "qwen3", "llama-yarn", "gemma3_text", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "llama-mha-tied", "qwen3", "llama-yarn", "gemma3_text", "gemma2", "gpt_oss"])
 def test_offloaded_layers_give_the_same_statistics_and_probes(
     tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, tmp_path: Path, name: str, shard: str
 ) -> None:

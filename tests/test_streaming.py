@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlatent.errors import UserError
 from kvlatent.healing import streaming
 from kvlatent.healing.config import HealConfig
 from kvlatent.healing.heal import heal
@@ -81,21 +80,23 @@ def test_streamed_layers_learn_what_all_layers_at_once_learn(
     assert not list((tmp_path / "True").glob("hidden-*"))
 
 
-def test_layers_of_linear_attention_are_streamed_with_lora(
+@pytest.mark.parametrize(("name", "rank"), [("qwen3_5_text", 4), ("qwen3_5_text", 0), ("qwen3_5_moe_text", 4)])
+def test_layers_of_linear_attention_are_streamed_whether_they_train_or_not(
     tiny_teacher: Callable[[str], PreTrainedModel],
     tiny_student: Callable[..., PreTrainedModel],
     blocks: Tensor,
     tmp_path: Path,
+    name: str,
+    rank: int,
 ) -> None:
-    name = "qwen3_5_text"
     at_once, streamed = (
-        heal(tiny_student(name), tiny_teacher(name), blocks, tmp_path / str(stream), config(stream_layers=stream))
+        heal(
+            tiny_student(name), tiny_teacher(name), blocks, tmp_path / str(stream),
+            config(stream_layers=stream, lora_rank=rank),
+        )
         for stream in (False, True)
-    )
+    )  # fmt: skip
     close(streamed, at_once)
-    with pytest.raises(UserError, match="train nothing without LoRA"):
-        without = config(stream_layers=True, lora_rank=0)
-        heal(tiny_student(name), tiny_teacher(name), blocks, tmp_path / "none", without)
 
 
 @pytest.mark.parametrize("answers_and_documents", [False, True])

@@ -20,8 +20,8 @@ from kvlatent.compress.convert import convert_as
 from kvlatent.compress.methods import PRESETS
 from kvlatent.compress.planning import Request, check_source, grouped_heads, method_of, near_of, requested
 from kvlatent.compress.statistics import Statistics, calibrate, check_far_tokens
-from kvlatent.compress.streamed import Stream, file_mark, forget_finished, kept_statistics, work_folder
-from kvlatent.data.blocks import TokenBlocks, batch_size_for
+from kvlatent.compress.streamed import TEXT, Stream, file_mark, forget_finished, kept_statistics, work_folder
+from kvlatent.data.blocks import TokenBlocks, batch_size_for, load_blocks, save_blocks
 from kvlatent.data.positions import context_of
 from kvlatent.data.sources import TEACHER_TEXT, read_text
 from kvlatent.errors import UserError
@@ -162,8 +162,10 @@ def convert_checkpoint(
         def teacher() -> PreTrainedModel:
             return load_model(model, device=device, dtype="float32")[0]
 
-        blocks = None
-        if asked.text:
+        blocks, kept = None, work_folder(out) / TEXT
+        if asked.offload and kept.is_file():  # of a killed conversion, if its settings are the same
+            blocks = load_blocks(kept)
+        elif asked.text:
             blocks = read_text(
                 asked.text, tokenizer, tokens=asked.tokens, block_size=asked.block_size, seed=seed,
                 vocab_size=config.vocab_size, teacher=teacher,
@@ -176,13 +178,14 @@ def convert_checkpoint(
         stream.begin(
             {
                 "settings": asked.to_dict(),
-                "text": None if blocks is None else [list(blocks.ids.shape), sorted(blocks.fingerprints)],
                 "seed": seed,
                 "dtype": str(written),
                 "statistics": None if asked.stats is None else file_mark(asked.stats),
             }
         )
         try:
+            if blocks is not None and not kept.is_file():
+                save_blocks(blocks, kept)
             done = convert_loaded(opened, tokenizer, out, target, stream=stream, **settings)
         except UserError:
             if not stream.has_work():  # refused before there was anything to go on from

@@ -25,6 +25,8 @@ from kvlatent.model.hidden_states import HiddenStates, InMemory, OnDisk
 from kvlatent.model.offload import LAYERS, OffloadedLayers, at_hand
 
 WORK = "conversion"
+TEXT = "text.safetensors"
+"""The calibration text, so that a stream of it is read once."""
 REST = "rest.safetensors"
 """The last file that is written: all that is no layer."""
 
@@ -71,7 +73,7 @@ class Stream:
 
     def has_work(self) -> bool:
         """Whether statistics or layers are there that a new start would lose."""
-        return any(self.work.glob("*.safetensors"))
+        return any(file.name != TEXT for file in self.work.glob("*.safetensors"))
 
     def file(self, index: int) -> Path:
         """Where layer `index` of the student lies once it is done."""

@@ -34,8 +34,9 @@ def with_adapters(student: PreTrainedModel, config: HealConfig) -> nn.Module:
     trained: nn.Module = student
     with_ffn = [(index, layer) for index, layer in enumerate(student.model.layers) if is_gated(layer.mlp)]
     if config.lora_rank and with_ffn:
+        ffns = [f"layers.{index}.mlp.{name}" for index, _ in with_ffn for name in FFN]  # and no expert of that name
         lora = LoraConfig(
-            r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(FFN), lora_dropout=0.0, bias="none"
+            r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=ffns, lora_dropout=0.0, bias="none"
         )
         trained = get_peft_model(student, lora)
         for index, layer in with_ffn:

@@ -169,7 +169,7 @@ def settings_for(
     if coded:
         asked.setdefault("learning_rate", CODED_LEARNING_RATE)
     settings = HealConfig.for_preset(asked.pop("like", preset), **asked)
-    if settings.lora_rank > (most := min(model.hidden_size, model.intermediate_size)):
+    if settings.lora_rank > (most := min(model.hidden_size, getattr(model, "intermediate_size", model.hidden_size))):
         raise UserError(f"lora_rank must be at most the {most} dims of the FFN; got {settings.lora_rank}")
     if settings.stage1_tokens + settings.stage2_tokens == 0:
         raise UserError("healing needs tokens for stage 1, stage 2 or both; got 0 and 0")

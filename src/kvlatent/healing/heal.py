@@ -35,7 +35,6 @@ from kvlatent.healing.streaming import LayerStream, layers_to_steps
 from kvlatent.healing.teacher_cache import TeacherCache
 from kvlatent.kernels.allocator import freed_memory_kept
 from kvlatent.model.checkpoints import peak_memory
-from kvlatent.model.families import linear_layers
 from kvlatent.signals import Stopped, interruptible
 
 
@@ -117,8 +116,6 @@ class _Healing:
         self.steps = [math.ceil(n / self.step_tokens) for n in (config.stage1_tokens, config.stage2_tokens)]
         if (needed := sum(self.steps) * self.per_step) > len(text.ids):
             raise UserError(f"healing needs {needed} blocks of {block_size} tokens; the text gives {len(text.ids)}")
-        if config.stream_layers and not config.lora_rank and linear_layers(student.config):
-            raise UserError("layers of linear attention train nothing without LoRA, so they aren't streamed without it")
         self.first = self.accelerator.is_main_process
         if self.first:
             mark = hashlib.sha256(text.ids.numpy().data)
@@ -343,7 +340,8 @@ class _Healing:
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.config.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.999), eps=self.config.eps)
+        groups = [g for g in groups if g["params"]] or groups[:1]  # a streamed layer may have none
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=self.config.eps)
 
     def _clipped_together(self, stage: int) -> list[tuple[list[nn.Parameter], float]]:
         """Parameters whose gradients are clipped by their common norm, and its limit."""

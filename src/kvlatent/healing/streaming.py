@@ -117,7 +117,8 @@ class LayerStream:
                 with accelerator.accumulate(module):
                     loss = module(hidden, wanted, _moved(ours[index], device), counted)
                     loss = loss * (counted_positions(batch.ids, counted) / batch.positions)
-                    accelerator.backward(loss / len(self.student.model.layers))  # the loss of all layers is their mean
+                    if loss.requires_grad:  # linear attention beside frozen experts trains nothing
+                        accelerator.backward(loss / len(self.student.model.layers))  # the loss of all is their mean
                     total += loss.detach() / self.config.accumulate
                     if accelerator.sync_gradients and self.clip is not None:
                         accelerator.clip_grad_norm_(parameters, self.clip)

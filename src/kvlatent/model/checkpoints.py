@@ -29,7 +29,9 @@ from kvlatent.model.folder import (
     check_all_used,
     check_finite,
     check_generation,
+    forget_quantization,
     head_is_tied,
+    in_mxfp4,
     one_line,
     read_config,
     read_tokenizer,
@@ -143,10 +145,14 @@ def load_model(
     with one_line(f"can't load {model}"):
         config = read_config(source)
         weight_files(source)
+        if unpack := in_mxfp4(config):
+            config.quantization_config |= {"dequantize": True}
         loaded, info = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=kind, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         check_all_used(model, missing=info["missing_keys"], unused=info["unexpected_keys"])
+        if unpack:
+            forget_quantization(loaded)
         check_generation(loaded)
         for name, parameter in loaded.named_parameters():
             check_finite(model, name, parameter)

@@ -19,9 +19,11 @@ from transformers import (
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SmolLM3Config,
 )
 
@@ -141,10 +143,24 @@ class KVLatentGptOssConfig(GptOssConfig):
     latent: dict[str, Any] | None = None
 
 
+class KVLatentQwen3NextConfig(Qwen3NextConfig):
+    """A converted Qwen3-Next's config."""
+
+    model_type = "kvlatent_qwen3_next"
+    latent: dict[str, Any] | None = None
+
+
 class KVLatentQwen3_5TextConfig(Qwen3_5TextConfig):
     """A converted Qwen3.5 for text's config."""
 
     model_type = "kvlatent_qwen3_5_text"
+    latent: dict[str, Any] | None = None
+
+
+class KVLatentQwen3_5MoeTextConfig(Qwen3_5MoeTextConfig):
+    """A converted Qwen3.5-MoE for text's config."""
+
+    model_type = "kvlatent_qwen3_5_moe_text"
     latent: dict[str, Any] | None = None
 
 
@@ -177,7 +193,9 @@ CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "cohere": KVLatentCohereConfig,
     "cohere2": KVLatentCohere2Config,
     "gpt_oss": KVLatentGptOssConfig,
+    "qwen3_next": KVLatentQwen3NextConfig,
     "qwen3_5_text": KVLatentQwen3_5TextConfig,
+    "qwen3_5_moe_text": KVLatentQwen3_5MoeTextConfig,
     "gemma2": KVLatentGemma2Config,
     "gemma3_text": KVLatentGemma3TextConfig,
     "glm4": KVLatentGlm4Config,

@@ -58,8 +58,10 @@ FAMILIES = {
     "glm4": Family(name="Glm4", interleaved=True, post_norm=True, stored_apart=False),
     "cohere": Family(name="Cohere", qk_norm=True, parallel=True, interleaved=True, stored_apart=False),
     "cohere2": Family(name="Cohere2", parallel=True, only_sliding_turn=True, interleaved=True, stored_apart=False),
-    "gpt_oss": Family(name="GptOss", stored_apart=False),
+    "gpt_oss": Family(name="GptOss"),
+    "qwen3_next": Family(name="Qwen3Next", qk_norm=True, gated=True, stored_apart=False),
     "qwen3_5_text": Family(name="Qwen3_5", qk_norm=True, gated=True, stored_apart=False),
+    "qwen3_5_moe_text": Family(name="Qwen3_5Moe", qk_norm=True, gated=True, stored_apart=False),
     "gemma2": Family(name="Gemma2", post_norm=True),
     "gemma3_text": Family(name="Gemma3", qk_norm=True, post_norm=True),
 }

@@ -76,7 +76,10 @@ class Shape(BaseModel):
 
     vocab_size: Count
     hidden_size: Annotated[int, Field(ge=1, le=2**20)]
-    intermediate_size: Count
+    intermediate_size: Count | None = None
+    """None where all FFNs are experts."""
+    moe_intermediate_size: Count | None = None
+    shared_expert_intermediate_size: Count | None = None
     num_hidden_layers: Annotated[int, Field(ge=1, le=2**12)]
     num_attention_heads: Annotated[int, Field(ge=1, le=2**16)]
     num_key_value_heads: Annotated[int, Field(ge=1, le=2**16)]
@@ -133,6 +136,19 @@ def read_config(source: str, **where: Any) -> PreTrainedConfig:
         if kv_heads % spec.heads_per_latent:
             raise UserError(f"the latent spec joins {spec.heads_per_latent} KV heads; the model has {kv_heads}")
     return config
+
+
+def in_mxfp4(config: PreTrainedConfig) -> bool:
+    """Whether experts are stored in MXFP4, which is read as numbers of 16 or 32 bits wherever a model is loaded."""
+    quantized = getattr(config, "quantization_config", None)
+    return quantized is not None and quantized.get("quant_method") == "mxfp4"
+
+
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Let a model whose weights were dequantized be saved as any other, and its students too."""
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 Token = Annotated[int, Field(ge=-1, le=2**31)]

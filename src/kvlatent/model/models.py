@@ -26,8 +26,10 @@ from transformers import (
     PreTrainedModel,
     Qwen2ForCausalLM,
     Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
     Qwen3ForCausalLM,
     Qwen3MoeForCausalLM,
+    Qwen3NextForCausalLM,
     SmolLM3ForCausalLM,
     StaticCache,
 )
@@ -53,9 +55,11 @@ from kvlatent.model.config import (
     KVLatentOlmo3Config,
     KVLatentPhi3Config,
     KVLatentQwen2Config,
+    KVLatentQwen3_5MoeTextConfig,
     KVLatentQwen3_5TextConfig,
     KVLatentQwen3Config,
     KVLatentQwen3MoeConfig,
+    KVLatentQwen3NextConfig,
     KVLatentSmolLM3Config,
 )
 from kvlatent.model.families import linear_layers
@@ -263,10 +267,22 @@ class KVLatentGptOssForCausalLM(KVLatentForCausalLM, GptOssForCausalLM):
     config_class = KVLatentGptOssConfig
 
 
+class KVLatentQwen3NextForCausalLM(KVLatentForCausalLM, Qwen3NextForCausalLM):
+    """A converted Qwen3-Next."""
+
+    config_class = KVLatentQwen3NextConfig
+
+
 class KVLatentQwen3_5ForCausalLM(KVLatentForCausalLM, Qwen3_5ForCausalLM):
     """A converted Qwen3.5 for text."""
 
     config_class = KVLatentQwen3_5TextConfig
+
+
+class KVLatentQwen3_5MoeForCausalLM(KVLatentForCausalLM, Qwen3_5MoeForCausalLM):
+    """A converted Qwen3.5-MoE for text."""
+
+    config_class = KVLatentQwen3_5MoeTextConfig
 
 
 class KVLatentGemma2ForCausalLM(KVLatentForCausalLM, Gemma2ForCausalLM):
@@ -296,7 +312,9 @@ MODELS: dict[str, type[PreTrainedModel]] = {
     "cohere": KVLatentCohereForCausalLM,
     "cohere2": KVLatentCohere2ForCausalLM,
     "gpt_oss": KVLatentGptOssForCausalLM,
+    "qwen3_next": KVLatentQwen3NextForCausalLM,
     "qwen3_5_text": KVLatentQwen3_5ForCausalLM,
+    "qwen3_5_moe_text": KVLatentQwen3_5MoeForCausalLM,
     "gemma2": KVLatentGemma2ForCausalLM,
     "gemma3_text": KVLatentGemma3ForCausalLM,
     "glm4": KVLatentGlm4ForCausalLM,

@@ -21,7 +21,7 @@ from transformers import initialization as init
 
 from kvlatent.errors import UserError
 from kvlatent.files import at_home, check_disk, discard, replaced, sole_writer, sweep
-from kvlatent.model.folder import check_all_used, one_line, read_config, read_tokenizer
+from kvlatent.model.folder import check_all_used, forget_quantization, one_line, read_config, read_tokenizer
 
 HASHES = "hashes.json"
 """Of every other file in an unpacked folder."""
@@ -100,14 +100,12 @@ def _read(file: Path) -> tuple[Any, Any]:
     names = {tensor.name for tensor in reader.tensors}
     if config.model_type == "llama":
         config = _with_biases(config, names)
-    wanted = _tensor_names(config)
+    wanted = _tensor_names(config, reader)
     check_all_used(str(file), missing=wanted - names, unused=names - wanted - {"rope_freqs.weight"})
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, config=config, dtype=torch.float32, trust_remote_code=False, **where
     )
-    model.hf_quantizer = None  # else save_pretrained refuses
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    forget_quantization(model)
     tokenizer = read_tokenizer(str(file.parent), **where)
     _drop_strangers(tokenizer, reader)
     return model, tokenizer
@@ -161,18 +159,17 @@ def _drop_strangers(tokenizer: Any, reader: gguf.GGUFReader) -> None:
     if tokens is None or kinds is None or core["model"]["type"] != "BPE":
         return
     numbered = enumerate(zip(tokens.contents(), kinds.contents(), strict=True))
-    own = {token for at, (token, kind) in numbered if kind != gguf.TokenType.UNUSED or token != f"[PAD{at}]"}
-    core["model"]["vocab"] = {token: at for token, at in core["model"]["vocab"].items() if token in own}
-    core["added_tokens"] = [token for token in core["added_tokens"] if token["content"] in own]
+    own = {at for at, (token, kind) in numbered if kind != gguf.TokenType.UNUSED or token != f"[PAD{at}]"}
+    core["model"]["vocab"] = {token: at for token, at in core["model"]["vocab"].items() if at in own}
+    core["added_tokens"] = [token for token in core["added_tokens"] if token["id"] in own]
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(core))
 
 
-def _tensor_names(config: PreTrainedConfig) -> set[str]:
-    """What llama.cpp calls the tensors of a model."""
-    kind = {"qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}.get(
-        config.model_type, gguf.MODEL_ARCH.LLAMA
-    )
-    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+def _tensor_names(config: PreTrainedConfig, reader: gguf.GGUFReader) -> set[str]:
+    """What llama.cpp calls the tensors of a model, in files of the architecture that the file names."""
+    named = reader.get_field("general.architecture")
+    kinds = [kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if named is not None and name == named.contents()]
+    names = gguf.get_tensor_name_map(kinds[0] if kinds else gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     with torch.device("meta"), init.no_init_weights():
         shape = AutoModelForCausalLM.from_config(config)
         shape.tie_weights()
