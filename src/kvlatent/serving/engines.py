@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedConfig
 
 from kvlatent.errors import UserError
 from kvlatent.model.families import FAMILIES, family_of, rope_by_length
 from kvlatent.model.graft import cached_dims, spec_in
 from kvlatent.model.spec import bytes_per_token
-from kvlatent.serving.export.vllm import CPU_HEAD_SIZES, Backend, cache_widths, check_windowless, gpu_backend
+from kvlatent.serving.config import CacheType
+from kvlatent.serving.export.vllm import Backend, cache_widths, check_windowless, cpu_head_sizes, gpu_backend
 
 Form = Literal["folder", "stock", "gguf"]
 """What an engine reads: the checkpoint's own folder, or what `kvlatent export --to` makes of it."""
@@ -30,6 +33,12 @@ PROGRAMS = {"llama.cpp": "llama-server"}
 """Programs that bring an engine without Python."""
 
 
+QUANTIZED: dict[CacheType, tuple[str, float]] = {
+    "fp8": ("vLLM", 1),
+    "q8_0": ("llama.cpp", 34 / 32),
+    "q4_0": ("llama.cpp", 18 / 32),
+}
+"""Quantized caches: whose they are, and bytes of a number, scales included."""
 QUANTIZED_DIMS = 32
 """Dims that share a scale in llama.cpp's quantized caches."""
 
@@ -62,12 +71,13 @@ class Route:
         return bytes_per_token(self.d_qk, self.d_vo, kv_heads // self.heads_per_latent, element_size)
 
 
-def routes(config: PreTrainedConfig, *, vllm_on_cpu: bool = False) -> list[Route]:
+def routes(config: PreTrainedConfig, *, vllm_on_cpu: bool = False, fp8: bool = False) -> list[Route]:
     """Every engine we know and how it runs the model, if it does; decided from the config alone.
 
     Args:
         config: Of a converted or stock model.
         vllm_on_cpu: Whether vLLM is the one for CPUs, whose kernels come in fewer sizes.
+        fp8: Whether vLLM's cache is to be in fp8.
     """
     d_qk, d_vo = cached_dims(config)
     layers, spec = len(d_qk), spec_in(config)
@@ -80,7 +90,7 @@ def routes(config: PreTrainedConfig, *, vllm_on_cpu: bool = False) -> list[Route
         found.append(Route(engine="vLLM", form="folder", obstacle=obstacle))
     elif spec is not None:
         backend: Backend = "CPU_ATTN" if vllm_on_cpu else gpu_backend(spec)
-        keys, values = zip(*cache_widths(spec, backend), strict=True)
+        keys, values = zip(*cache_widths(spec, backend, fp8=fp8), strict=True)
         zeros = 1 - sum(d_qk + d_vo) / sum(keys + values)
         note = f"{zeros:.0%} of its cache is zeros, which fill up the heads to sizes that vLLM has" if zeros else None
         found.append(Route(engine="vLLM", form="folder", d_qk=keys, d_vo=values, note=note))
@@ -92,8 +102,8 @@ def routes(config: PreTrainedConfig, *, vllm_on_cpu: bool = False) -> list[Route
     padding = None if widths == d_qk == d_vo else f"zero-padded to {width} dims per head"
     notes = {"SGLang": "by its source; not run by us"}
     obstacles = dict.fromkeys(("transformers", "vLLM", "SGLang"), obstacle)
-    if vllm_on_cpu and width not in CPU_HEAD_SIZES and obstacle is None:
-        sizes = ", ".join(map(str, CPU_HEAD_SIZES[:4]))
+    if vllm_on_cpu and width not in (known := cpu_head_sizes(fp8=fp8)) and obstacle is None:
+        sizes = ", ".join(map(str, known[:4]))
         obstacles["vLLM"] = f"vLLM's CPU kernels take {sizes} … dims per head, not {width}; its GPU kernels do"
     if spec is None:
         del obstacles["transformers"]
@@ -148,7 +158,7 @@ def vllm_is_for_cpus() -> bool:
 def diagnose(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """For every route: what brings the engine here, whether the model runs on it, with what cache, and why not."""
     rows = []
-    for route in routes(config, vllm_on_cpu=vllm_is_for_cpus()):
+    for route, fp8 in zip(_routes_here(config), _routes_here(config, fp8=True), strict=True):
         found, why_not = installed(route.engine), route.obstacle
         if why_not is None and not found:
             why_not = f"not installed: pip install {PACKAGES[route.engine][0]}"
@@ -161,13 +171,30 @@ def diagnose(config: PreTrainedConfig) -> list[dict[str, Any]]:
             "note": route.note,
         }
         if route.obstacle is None:
-            sizes = {"float32": 4, "16 bit": 2}
-            kv_heads = config.num_key_value_heads
-            row["cache_bytes_per_token"] = {
+            sizes, kv_heads = {"float32": 4, "16 bit": 2}, config.num_key_value_heads
+            row["cache_bytes_per_token"] = cache = {
                 name: route.cache_bytes_per_token(kv_heads, size) for name, size in sizes.items()
             }
+            for kind, (engine, size) in QUANTIZED.items():
+                if engine != route.engine:
+                    continue
+                lacks = fp8.obstacle if kind == "fp8" else _obstacle(partial(check_cache_type, kind=kind), config)
+                if lacks is None:
+                    cache[kind] = int(fp8.cache_bytes_per_token(kv_heads, 1) * size)
+                else:
+                    row["note"] = "; ".join(filter(None, (row["note"], f"no {kind} cache: {lacks}")))
         rows.append(row)
     return rows
+
+
+def _routes_here(config: PreTrainedConfig, *, fp8: bool = False) -> list[Route]:
+    """`routes` with the vLLM that is installed here, on this processor."""
+    on_cpu = vllm_is_for_cpus()
+    found = routes(config, vllm_on_cpu=on_cpu, fp8=fp8)
+    if not (fp8 and on_cpu) or torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return found
+    lacks = "vLLM's CPU kernels cache fp8 on processors with AVX-512, which this one lacks"
+    return [replace(x, obstacle=x.obstacle or lacks) if x.engine == "vLLM" else x for x in found]
 
 
 # --- what an ordinary model can hold ----------------------------------------------------------------------------------
@@ -190,9 +217,9 @@ def window_of(config: PreTrainedConfig) -> int | None:
     return window if window is not None and window < config.max_position_embeddings else None
 
 
-def check_vllm(config: PreTrainedConfig) -> None:
-    """Raise `UserError` unless the vLLM that is installed here runs the model's own folder."""
-    for route in routes(config, vllm_on_cpu=vllm_is_for_cpus()):
+def check_vllm(config: PreTrainedConfig, *, fp8: bool = False) -> None:
+    """Raise `UserError` unless the vLLM that is installed here runs the model's own folder, with a cache in fp8."""
+    for route in _routes_here(config, fp8=fp8):
         if (route.engine, route.form) == ("vLLM", "folder") and route.obstacle is not None:
             raise UserError(route.obstacle)
 

@@ -24,7 +24,7 @@ from kvlatent.files import at_home, scratch_folder
 from kvlatent.model.checkpoints import load_model, locate, pick_device, pick_dtype
 from kvlatent.model.loading import load_config, load_tokenizer
 from kvlatent.serving.bodies import Served
-from kvlatent.serving.config import CacheType, Engine, FileType, ServeConfig
+from kvlatent.serving.config import CACHE_ENGINES, CacheType, Engine, FileType, ServeConfig
 from kvlatent.serving.engines import check_cache_type, check_gguf, check_vllm, window_of
 from kvlatent.serving.guard import guarded
 from kvlatent.signals import interruptible
@@ -71,7 +71,15 @@ def pick_engine(name: Literal["auto"] | Engine) -> Engine:
 
 
 def vllm_command(
-    model: str, *, name: str, engine: Path, dtype: str, eager: bool, context: int | None, seed: int
+    model: str,
+    *,
+    name: str,
+    engine: Path,
+    dtype: str,
+    eager: bool,
+    context: int | None,
+    seed: int,
+    cache_type: CacheType | None = None,
 ) -> list[str]:
     """How to start vLLM's OpenAI-compatible server on a folder or hub id, at the Unix socket `engine`.
 
@@ -79,9 +87,10 @@ def vllm_command(
     """
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     length = [] if context is None else ["--max-model-len", str(context)]
+    types = [] if cache_type is None else ["--kv-cache-dtype", cache_type]
     return [
         *server, "--model", model, "--served-model-name", name, "--uds", str(engine), "--dtype", dtype,
-        "--seed", str(seed), *length, *(["--enforce-eager"] if eager else []),
+        "--seed", str(seed), *length, *types, *(["--enforce-eager"] if eager else []),
     ]  # fmt: skip
 
 
@@ -280,10 +289,13 @@ def serve(config: ServeConfig, *, dtype: str = "auto", seed: int = 0) -> dict[st
         )
     folder = at_home(config.model)
     name, source = folder.resolve().name if folder.exists() else config.model, locate(config.model)
-    asked = config.engine if config.cache_type is None else "llama.cpp"
-    (check_gguf if asked == "llama.cpp" else check_vllm)(shape)  # before an engine is installed in vain
-    if config.cache_type is not None:
-        check_cache_type(shape, config.cache_type)
+    asked = config.engine if config.cache_type is None else CACHE_ENGINES[config.cache_type]
+    if asked == "llama.cpp":  # before an engine is installed in vain
+        check_gguf(shape)
+        if config.cache_type is not None:
+            check_cache_type(shape, config.cache_type)
+    else:
+        check_vllm(shape, fp8=config.cache_type == "fp8")
     chosen = pick_engine(asked)
     bound(config.host, config.port).close()  # before anything takes time
 
@@ -297,6 +309,7 @@ def serve(config: ServeConfig, *, dtype: str = "auto", seed: int = 0) -> dict[st
     with contextlib.ExitStack() as stack:
         options["engine"] = engine = engine_socket(stack.enter_context(scratch_folder()))
         where: dict[str, Any] = {"name": name, "engine": engine, "context": config.context, "seed": seed}
+        where["cache_type"] = config.cache_type
         if chosen == "vllm":
             device = pick_device()
             kind = str(pick_dtype(dtype, device)).removeprefix("torch.")
@@ -306,7 +319,7 @@ def serve(config: ServeConfig, *, dtype: str = "auto", seed: int = 0) -> dict[st
         else:
             where["context"] = context
             gguf = stack.enter_context(gguf_of(source, dtype=dtype))
-            command = llama_cpp_command(gguf, cache_type=config.cache_type, **where)
+            command = llama_cpp_command(gguf, **where)
             options["environment"] = LLAMA_CPP_ENVIRONMENT
         lasted = run_server(command, **options)
     return {"model": name, "engine": chosen, **lasted}

@@ -22,6 +22,7 @@ from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from kvlatent.model.rope import rotate
@@ -224,7 +225,8 @@ def graft(model: Any, vllm_config: VllmConfig) -> tuple[tuple[int, int], ...]:
     config = vllm_config.model_config.hf_config
     spec = LatentSpec.from_dict(config.latent)
     backend = choose_backend(spec)
-    widths = cache_widths(spec, backend)
+    fp8 = is_quantized_kv_cache(vllm_config.cache_config.cache_dtype)
+    widths = cache_widths(spec, backend, fp8=fp8)
     two_sizes = _diffkv_backend(widths[0][1]) if backend == "DIFFKV" else None
     rotaries: dict[int, RotaryEmbedding] = {}  # by dims of queries and keys when they are rotated, zeros included
     for index in range(model.start_layer, model.end_layer):
@@ -236,7 +238,7 @@ def graft(model: Any, vllm_config: VllmConfig) -> tuple[tuple[int, int], ...]:
             layer.self_attn, spec, index, widths[index], rotaries[rotated], vllm_config, two_sizes
         )
     heads, size = config.num_key_value_heads, torch.get_default_dtype().itemsize
-    whole, padding = cache_bytes_per_token(spec, backend, kv_heads=heads, element_size=size)
+    whole, padding = cache_bytes_per_token(spec, backend, kv_heads=heads, element_size=size, fp8=fp8)
     logger.info_once("kvlatent: the cache takes %d bytes per token, %d of them padding (%s)", whole, padding, backend)
     return widths
 

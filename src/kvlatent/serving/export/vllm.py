@@ -37,20 +37,21 @@ def check_windowless(spec: LatentSpec) -> None:
         )
 
 
-def cache_widths(spec: LatentSpec, backend: Backend) -> tuple[tuple[int, int], ...]:
+def cache_widths(spec: LatentSpec, backend: Backend, *, fp8: bool = False) -> tuple[tuple[int, int], ...]:
     """Dims of keys and values as vLLM caches them, per layer; at least the spec's d_qk and d_vo.
 
     Of a head, or of a latent that heads share: vLLM knows that as one KV head.
 
-    CPU kernels come in fixed sizes, the same for keys and values; GPU kernels in multiples of 8, those for two sizes
-    with one size of values for the whole model, keys of 32 and values of 16 at least.
+    CPU kernels come in fixed sizes, the same for keys and values, those of an fp8 cache in multiples of 32 alone; GPU
+    kernels in multiples of 8, those for two sizes with one size of values for the whole model, keys of 32 and values of
+    16 at least.
 
     Raises:
         UserError: Heads are wider than any that the backend has.
     """
     keys, values = spec.latent_dims
     if backend == "CPU_ATTN":
-        return tuple((_cpu_size(max(dims)),) * 2 for dims in zip(keys, values, strict=True))
+        return tuple((_cpu_size(max(dims), fp8),) * 2 for dims in zip(keys, values, strict=True))
     if backend == "EQUAL":
         return tuple((_eights(max(dims)),) * 2 for dims in zip(keys, values, strict=True))
     widest = max(16, _eights(max(values)))
@@ -73,8 +74,13 @@ def gpu_backend(spec: LatentSpec) -> Backend:
     return "EQUAL" if one <= two else "DIFFKV"
 
 
-def _cpu_size(d: int) -> int:
-    fitting = [size for size in CPU_HEAD_SIZES if size >= d]
+def cpu_head_sizes(*, fp8: bool) -> tuple[int, ...]:
+    """Sizes that vLLM's CPU kernels have for a cache in the model's dtype, or in fp8."""
+    return tuple(size for size in CPU_HEAD_SIZES if not (fp8 and size % 32))
+
+
+def _cpu_size(d: int, fp8: bool) -> int:
+    fitting = [size for size in cpu_head_sizes(fp8=fp8) if size >= d]
     if not fitting:
         raise UserError(f"vLLM's CPU attention takes heads of at most {CPU_HEAD_SIZES[-1]} dims; the model has {d}")
     return fitting[0]
@@ -84,9 +90,20 @@ def _eights(d: int) -> int:
     return -(-d // 8) * 8
 
 
-def cache_bytes_per_token(spec: LatentSpec, backend: Backend, *, kv_heads: int, element_size: int) -> tuple[int, int]:
-    """Bytes that one token adds to vLLM's cache, all layers together, and how many of them are padding."""
-    keys, values = zip(*cache_widths(spec, backend), strict=True)
+def cache_bytes_per_token(
+    spec: LatentSpec, backend: Backend, *, kv_heads: int, element_size: int, fp8: bool = False
+) -> tuple[int, int]:
+    """Bytes that one token adds to vLLM's cache, all layers together, and how many of them are padding.
+
+    Args:
+        spec: The checkpoint's spec.
+        backend: Where it runs.
+        kv_heads: Heads of the teacher.
+        element_size: Bytes of a number in the model's dtype.
+        fp8: Whether they are cached in one byte instead.
+    """
+    element_size = 1 if fp8 else element_size
+    keys, values = zip(*cache_widths(spec, backend, fp8=fp8), strict=True)
     whole = bytes_per_token(keys, values, kv_heads // spec.heads_per_latent, element_size)
     return whole, whole - spec.cache_bytes_per_token(kv_heads, element_size)
 
