@@ -661,7 +661,8 @@ def refused(model: PreTrainedModel, text: Tensor, why: str) -> None:
     ],
 )  # fmt: skip
 def test_what_cant_be_combined_is_refused(models: Models, text: Tensor, why: str) -> None:
-    with pytest.raises(UserError, match=why):
+    kind = ValueError if why == "assisted decoding" else UserError  # which transformers 5.24 refuses before we do
+    with pytest.raises(kind, match=f"(?i){why}"):
         refused(models("stock"), text, why)
 
 
