@@ -21,6 +21,7 @@ from kvlatent.evaluation.needle import score_answer, score_answers
 from kvlatent.evaluation.perplexity import Perplexity, perplexity
 from kvlatent.evaluation.report.text import models_table, summary_table
 from kvlatent.evaluation.retrieval import RETRIEVAL_TESTS, retrieval, retrieval_prompts, retrieval_questions
+from kvlatent.model.compatibility import CACHE
 
 VOCABULARY = 260
 
@@ -112,14 +113,12 @@ class Copier(LlamaForCausalLM):
 
     reach = 10**6
 
-    def forward(
-        self, input_ids: Tensor, logits_to_keep: int, past_key_values: list[int] | None = None, **_: Any
-    ) -> CausalLMOutputWithPast:
-        row = past_key_values if past_key_values is not None else list[int]()
+    def forward(self, input_ids: Tensor, logits_to_keep: int, **given: Any) -> CausalLMOutputWithPast:
+        row = given.get(CACHE, list[int]())
         row += input_ids[0].tolist()
         guesses = [self._guess(row[max(0, end - self.reach) : end]) for end in range(1, len(row) + 1)[-logits_to_keep:]]
         logits = 100.0 * torch.nn.functional.one_hot(torch.tensor([guesses]), VOCABULARY)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=row)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: row})
 
     @staticmethod
     def _guess(row: list[int]) -> int:
