@@ -4,8 +4,9 @@
 
 At every budget, a share of the bytes of the 16-bit cache of 8,192 tokens, the window included, each share of the far
 tokens stays by a policy, in a student that is as wide as the budget then allows (one shot from statistics of `kvlatent
-calibrate`; dims and bits as `convert --budget` spends them). Judged on text (the second half of every block, from what
-is left of the first half) and by codes among codes, a question per prompt. `--cells` gives students and policies
+calibrate`; dims and bits as `convert --budget` spends them). Judged on text (the first 128 tokens of the second half of
+every block, from what is left of the first half: later ones would have far tokens among themselves, which all stay) and
+by codes among codes, a question per prompt. `--cells` gives students and policies
 instead, each `BUDGET:POLICY:KEEP` or `BUDGET` with all tokens; a budget of 1 is the teacher, which has no window:
 
     … --cells 1:pyramid-infer:0.5 0.5 0.5:pyramid-infer:0.5 0.25 1:pyramid-infer:0.25 --out table4.jsonl
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +28,10 @@ from kvlatent.compress.checkpoints import load_statistics
 from kvlatent.compress.convert import convert
 from kvlatent.compress.statistics import Statistics
 from kvlatent.data.sources import read_text
+from kvlatent.evaluation.config import NEAR
 from kvlatent.evaluation.evaluate import scores_of
 from kvlatent.evaluation.far import near_only_perplexity
-from kvlatent.evaluation.perplexity import perplexity
+from kvlatent.evaluation.perplexity import Perplexity, perplexity
 from kvlatent.evaluation.retrieval import RETRIEVAL_TESTS, retrieval
 from kvlatent.model.checkpoints import load_model
 from kvlatent.model.sizes import counted_context
@@ -96,8 +99,12 @@ def main() -> None:
         vocab_size=teacher.config.vocab_size,
     )  # fmt: skip
     sizes: dict[str, Any] = {"text_bytes": text.bytes, "batch_size": max(1, 2048 // asked.block_size)}
-    whole = perplexity(teacher, text.ids, **sizes).of_second_half()
-    near_only = near_only_perplexity(teacher, text.ids, **sizes).of_second_half()
+
+    def judged(found: Perplexity) -> Perplexity:
+        return replace(found, token_nll=found.token_nll[:, :NEAR])
+
+    whole = judged(perplexity(teacher, text.ids, **sizes).of_second_half())
+    near_only = judged(near_only_perplexity(teacher, text.ids, **sizes).of_second_half())
 
     def write(label: str, share: float, model: PreTrainedModel | None, cell: Cell) -> None:
         row: dict[str, Any] = {"label": label, "share": share, **cell._asdict()}
@@ -106,7 +113,7 @@ def main() -> None:
         else:
             policy = policy_of(cell.policy, cell.keep)
             found = perplexity(model, text.ids, **sizes, policy=policy)
-            row |= scores_of(found if policy else found.of_second_half(), whole, near_only)
+            row |= scores_of(judged(found if policy else found.of_second_half()), whole, near_only)
             how: dict[str, Any] = {"context": asked.context, "trials": asked.trials, "seed": 0, "questions": 1}
             for test in RETRIEVAL_TESTS:
                 row[test] = retrieval(model, tokenizer, test, **how, policy=policy).scores()
