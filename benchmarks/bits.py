@@ -18,13 +18,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int
 from matplotlib.figure import Figure
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvlatent.compress.allocation import Allocation
 from kvlatent.compress.budget import plan
 from kvlatent.compress.checkpoints import load_statistics
 from kvlatent.compress.convert import convert
+from kvlatent.compress.statistics import Statistics
 from kvlatent.data.sources import read_text
 from kvlatent.errors import UserError
 from kvlatent.evaluation.evaluate import scores_of
@@ -32,6 +35,7 @@ from kvlatent.evaluation.far import near_only_perplexity
 from kvlatent.evaluation.perplexity import Perplexity, perplexity
 from kvlatent.model.cache import cache_bytes
 from kvlatent.model.checkpoints import load_model
+from kvlatent.model.compatibility import CACHE
 from kvlatent.model.graft import head_dim_of
 from kvlatent.model.quantized import QuantizedCache
 from kvlatent.model.sizes import counted_context, predicted_cache_bytes, whole_token_bytes
@@ -46,7 +50,7 @@ def quantized_perplexity(model: PreTrainedModel, ids: Tensor, bits: int, text_by
     losses = []
     for blocks in ids.split(4):
         cache = QuantizedCache(model.config, bits=bits)
-        logits = torch.cat([model(piece, past_key_values=cache).logits for piece in blocks.split(CHUNK, dim=1)], dim=1)
+        logits = torch.cat([model(piece, **{CACHE: cache}).logits for piece in blocks.split(CHUNK, dim=1)], dim=1)
         losses.append(F.cross_entropy(logits[:, :-1].float().mT, blocks[:, 1:], reduction="none"))
     return Perplexity(token_nll=torch.cat(losses).double(), bytes=text_bytes)
 
@@ -60,6 +64,38 @@ def quantized_share(model: PreTrainedModel, bits: int) -> float:
         whole = torch.zeros(1, config.num_key_value_heads, tokens, head_dim_of(config), dtype=torch.bfloat16)
         cache.update(whole, whole, index, layer.self_attn.far_maps().of(torch.bfloat16), None)
     return cache_bytes(cache) / (tokens * whole_token_bytes(config, 2))
+
+
+def arguments(about: str | None) -> argparse.ArgumentParser:
+    """What students in one shot are made of and judged on."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--stats", type=Path, required=True, help="from kvlatent calibrate")
+    parser.add_argument("--held-out", nargs="+", required=True)
+    parser.add_argument("--held-out-tokens", type=int, default=4096)
+    parser.add_argument("--block-size", type=int, default=1024)
+    parser.add_argument("--seed", type=int, default=0, help="of the held-out text")
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def held_out_text(
+    asked: argparse.Namespace, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Int[Tensor, "blocks block_size"], dict[str, Any]]:
+    """Blocks to judge on, and what `perplexity` is told of them."""
+    text = read_text(
+        asked.held_out, tokenizer, tokens=asked.held_out_tokens, block_size=asked.block_size, seed=asked.seed,
+        vocab_size=teacher.config.vocab_size,
+    )  # fmt: skip
+    return text.ids, {"text_bytes": text.bytes, "batch_size": max(1, 2048 // asked.block_size)}
+
+
+def student_of(teacher: PreTrainedModel, statistics: Statistics, spent: Allocation) -> PreTrainedModel:
+    """The teacher with dims and bits as a budget was spent, nothing refitted."""
+    return convert(
+        teacher, d_qk=spent.d_qk, d_vo=spent.d_vo, k_codes=spent.k_codes, v_codes=spent.v_codes,
+        whole_layers=spent.whole_layers, statistics=statistics,
+    )  # fmt: skip
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
@@ -94,35 +130,24 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 
 def main() -> None:
     """Measure, and append a line of JSON for every row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--stats", type=Path, required=True, help="from kvlatent calibrate")
-    parser.add_argument("--held-out", nargs="+", required=True)
-    parser.add_argument("--held-out-tokens", type=int, default=4096)
-    parser.add_argument("--block-size", type=int, default=1024)
+    parser = arguments(__doc__)
     parser.add_argument("--from-position", type=int, default=1, help="judge the tokens of a block from this one on")
-    parser.add_argument("--seed", type=int, default=0, help="of the held-out text")
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.5, 0.25, 0.125, 0.0625, 0.03125])
     parser.add_argument("--bits", nargs="*", default=["mix", "16", "8", "4", "2"])
     parser.add_argument("--kivi", type=int, nargs="*", default=[4, 2])
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--figure", type=Path, help="draw all rows of --out")
     asked = parser.parse_args()
 
     teacher, tokenizer = load_model(asked.model, dtype="float32")
     statistics = load_statistics(asked.stats, teacher.config)
-    held_out = read_text(
-        asked.held_out, tokenizer, tokens=asked.held_out_tokens, block_size=asked.block_size, seed=asked.seed,
-        vocab_size=teacher.config.vocab_size,
-    )  # fmt: skip
-    settings: dict[str, Any] = {"text_bytes": held_out.bytes, "batch_size": max(1, 2048 // asked.block_size)}
+    held_out, settings = held_out_text(asked, teacher, tokenizer)
     first = asked.from_position - 1  # the first token of a block isn't predicted
 
     def judged(found: Perplexity) -> Perplexity:
         return replace(found, token_nll=found.token_nll[:, first:])
 
-    whole = judged(perplexity(teacher, held_out.ids, **settings))
-    near_only = judged(near_only_perplexity(teacher, held_out.ids, **settings))
+    whole = judged(perplexity(teacher, held_out, **settings))
+    near_only = judged(near_only_perplexity(teacher, held_out, **settings))
     context = counted_context(teacher.config)
     original = predicted_cache_bytes(teacher.config, batch=1, tokens=context, element_size=2)
 
@@ -146,17 +171,14 @@ def main() -> None:
             except UserError as error:
                 print(f"{budget:g} {bits}: {error}", flush=True)
                 continue
-            student = convert(
-                teacher, d_qk=spent.d_qk, d_vo=spent.d_vo, k_codes=spent.k_codes, v_codes=spent.v_codes,
-                whole_layers=spent.whole_layers, statistics=statistics,
-            )  # fmt: skip
+            student = student_of(teacher, statistics, spent)
             share = predicted_cache_bytes(student.config, batch=1, tokens=context, element_size=2) / original
-            found = judged(perplexity(student, held_out.ids, **settings))
+            found = judged(perplexity(student, held_out, **settings))
             write(f"{budget:g} {bits}", share, found, expected=spent.expected_loss)
     for bits in asked.kivi:
         dim = head_dim_of(teacher.config)
         student = convert(teacher, d_qk=dim, d_vo=dim, statistics=statistics)
-        found = judged(quantized_perplexity(student, held_out.ids, bits, held_out.bytes))
+        found = judged(quantized_perplexity(student, held_out, bits, settings["text_bytes"]))
         write(f"kivi {bits}", quantized_share(student, bits), found)
     if asked.figure is not None:
         rows = [json.loads(line) for line in asked.out.read_text().splitlines()]

@@ -88,9 +88,9 @@ def main() -> None:
         for test, pairs in (("key_value", context // TOKENS_PER_PAIR), ("needles", NEEDLES)):
             depths = ((trial + 0.5) / asked.trials * (1 - 256 / context) for trial in range(asked.trials))
             found = [
-                asked
+                question
                 for depth in depths
-                for asked in retrieval_questions(tokenizer, pairs, context=context, depths=[depth], rng=rng)
+                for question in retrieval_questions(tokenizer, pairs, context=context, depths=[depth], rng=rng)
             ]
             prompts[f"{test} {context}"] = found
     measure(folder, prompts, asked.keep, "kvlatent", asked.out)

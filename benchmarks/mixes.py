@@ -6,28 +6,24 @@ At every budget, a share of the bytes of the 16-bit cache of 8,192 tokens, the w
 tokens stays by a policy, in a student that is as wide as the budget then allows (one shot from statistics of `kvlatent
 calibrate`; dims and bits as `convert --budget` spends them). Judged on text (the first 128 tokens of the second half of
 every block, from what is left of the first half: later ones would have far tokens among themselves, which all stay) and
-by codes among codes, a question per prompt. `--cells` gives students and policies
-instead, each `BUDGET:POLICY:KEEP` or `BUDGET` with all tokens; a budget of 1 is the teacher, which has no window:
+by codes among codes, a question per prompt. `--cells` gives students and policies instead, each `BUDGET:POLICY:KEEP` or
+`BUDGET` with all tokens; a budget of 1 is the teacher, which has no window:
 
     … --cells 1:pyramid-infer:0.5 0.5 0.5:pyramid-infer:0.5 0.25 1:pyramid-infer:0.25 --out table4.jsonl
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from bits import arguments, held_out_text, student_of
 from transformers import PreTrainedModel
 
 from kvlatent.compose.policies import policy_of
 from kvlatent.compress.budget import plan
 from kvlatent.compress.checkpoints import load_statistics
-from kvlatent.compress.convert import convert
-from kvlatent.compress.statistics import Statistics
-from kvlatent.data.sources import read_text
 from kvlatent.evaluation.config import NEAR
 from kvlatent.evaluation.evaluate import scores_of
 from kvlatent.evaluation.far import near_only_perplexity
@@ -58,31 +54,15 @@ def cell_of(text: str) -> Cell:
     return Cell(float(budget), name, float(keep)) if policy else Cell(float(budget))
 
 
-def student_of(teacher: PreTrainedModel, statistics: Statistics, budget: float) -> PreTrainedModel:
-    """The teacher at a budget."""
-    if budget == 1:
-        return teacher
-    spent = plan(teacher, statistics, budget)
-    return convert(
-        teacher, d_qk=spent.d_qk, d_vo=spent.d_vo, k_codes=spent.k_codes, v_codes=spent.v_codes, statistics=statistics
-    )
-
-
 def main() -> None:
     """Measure, and append a line of JSON for every cell."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--stats", type=Path, required=True, help="from kvlatent calibrate")
-    parser.add_argument("--held-out", nargs="+", required=True)
-    parser.add_argument("--held-out-tokens", type=int, default=4096)
-    parser.add_argument("--block-size", type=int, default=1024)
+    parser = arguments(__doc__)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.125, 0.0625, 0.03125])
     parser.add_argument("--policy", default="tova")
     parser.add_argument("--keep", type=float, nargs="+", default=[1, 0.5, 0.25])
     parser.add_argument("--cells", type=cell_of, nargs="+")
     parser.add_argument("--context", type=int, default=1024, help="tokens of the prompts")
     parser.add_argument("--trials", type=int, default=12)
-    parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
 
     teacher, tokenizer = load_model(asked.model, dtype="float32")
@@ -94,17 +74,13 @@ def main() -> None:
         for keep in asked.keep
         if window < budget and window + (budget - window) / keep < 1
     ]
-    text = read_text(
-        asked.held_out, tokenizer, tokens=asked.held_out_tokens, block_size=asked.block_size, seed=0,
-        vocab_size=teacher.config.vocab_size,
-    )  # fmt: skip
-    sizes: dict[str, Any] = {"text_bytes": text.bytes, "batch_size": max(1, 2048 // asked.block_size)}
+    text, sizes = held_out_text(asked, teacher, tokenizer)
 
     def judged(found: Perplexity) -> Perplexity:
         return replace(found, token_nll=found.token_nll[:, :NEAR])
 
-    whole = judged(perplexity(teacher, text.ids, **sizes).of_second_half())
-    near_only = judged(near_only_perplexity(teacher, text.ids, **sizes).of_second_half())
+    whole = judged(perplexity(teacher, text, **sizes).of_second_half())
+    near_only = judged(near_only_perplexity(teacher, text, **sizes).of_second_half())
 
     def write(label: str, share: float, model: PreTrainedModel | None, cell: Cell) -> None:
         row: dict[str, Any] = {"label": label, "share": share, **cell._asdict()}
@@ -112,9 +88,9 @@ def main() -> None:
             row |= scores_of(near_only, whole, near_only)
         else:
             policy = policy_of(cell.policy, cell.keep)
-            found = perplexity(model, text.ids, **sizes, policy=policy)
+            found = perplexity(model, text, **sizes, policy=policy)
             row |= scores_of(judged(found if policy else found.of_second_half()), whole, near_only)
-            how: dict[str, Any] = {"context": asked.context, "trials": asked.trials, "seed": 0, "questions": 1}
+            how: dict[str, Any] = {"context": asked.context, "trials": asked.trials, "seed": asked.seed, "questions": 1}
             for test in RETRIEVAL_TESTS:
                 row[test] = retrieval(model, tokenizer, test, **how, policy=policy).scores()
         with asked.out.open("a") as file:
@@ -129,9 +105,13 @@ def main() -> None:
     write("near only", window, None, Cell(window))
     write("teacher", 1.0, teacher, Cell(1))
     for cell in cells:
-        name = "teacher" if cell.budget == 1 else f"student of {cell.budget:.4f}"
+        if cell.budget == 1:
+            name, model = "teacher", teacher
+        else:
+            spent = plan(teacher, statistics, cell.budget)
+            name, model = f"student of {cell.budget:.4f}", student_of(teacher, statistics, spent)
         label = name if cell.policy is None else f"{name}, {cell.policy} {cell.keep:g}"
-        write(label, cell.share(window), student_of(teacher, statistics, cell.budget), cell)
+        write(label, cell.share(window), model, cell)
 
 
 if __name__ == "__main__":

@@ -308,8 +308,9 @@ def serve(config: ServeConfig, *, dtype: str = "auto", seed: int = 0) -> dict[st
     options: dict[str, Any] = {"host": config.host, "port": config.port, "served": served, "announce": announce}
     with contextlib.ExitStack() as stack:
         options["engine"] = engine = engine_socket(stack.enter_context(scratch_folder()))
-        where: dict[str, Any] = {"name": name, "engine": engine, "context": config.context, "seed": seed}
-        where["cache_type"] = config.cache_type
+        where: dict[str, Any] = {
+            "name": name, "engine": engine, "context": config.context, "seed": seed, "cache_type": config.cache_type,
+        }  # fmt: skip
         if chosen == "vllm":
             device = pick_device()
             kind = str(pick_dtype(dtype, device)).removeprefix("torch.")
