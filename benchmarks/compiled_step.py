@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 import kvlatent
 from kvlatent.evaluation.bench import filled_cache
 from kvlatent.model.cache import StaticLatentCache
+from kvlatent.model.compatibility import CACHE
 
 
 def static(model: PreTrainedModel, grown: Cache, tokens: int) -> StaticLatentCache:
@@ -46,7 +47,7 @@ def main() -> None:
 
     def step(run: PreTrainedModel, token: torch.Tensor, cache: Cache) -> float:
         start = time.perf_counter()
-        token.copy_(run(input_ids=token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(dim=-1))
+        token.copy_(run(input_ids=token, **{CACHE: cache}, logits_to_keep=1).logits[:, -1:].argmax(dim=-1))
         token.sum().item()  # waits for a GPU
         return 1000 * (time.perf_counter() - start)
 

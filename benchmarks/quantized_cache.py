@@ -18,6 +18,7 @@ from transformers import Cache, PreTrainedModel
 from kvlatent.data.sources import read_text
 from kvlatent.model.cache import LatentCache, cache_bytes
 from kvlatent.model.checkpoints import load_model
+from kvlatent.model.compatibility import CACHE
 from kvlatent.model.graft import head_dim_of
 from kvlatent.model.loading import load_tokenizer
 from kvlatent.model.quantized import QuantizedCache
@@ -30,7 +31,7 @@ def nll(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
     """Negative log-likelihoods (blocks, block_size - 1), fed chunk by chunk."""
     found = []
     for piece in ids.split(CHUNK, dim=1):
-        found.append(model(piece, past_key_values=cache).logits)
+        found.append(model(piece, **{CACHE: cache}).logits)
     return torch.nn.functional.cross_entropy(
         torch.cat(found, dim=1)[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none"
     )
