@@ -3,9 +3,10 @@
     python benchmarks/prompt_compression.py smollm2 --out prompts.jsonl
 
 Every prompt is compressed to a share of its tokens, the question protected, and answered by the same model: `dynamic`
-looks at what is left in several stages, `static` once, `spread` is dynamic and avoids dropping neighbours, `random`
-drops any tokens. Prompts are those of `eval --retrieval`, or (`--test years`) passages of real text, with a question
-for the year that one of their sentences names; the question alone tells what the model knows without them.
+looks at what is left in several stages, `static` once, `spread` is dynamic and avoids dropping neighbours, `words` is
+static and keeps words and numbers whole, `random` drops any tokens. Prompts are those of `eval --retrieval`, or
+(`--test years`) passages of real text, with a question for the year that one of their sentences names; the question
+alone tells what the model knows without them.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ def main() -> None:
                         kept = sorted(stays)
                     else:
                         kept = compress_prompt(
-                            model, tokenizer, text, keep=keep, stages=1 if way == "static" else asked.stages,
-                            protect=(question,), spread=way == "spread",
+                            model, tokenizer, text, keep=keep, stages=1 if way in ("static", "words") else asked.stages,
+                            protect=(question,), spread=way == "spread", words=way == "words",
                         ).kept  # fmt: skip
                     found = score_answer(model, [ids[token] for token in kept], answer)
                     scores.setdefault(f"{way} {keep:g}", []).append(found)

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kvlatent.cli import main
 from kvlatent.compose import received as received_module
-from kvlatent.compose.prompt import chosen, compress_chat, compress_prompt, importance
+from kvlatent.compose.prompt import by_word, chosen, compress_chat, compress_prompt, importance
 from kvlatent.compose.received import Signals, signals
 from kvlatent.compress.convert import convert
 from kvlatent.data.chats import Chat
@@ -45,6 +46,11 @@ def test_signals_are_those_of_whole_attention_maps(
 def test_importance_leaves_the_first_token_out_of_its_scales() -> None:
     found = importance(Signals(torch.tensor([0.0, 1.0, 3.0]), torch.tensor([100.0, 4.0, 2.0])))
     torch.testing.assert_close(found[1:], torch.tensor([0.8, 0.2]))
+
+
+def test_words_score_as_their_best_token() -> None:
+    found = by_word(torch.tensor([1.0, 2.0, 4.0, 0.0]), torch.tensor([3, 5, 5, 6]))
+    torch.testing.assert_close(found, torch.tensor([1.0, 4.0, 4.0, 0.0]))
 
 
 @given(
@@ -101,6 +107,22 @@ def test_the_rate_is_met_exactly(
     rest = iter(TEXT)
     assert all(char in rest for char in found.text)  # what stays is of the text, in order
     assert "\ufffd" not in found.text
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_words_stay_or_go_as_one(small: tuple[PreTrainedModel, PreTrainedTokenizerFast], stages: int) -> None:
+    model, tokenizer = small
+    text = "Lot 48151 sold for 162342 in 1945; lot 77003 for 99. " * 6
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    found = compress_prompt(model, tokenizer, text, keep=0.5, stages=stages, words=True)
+    assert len(found.kept) == round(0.5 * found.tokens)
+    stays = [False] * len(text)
+    for start, end in (tokens["offset_mapping"][token] for token in found.kept):
+        stays[start:end] = [True] * (end - start)
+    parts = [stays[word.start() : word.end()] for word in re.finditer(r"[^\W_]+", text)]
+    assert sum(len(set(part)) > 1 for part in parts) <= stages  # each pass meets its count within a word
+    apart = compress_prompt(model, tokenizer, text, keep=0.5, stages=stages)
+    assert apart.kept != found.kept
 
 
 def test_stages_look_again_at_what_is_left(small: tuple[PreTrainedModel, PreTrainedTokenizerFast]) -> None:

@@ -40,11 +40,15 @@ class PromptConfig:
     """Passages that stay whole wherever they occur, such as the question."""
     spread: bool = False
     """Avoid dropping neighbours in one pass."""
+    words: bool = False
+    """Keep words and numbers whole or not at all, by their best token: two thirds of a number are none."""
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise UserError(f"--keep must be above 0 and at most 1; got {self.keep}")
         if self.stages is not None and not 1 <= self.stages <= 1000:
             raise UserError(f"--stages must be between 1 and 1000; got {self.stages}")
+        if self.spread and self.words:
+            raise UserError("--words keeps neighbours in one, --spread parts them: give one of the two")
         if "" in self.protect:
             raise UserError("--protect needs text; got an empty one")

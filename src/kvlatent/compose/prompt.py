@@ -58,6 +58,7 @@ def compress_prompt(
     stages: int | None = None,
     protect: tuple[str, ...] = (),
     spread: bool = False,
+    words: bool = False,
 ) -> Compressed:
     """Drop the tokens of a text that a causal LM predicts well and hardly attends to.
 
@@ -69,13 +70,14 @@ def compress_prompt(
         stages: As in `PromptConfig`.
         protect: Passages that stay whole wherever they occur.
         spread: As in `PromptConfig`.
+        words: As in `PromptConfig`.
 
     Raises:
         UserError: The prompt is too short, longer than the model's positions or more protected than `keep` allows, or a
             passage doesn't occur in it.
     """
     spans = _occurrences(text, protect)
-    return _compress(model, tokenizer, text, spans, keep=keep, stages=stages, spread=spread)[0]
+    return _compress(model, tokenizer, text, spans, keep=keep, stages=stages, spread=spread, words=words)[0]
 
 
 def compress_chat(
@@ -87,6 +89,7 @@ def compress_chat(
     stages: int | None = None,
     protect: tuple[str, ...] = (),
     spread: bool = False,
+    words: bool = False,
 ) -> tuple[Chat, Compressed]:
     """`compress_prompt` for a conversation: all that the template writes around the contents stays.
 
@@ -110,7 +113,7 @@ def compress_chat(
         text += message["content"] + after
     edges = [0, *(edge for content in contents for edge in content), len(text)]
     spans = list(zip(edges[::2], edges[1::2], strict=True)) + _occurrences(text, protect)
-    found, stays = _compress(model, tokenizer, text, spans, keep=keep, stages=stages, spread=spread)
+    found, stays = _compress(model, tokenizer, text, spans, keep=keep, stages=stages, spread=spread, words=words)
     shorter = ["".join(compress(text[a:b], stays[a:b])) for a, b in contents]
     return [dict(m, content=content) for m, content in zip(messages, shorter, strict=True)], found
 
@@ -124,7 +127,7 @@ def compress_file(config: PromptConfig, *, device: str = "auto", dtype: str = "a
     del seed  # nothing is random
     held = _read(config.prompt)
     model, tokenizer = load_model(config.model, device=device, dtype=dtype)
-    asked: dict[str, Any] = {name: getattr(config, name) for name in ("keep", "stages", "protect", "spread")}
+    asked: dict[str, Any] = {name: getattr(config, name) for name in ("keep", "stages", "protect", "spread", "words")}
     result: dict[str, Any] = {}
     if isinstance(held, str):
         found = compress_prompt(model, tokenizer, held, **asked)
@@ -200,6 +203,7 @@ def _compress(
     keep: float,
     stages: int | None,
     spread: bool,
+    words: bool,
 ) -> tuple[Compressed, list[bool]]:
     """What is left of a text whose spans `whole` stay, and which of its characters that are."""
     tokens, spans = _encoded(tokenizer, text)
@@ -214,7 +218,7 @@ def _compress(
             f"{wanted} of {len(ids)} tokens can't be kept: {least} are protected, so --keep must be at least "
             f"{least / len(ids):.3f}"
         )
-    kept = torch.arange(len(ids))
+    kept, word_of = torch.arange(len(ids)), _words(text, spans)
     stages = min(max(1, len(ids) // TOKENS_PER_STAGE), MOST_STAGES) if stages is None else stages
     if wanted < len(ids):
         free = len(ids) - least
@@ -223,9 +227,24 @@ def _compress(
             if left == len(kept):
                 continue
             scores = importance(signals(model, ids[kept]))
+            if words:
+                scores = by_word(scores, word_of[kept])
             kept = kept[chosen(scores, stays[kept], left, spread=spread)]
     stay = _characters(spans, kept.tolist(), len(text))
     return Compressed(text="".join(compress(text, stay)), kept=kept.tolist(), tokens=len(ids)), stay
+
+
+def _words(text: str, spans: list[tuple[int, int]]) -> Int[Tensor, "seq"]:
+    """Which word each token belongs to: runs of letters and digits are one, all other tokens stand alone."""
+    within = [start > 0 and text[start - 1 : start + 1].isalnum() for start, _ in spans]
+    return (~torch.tensor(within)).cumsum(dim=0)
+
+
+def by_word(scores: Float[Tensor, "seq"], words: Int[Tensor, "seq"]) -> Float[Tensor, "seq"]:
+    """The highest score of every token's word, so that its tokens stay or go together; of the last one some may."""
+    index = words - words.min()
+    most = torch.full((int(index.max()) + 1,), -torch.inf, dtype=scores.dtype)
+    return most.scatter_reduce(0, index, scores, "amax")[index]
 
 
 def importance(found: Signals) -> Float[Tensor, "seq"]:
