@@ -73,7 +73,7 @@ def served(source: str, engine: str, log: Path, *more: str) -> Iterator[str]:
     options = ["--engine", engine, "--port", str(port), "--context", str(CONTEXT), "--dtype", "float32", *more]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "kvlatent.cli", "serve", source, *options],
+            [sys.executable, "-m", "kvlatent", "serve", source, *options],
             stdout=output, stderr=output, env=os.environ | ENVIRONMENT,
         )  # fmt: skip
     try:
