@@ -36,7 +36,8 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
 
 
 def by_llama_cpp(tools: Path, path: Path, text: Path, cache: str) -> dict[str, float]:
-    """The last line of the tool's report, and the MiB of its cache."""
+    """The last line of the tool's report, and the MiB of its cache; of two types, as in `q8_0/q4_0`, keys' is first."""
+    keys, _, values = cache.partition("/")
     command = [str(tools / "llama-perplexity"), "-m", str(path), "-f", str(text), "-c", str(CHUNK)]
     command += [
         "--chunks",
@@ -48,9 +49,9 @@ def by_llama_cpp(tools: Path, path: Path, text: Path, cache: str) -> dict[str, f
         "-fa",
         "on",
         "-ctk",
-        cache,
+        keys,
         "-ctv",
-        cache,
+        values or keys,
         "-lv",
         "4",
     ]
@@ -82,7 +83,7 @@ def main(tools: Path, *names: str) -> None:
             for kind in ("f32", "f16", "bf16", "q8_0"):
                 export_gguf(model, tokenizer, folder / kind, file_type=kind)
                 report(folder / kind, kind)
-            for cache in ("q8_0", "q4_0"):
+            for cache in ("q8_0", "q8_0/q4_0", "q4_0"):
                 report(folder / "f16", "f16", cache)
             for kind in ("Q8_0", "Q4_K_M"):
                 subprocess.run(

@@ -65,15 +65,15 @@ def smollm2(request: pytest.FixtureRequest) -> Callable[[str], str]:
 
 
 @contextmanager
-def served(source: str, engine: str, log: Path) -> Iterator[str]:
+def served(source: str, engine: str, log: Path, *more: str) -> Iterator[str]:
     """`kvlatent serve` on a free port; gives the URL, and stops it as ^C would."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = ["--engine", engine, "--port", str(port), "--context", str(CONTEXT), "--dtype", "float32"]
+    options = ["--engine", engine, "--port", str(port), "--context", str(CONTEXT), "--dtype", "float32", *more]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "kvlatent.cli", "serve", source, *options],
+            [sys.executable, "-m", "kvlatent", "serve", source, *options],
             stdout=output, stderr=output, env=os.environ | ENVIRONMENT,
         )  # fmt: skip
     try:
@@ -185,6 +185,24 @@ def test_vllm(layout: str, held: int | None, smollm2: Callable[[str], str], tmp_
     predicted = route.cache_bytes_per_token(config.num_key_value_heads, 4)
     assert predicted == held or (held is None and 23_040 < predicted < 46_080)  # padded to the sizes of vLLM's kernels
     assert int(tokens.replace(",", "")) == vllm_tokens_per_gib(predicted)
+
+
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX512"), reason="needs AVX-512")
+@torch.no_grad()
+def test_vllm_with_a_cache_in_fp8(smollm2: Callable[[str], str], tmp_path: Path) -> None:
+    """It answers about as with numbers, from a cache of one byte for each."""
+    source = smollm2("portable")
+    model, tokenizer = load_model(source, device="cpu", dtype="float32")
+    ids = blocks(tokenizer, 1, 256, seed=1)
+    with served(source, "vllm", tmp_path / "log", "--cache-type", "fp8") as url:
+        client = Client(url)
+        got, answer = torch.tensor(client.log_probabilities(ids[0])), client.chat()
+    scores = model(torch.tensor(ids)).logits[0, :-1].log_softmax(-1)
+    errors = (got - scores.gather(-1, torch.tensor(ids[0])[1:, None])[:, 0]).abs()
+    print(f"|Δ log-probability| mean {errors.mean():.1e}, largest {errors.max():.1e}; {answer!r}")
+    assert answer and TOLERANCE < errors.mean() < 0.3
+    [tokens] = re.findall(r"KV cache size: ([\d,]+) tokens", (tmp_path / "log").read_text())
+    assert int(tokens.replace(",", "")) == vllm_tokens_per_gib(23_040 // 4)
 
 
 @pytest.mark.parametrize("layout", ["teacher", "portable"])

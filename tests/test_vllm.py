@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from reference import VLLM_CPU_BLOCK, vllm_tokens_per_gib
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kvlatent.errors import UserError
+from kvlatent.model.attention import LatentAttention
 from kvlatent.model.graft import graft, spec_of
 from kvlatent.model.models import set_spec
 from kvlatent.model.spec import QKMap
@@ -161,6 +163,38 @@ def test_log_probabilities_are_those_of_transformers(
     whole, padding = cache_bytes_per_token(spec_of(student), "CPU_ATTN", kv_heads=heads, element_size=4)
     assert padding > 0
     assert cache.num_gpu_blocks * VLLM_CPU_BLOCK == vllm_tokens_per_gib(whole)
+
+
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX512"), reason="needs AVX-512")
+@pytest.mark.parametrize("layout", [("llama", "best", 8, 4), ("llama", "portable", 8, 8), unlike_layers])
+def test_an_fp8_cache_is_read_as_it_is_written(
+    layout: Any,
+    tiny_teacher: Callable[..., PreTrainedModel],
+    tiny_student: Callable[..., PreTrainedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Log-probabilities are those of transformers with keys and values rounded to e4m3; one byte a number."""
+    student = layout(tiny_teacher("llama")) if callable(layout) else tiny_student(*layout)
+    student.save_pretrained(tmp_path / "student")
+    prompts = random_prompts(120, 33, 75)
+    with engine(tmp_path / "student", max_model_len=160, kv_cache_dtype="fp8_e4m3") as llm:
+        got = vllm_logprobs(llm, prompts)
+        blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    exact = logprobs(student, prompts)
+    plain = LatentAttention.queries_keys_values
+
+    def rounded(self: LatentAttention, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = plain(self, *args, **options)
+        return q, k.to(torch.float8_e4m3fn).to(k), v.to(torch.float8_e4m3fn).to(v)
+
+    monkeypatch.setattr(LatentAttention, "queries_keys_values", rounded)
+    difference, lost = (mean_difference(got, x) for x in (logprobs(student, prompts), exact))
+    print(f"mean |Δ log-probability| {difference:.1e}, to the unrounded {lost:.1e}")
+    assert difference <= TOLERANCE < lost
+    heads = student.config.num_key_value_heads
+    whole, _ = cache_bytes_per_token(spec_of(student), "CPU_ATTN", kv_heads=heads, element_size=4, fp8=True)
+    assert blocks * VLLM_CPU_BLOCK == vllm_tokens_per_gib(whole)
 
 
 def test_a_student_with_a_window_is_refused(tiny_student: Callable[..., PreTrainedModel], tmp_path: Path) -> None:

@@ -121,6 +121,7 @@ class LatentAttention(nn.Module):
             attn_backend=two_sizes,
             head_size_v=width_v,
         )
+        self.cached_as = _fp8_on_cpu(vllm_config.cache_config.cache_dtype)
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """Attend; (tokens, hidden) to (tokens, hidden)."""
@@ -136,6 +137,8 @@ class LatentAttention(nn.Module):
             q, k = self._reduce(q, k)
         if v.shape[-1] > self.latents * self.width_v:
             v = v.unflatten(-1, (self.latents, -1))[..., : self.width_v].flatten(1)
+        if self.cached_as is not None:
+            k, v = (x.to(self.cached_as).to(x.dtype) for x in (k, v))
         heads = self.attn(q, k, v)
         output, _ = self.o_proj(heads if self.o_map is None else _mapped(heads, self.o_map))
         return output
@@ -158,6 +161,17 @@ class LatentAttention(nn.Module):
         """Rotate the leading dims that have a frequency; what follows is padding. (tokens, heads·d) comes out."""
         rotated = 2 * cos.shape[-1]
         return torch.cat((rotate(x[..., :rotated], cos, sin), x[..., rotated:]), dim=-1).flatten(1)
+
+
+def _fp8_on_cpu(cache_dtype: str) -> torch.dtype | None:
+    """What to round keys and values to before they are cached; None for no need.
+
+    vLLM's CPU kernels (0.32) cut mantissas off instead of rounding them, which makes the cache's numbers 4 % smaller
+    and their error twice as large. What fp8 can hold passes unchanged.
+    """
+    if not (current_platform.is_cpu() and is_quantized_kv_cache(cache_dtype)):
+        return None
+    return torch.float8_e5m2 if cache_dtype == "fp8_e5m2" else torch.float8_e4m3fn
 
 
 def _mapped(x: Tensor, maps: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from kvlatent.files import new_file
 from kvlatent.model.folder import head_is_tied
 from kvlatent.model.graft import cached_heads
 from kvlatent.serving.engines import check_gguf, gguf_dims, window_of
+from kvlatent.serving.export.mixing import ROTATED
 from kvlatent.serving.export.plain import frequency_factors, plain_weights, rope_theta
 
 FileType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -147,7 +148,7 @@ def _tensors(model: PreTrainedModel, d_qk: int, d_vo: int, arch: gguf.MODEL_ARCH
     factors = frequency_factors(model, d_qk=d_qk)
     if bool((factors != 1).any()):
         yield "rope_freqs.weight", factors.float()
-    for name, value in plain_weights(model, d_qk=d_qk, d_vo=d_vo):
+    for name, value in plain_weights(model, d_qk=d_qk, d_vo=d_vo, mix_keys=d_qk % ROTATED != 0):
         yield names.get_name(name, try_suffixes=(".weight", ".bias")), value
 
 

@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlatent.model.graft import identity_spec, spec_of
+from kvlatent.model.graft import cached_heads, identity_spec, spec_of
 from kvlatent.model.rope import inverse_frequencies, plain_exponents
 from kvlatent.model.spec import LatentSpec
+from kvlatent.serving.export.mixing import key_mixing, mixed_pairs
 
 
 def latent_spec(model: PreTrainedModel) -> LatentSpec:
@@ -19,7 +20,9 @@ def latent_spec(model: PreTrainedModel) -> LatentSpec:
     return spec_of(model) or identity_spec(model)
 
 
-def plain_weights(model: PreTrainedModel, *, d_qk: int, d_vo: int) -> Iterator[tuple[str, Tensor]]:
+def plain_weights(
+    model: PreTrainedModel, *, d_qk: int, d_vo: int, mix_keys: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """Yield the model's parameters by their stock names, with heads of d_qk and d_vo dims and logit scale 1/√d_qk.
 
     Narrower heads are filled with zeros, which change no logit: queries and keys within the first and second halves of
@@ -29,6 +32,7 @@ def plain_weights(model: PreTrainedModel, *, d_qk: int, d_vo: int) -> Iterator[t
         model: Its queries and keys are reduced inside W_Q and W_K (`folded`), or not at all.
         d_qk: Query/key dims per head to write, at least the model's.
         d_vo: Value/output dims per head to write, likewise.
+        mix_keys: Whether to mix queries and keys by `key_mixing`, which changes no logit either.
     """
     spec = latent_spec(model)
     assert spec.qk_map == "folded" and not spec.per_head_frequencies
@@ -42,6 +46,9 @@ def plain_weights(model: PreTrainedModel, *, d_qk: int, d_vo: int) -> Iterator[t
             if module == "q_proj" and abs(to_scale - 1) > 1e-9:
                 value = (value.float() * to_scale).to(value.dtype)
             pairs = value.unflatten(0, (-1, 2, keys[layer] // 2))  # (heads, halves, pairs, …)
+            if mix_keys:
+                maps = key_mixing(model.model.layers[layer], torch.tensor(spec.inv_freq), cached_heads(model.config))
+                pairs = mixed_pairs(pairs, maps[module])
             value = _pad(pairs, 2, d_qk // 2).flatten(0, 2)
         elif module == "v_proj":
             value = _pad(value.unflatten(0, (-1, values[layer])), 1, d_vo).flatten(0, 1)
