@@ -134,8 +134,8 @@ def nearness(student: Any, teacher: Any, tokenizer: Any, chats: list[dict[str, A
 
 
 def follows(texts: list[str], end: str) -> dict[str, float]:
-    """Share of answers that keep each form, of all forms, and that end their turn."""
-    size = len(HELD_OUT_SUBJECTS)
+    """Share of answers, as many of each form in turn, that keep it, of all forms, and that end their turn."""
+    size = len(texts) // len(FORMS)
     kept = {}
     for number, (name, (_, rule)) in enumerate(FORMS.items()):
         part = texts[number * size : (number + 1) * size]

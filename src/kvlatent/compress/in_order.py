@@ -131,7 +131,7 @@ def convert_in_order(
                     layer.self_attn.far_bias.copy_(lacks)
             if refits:
                 wanted_arguments = [of_batch[index] for of_batch in teacher_arguments]
-                _repair(index, layer, original, states, wanted, reduced, wanted_arguments, multiplier)
+                repair(index, layer, original, states, wanted, reduced, wanted_arguments, multiplier)
             else:
                 for b, kwargs in enumerate(reduced):
                     states.keep(index, b, layer(states.before(index, b).to(device), **kwargs))
@@ -141,7 +141,7 @@ def convert_in_order(
     return student
 
 
-def _repair(
+def repair(
     index: int,
     layer: Any,
     original: Any,
