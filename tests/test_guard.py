@@ -1,5 +1,6 @@
 """The guard in front of an engine that only pretends: what is refused, what passes through at once, how it ends."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -299,3 +300,29 @@ def test_after_it_stops_listening_a_begun_answer_ends_and_no_other_begins(
     while door.busy and time.monotonic() < until:
         time.sleep(0.01)
     assert not door.busy
+
+
+def test_an_answer_is_in_flight_until_the_system_has_the_last_of_it() -> None:
+    client, ours = socket.socketpair()
+    theirs, engine = socket.socketpair()
+    client.settimeout(20)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
+
+    def read(size: int) -> None:
+        while size > 0:
+            size -= len(client.recv(2**16))
+
+    async def passed_on() -> None:
+        _, to_client = await asyncio.open_connection(sock=ours)
+        answer, to_engine = await asyncio.open_connection(sock=theirs)
+        engine.sendall(HELLO + bytes(40_000))  # less than what asyncio holds back by default
+        engine.shutdown(socket.SHUT_WR)
+        passing = asyncio.ensure_future(guard._pass_on(b"", answer, to_engine, to_client))
+        assert not (await asyncio.wait({passing}, timeout=0.5))[0]
+        await asyncio.to_thread(read, 40_000)
+        await asyncio.wait_for(passing, 20)
+        to_client.close()
+        to_engine.close()
+
+    with client, engine:
+        asyncio.run(passed_on())

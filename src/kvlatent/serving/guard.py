@@ -223,6 +223,7 @@ async def _pass_on(
         line, headers = _parsed(await answer.readuntil(b"\r\n\r\n"), ours=True)
     except (OSError, EOFError, asyncio.LimitOverrunError):
         raise _Refused(HTTPStatus.BAD_GATEWAY, "the engine gave no answer") from None
+    writer.transport.set_write_buffer_limits(0)  # an answer is in flight until the system has the last of it
     writer.write(_joined(line, [each for each in headers if not _is_replaced(each[0].lower())]))
     while part := await answer.read(2**16):
         writer.write(part)
