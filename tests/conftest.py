@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before transformers imports Triton: its kernels then run as Python
 
 import jaxtyping
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -32,6 +33,8 @@ from kvlatent.model.families import FAMILIES  # noqa: E402
 from kvlatent.model.models import MODELS  # noqa: E402
 from kvlatent.model.window import FarMaps  # noqa: E402
 
+settings.register_profile("busy machines", deadline=None)
+settings.load_profile("busy machines")
 gc.freeze()  # accelerate collects garbage after every stage: spare it the walk through all that was imported
 
 VOCABULARY = 260

@@ -68,14 +68,14 @@ def check_forward_and_gradients(
         torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(q_len=st.integers(1, 5), cap=CAPS, sunk=st.booleans(), **SHAPES)
 def test_causal_attention_matches_float64_loops(q_len: int, cap: float | None, sunk: bool, **shape: int) -> None:
     heads = random_heads(**shape, q_len=q_len, kv_len=q_len)
     check_forward_and_gradients(*heads, mask=None, bias=reference.causal(q_len, q_len), cap=cap, sunk=sunk)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     q_len=st.integers(1, 4), earlier=st.integers(0, 4), as_float=st.booleans(), cap=CAPS, sunk=st.booleans(), **SHAPES
 )
@@ -92,7 +92,7 @@ def test_masked_attention_matches_float64_loops(
     check_forward_and_gradients(*heads, mask=mask, bias=bias, cap=cap, sunk=sunk)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(kv_len=st.integers(1, 6), masked=st.booleans(), cap=CAPS, sunk=st.booleans(), **SHAPES)
 def test_a_single_query_is_the_last_row_of_the_full_forward(
     kv_len: int, masked: bool, cap: float | None, sunk: bool, **shape: int

@@ -44,7 +44,7 @@ def test_live_cache_bytes_equal_the_prediction(dtype: torch.dtype) -> None:
     assert cache_bytes(cache) == predicted == 2 * 2 * (8 + 8) * 3 * 10 * dtype.itemsize
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     dims=st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), min_size=1, max_size=4),
     kv_heads=st.integers(1, 3),

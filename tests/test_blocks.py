@@ -181,7 +181,7 @@ def test_a_stream_gives_the_same_documents_every_time(tmp_path: Path, byte_token
     assert first.fingerprints != other.fingerprints
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(text=st.text("ab .\n", max_size=300), limit=st.integers(4, 50))
 def test_cut_loses_nothing_but_whitespace(text: str, limit: int) -> None:
     pieces = list(cut(text, limit))
@@ -223,7 +223,7 @@ def test_long_documents_are_cut_and_mixed_but_keep_one_fingerprint(tmp_path: Pat
     assert (blocks.ids == SEPARATOR).sum() >= 2
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     documents=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=40), min_size=1, max_size=8),
     block_size=st.integers(2, 40),

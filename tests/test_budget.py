@@ -34,7 +34,7 @@ def probed(teacher: PreTrainedModel, ids: Tensor, near: Near = ALL_FAR) -> Stati
 # --- allocate
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(items=st.integers(1, 4), options=st.integers(2, 5), floor=st.integers(0, 1), data=st.data())
 def test_allocation_is_exact_and_no_other_is_better(items: int, options: int, floor: int, data: st.DataObject) -> None:
     total = data.draw(st.integers(items * floor, items * (options - 1)))

@@ -22,7 +22,7 @@ def rows(batch: int, tokens: int, dim: int, seed: int) -> Tensor:
 PIECES = st.lists(st.integers(1, 90), min_size=1, max_size=6)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(pieces=PIECES, window=st.sampled_from([None, 2, 7, 80]))
 def test_content_equals_that_of_transformers(pieces: list[int], window: int | None) -> None:
     ours = GrowingLayer() if window is None else RollingLayer(window)

@@ -45,7 +45,7 @@ GROUPS = st.lists(st.tuples(st.integers(1, 40), st.sampled_from(BITS)), min_size
 probed = partial(test_budget.probed, near=Near(5, 2))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(groups=GROUPS, seed=st.integers(0, 99))
 def test_rows_say_what_a_loop_over_intervals_says(groups: Groups, seed: int) -> None:
     codes = Codes(groups)
@@ -90,7 +90,7 @@ def test_silence_and_huge_numbers_give_numbers() -> None:
 
 
 @pytest.mark.skipif(not cpu_decode.available(), reason="needs llvmlite and GNU's OpenMP")
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(groups=GROUPS, size=st.sampled_from([0.0, 1e-9, 1.0, 1e30]), seed=st.integers(0, 99))
 def test_the_kernel_writes_the_same_bytes(groups: Groups, size: float, seed: int) -> None:
     codes = Codes(groups)
@@ -101,7 +101,6 @@ def test_the_kernel_writes_the_same_bytes(groups: Groups, size: float, seed: int
     assert torch.equal(codes.encode(x.bfloat16()), codes.encode(x.bfloat16().float()))
 
 
-@settings(deadline=None)
 @given(groups=GROUPS)
 def test_vectors_of_a_row_hold_every_dim_once_and_stay_inside(groups: Groups) -> None:
     """Decoded by the tables that kernels go by, byte by byte."""
@@ -182,7 +181,7 @@ def as_integers(q: Tensor, codes: Codes) -> Tensor:
 
 
 @pytest.mark.skipif(not cpu_decode.available(), reason="needs llvmlite and GNU's OpenMP")
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     k_groups=GROUPS, v_groups=GROUPS, length=st.sampled_from([1, 15, 700]), group=st.sampled_from([1, 3, 9, 13]),
     masked=st.booleans(), cap=st.sampled_from([None, 0.8]), seed=st.integers(0, 99),

@@ -65,7 +65,7 @@ def test_queries_and_outputs_keep_their_dtype(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     kv_len=st.integers(1, 200),
     padding=st.lists(st.integers(0, 199), min_size=2, max_size=2),

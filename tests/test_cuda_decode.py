@@ -155,7 +155,7 @@ def test_tensors_of_any_layout_are_read() -> None:
     check(decode_attention(spread, flipped, tokens_first, scale=0.4), wanted(q, k, v, scale=0.4))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(length=st.integers(1, 200_000), pairs=st.integers(1, 4096), block=st.sampled_from([16, 32, 64, 128]))
 def test_parts_cover_the_context_once(length: int, pairs: int, block: int) -> None:
     with pytest.MonkeyPatch.context() as patch:

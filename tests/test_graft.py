@@ -83,7 +83,7 @@ def test_graft_equals_its_teacher_on_left_padded_batches(any_teacher: PreTrained
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(deadline=None, max_examples=6)
+@settings(max_examples=6)
 @given(kv_heads=st.integers(1, 3), group=st.integers(1, 3), quarter=st.integers(1, 5), seed=st.integers(0, 99))
 def test_grafts_of_any_shape_equal_their_teachers(
     family: str, kv_heads: int, group: int, quarter: int, seed: int

@@ -177,7 +177,7 @@ def test_losses_without_gradients_work_too() -> None:
         )
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(batch=st.integers(1, 3), seq=st.integers(1, 4), seed=st.integers(0, 99))
 def test_hidden_losses_equal_loops(batch: int, seq: int, seed: int) -> None:
     student, teacher = normal(2, batch, seq, 5, seed=seed)

@@ -204,7 +204,7 @@ def test_project_at_full_dims_is_lossless() -> None:
     assert logit_error(q_cov, k_cov, project(q_cov, k_cov, DIM)) < 1e-9
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(d_qk=st.sampled_from([2, 4, 6]), seed=st.integers(0, 99))
 def test_project_loses_no_more_than_pairs_stride_or_chance(d_qk: int, seed: int) -> None:
     colour = normal(KV_HEADS * GROUP, DIM, DIM, seed=seed + 1)
@@ -311,7 +311,7 @@ def test_choose_groups_finds_the_split_that_costs_nothing() -> None:
     assert frequencies == pytest.approx([1.0, 0.4, 0.1, 0.02])
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(slots=st.integers(1, 7), seed=st.integers(0, 99))
 def test_choose_groups_uses_every_slot_on_neighbours_in_order(slots: int, seed: int) -> None:
     q_covs = [moment(normal(4, 40, 16, seed=seed + i)) for i in range(2)]
@@ -356,7 +356,7 @@ def test_value_output_svd_is_lossless_for_low_rank_output_weights() -> None:
     assert output_error(o_cov, o_weight, value_output_svd(o_cov, o_weight, 3, kv_heads=KV_HEADS)) < 1e-12
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(d_vo=st.sampled_from([1, 2, 4, 8]), seed=st.integers(0, 99))
 def test_value_output_svd_loses_no_more_than_stride_or_chance(d_vo: int, seed: int) -> None:
     values = normal(KV_HEADS, 50, DIM, seed=seed) @ normal(KV_HEADS, DIM, DIM, seed=seed + 1)
@@ -414,7 +414,7 @@ def test_heads_of_one_source_are_projected_together_without_loss() -> None:
     assert tail.shape == (DIM + 1,) and tail[DIM // 2] < 1e-9 * tail[0] < tail[DIM // 2 - 1]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(d_qk=st.sampled_from([2, 4, 6]), seed=st.integers(0, 99))
 def test_projecting_heads_together_loses_no_more_than_apart(d_qk: int, seed: int) -> None:
     q_cov = moment(normal(KV_HEADS * GROUP, 50, DIM, seed=seed))

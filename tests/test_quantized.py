@@ -52,7 +52,7 @@ def test_zeros_and_constants_survive() -> None:
     assert torch.equal(dequantize_values(*quantize_values(values, 4), 4), values)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(pieces=st.lists(st.integers(1, 300), min_size=1, max_size=5), bits=st.sampled_from([4, 8]))
 def test_newest_tokens_are_exact_and_old_ones_near(pieces: list[int], bits: int) -> None:
     layer, stock = QuantizedLayer(bits), DynamicCache()

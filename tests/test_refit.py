@@ -25,7 +25,7 @@ def problem(seed: int, *, inputs: int = 5, outputs: int = 3, samples: int = 12) 
     return linear, torch.randn(samples, inputs, generator=generator), torch.randn(samples, outputs, generator=generator)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 999), strength=st.floats(0.01, 10.0))
 def test_ridge_equals_the_closed_form(seed: int, strength: float) -> None:
     linear, x, y = problem(seed)
@@ -126,7 +126,7 @@ def test_the_bias_is_kept_and_accounted_for() -> None:
     torch.testing.assert_close(linear.weight, wanted.weight, rtol=1e-3, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(times=st.integers(2, 9))
 def test_the_pull_does_not_grow_with_the_text(times: int) -> None:
     linear, x, y = problem(4)
@@ -200,7 +200,7 @@ def test_planted_maps_are_found_again(turn: str) -> None:
     assert error_of(samples, found, TURNS[turn]) < 1e-3 * error_of(samples, start, TURNS[turn])
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 99), strength=st.sampled_from([1e-3, 0.1, 10.0]), turn=st.sampled_from(sorted(TURNS)))
 def test_refitting_never_fits_its_text_worse_and_a_stronger_pull_moves_less(
     seed: int, strength: float, turn: str

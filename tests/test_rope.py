@@ -6,7 +6,7 @@ import math
 import pytest
 import reference
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -100,7 +100,6 @@ def test_stability_is_the_mean_cosine(x: int, frequencies: list[float]) -> None:
     assert got.item() == pytest.approx(reference.mean_cosine(frequencies, x), abs=1e-9)
 
 
-@settings(deadline=None)
 @given(half=st.integers(1, 5), seq=st.integers(1, 4), seed=st.integers(0, 99))
 def test_rotate_turns_each_pair_as_a_complex_number(half: int, seq: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -26,7 +26,7 @@ def spec(**changes: Any) -> LatentSpec:
     return LatentSpec(**(fields | changes))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(half_qk=st.integers(1, 8), d_vo=st.lists(st.integers(1, 16), min_size=1, max_size=4), scale=st.floats(1e-3, 1.0))
 def test_json_form_loses_nothing(half_qk: int, d_vo: list[int], scale: float) -> None:
     inv_freq = tuple(1.7**-i for i in range(half_qk))

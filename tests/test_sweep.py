@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlatent import cli
@@ -120,7 +120,6 @@ def test_a_recipe_with_a_grid_is_no_plain_recipe(asked: dict[str, Any], tmp_path
 POINTS = st.tuples(*[st.sampled_from([0.25, 0.5, 1.0])] * 3)
 
 
-@settings(deadline=None)
 @given(st.lists(POINTS, min_size=1, max_size=6))
 def test_the_front_is_what_nothing_beats(points: list[tuple[float, float, float]]) -> None:
     rows = [{"share": s, "perplexity_ratio": r, "far_gain_kept": f} for s, r, f in points]

@@ -60,7 +60,7 @@ def random_maps(q_heads: int, kv_heads: int, latents: int, dim: int = 6) -> FarM
     return maps._replace(bias=torch.randn(q_heads, 1, dtype=torch.float64))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     latents=st.integers(1, 2), each=st.integers(1, 2), group=st.integers(1, 2), seq=st.integers(1, 17),
     window=st.integers(1, 20), sinks=st.integers(0, 3), padding=st.integers(0, 4),
