@@ -239,6 +239,8 @@ def windowed_attention(
     return torch.stack(rows).view(batch, q_heads, seq, -1)
 
 
+VLLM_CPU_HAS_FP8 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+"""Whether vLLM's CPU kernels cache fp8 here."""
 VLLM_CPU_BLOCK = 128
 """Tokens of a block of vLLM's cache on a CPU."""
 

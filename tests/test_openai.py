@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import vllm_tokens_per_gib
+from reference import VLLM_CPU_HAS_FP8, vllm_tokens_per_gib
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.compress.checkpoints import convert_checkpoint
@@ -187,7 +187,7 @@ def test_vllm(layout: str, held: int | None, smollm2: Callable[[str], str], tmp_
     assert int(tokens.replace(",", "")) == vllm_tokens_per_gib(predicted)
 
 
-@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX512"), reason="needs AVX-512")
+@pytest.mark.skipif(not VLLM_CPU_HAS_FP8, reason="needs AVX-512")
 @torch.no_grad()
 def test_vllm_with_a_cache_in_fp8(smollm2: Callable[[str], str], tmp_path: Path) -> None:
     """It answers about as with numbers, from a cache of one byte for each."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import VLLM_CPU_BLOCK, vllm_tokens_per_gib
+from reference import VLLM_CPU_BLOCK, VLLM_CPU_HAS_FP8, vllm_tokens_per_gib
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -165,7 +165,7 @@ def test_log_probabilities_are_those_of_transformers(
     assert cache.num_gpu_blocks * VLLM_CPU_BLOCK == vllm_tokens_per_gib(whole)
 
 
-@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX512"), reason="needs AVX-512")
+@pytest.mark.skipif(not VLLM_CPU_HAS_FP8, reason="needs AVX-512")
 @pytest.mark.parametrize("layout", [("llama", "best", 8, 4), ("llama", "portable", 8, 8), unlike_layers])
 def test_an_fp8_cache_is_read_as_it_is_written(
     layout: Any,

@@ -242,9 +242,8 @@ def _words(text: str, spans: list[tuple[int, int]]) -> Int[Tensor, "seq"]:
 
 def by_word(scores: Float[Tensor, "seq"], words: Int[Tensor, "seq"]) -> Float[Tensor, "seq"]:
     """The highest score of every token's word, so that its tokens stay or go together; of the last one some may."""
-    index = words - words.min()
-    most = torch.full((int(index.max()) + 1,), -torch.inf, dtype=scores.dtype)
-    return most.scatter_reduce(0, index, scores, "amax")[index]
+    most = torch.full((int(words.max()) + 1,), -torch.inf, dtype=scores.dtype)
+    return most.scatter_reduce(0, words, scores, "amax")[words]
 
 
 def importance(found: Signals) -> Float[Tensor, "seq"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -38,6 +39,11 @@ def plain_weights(
     assert spec.qk_map == "folded" and not spec.per_head_frequencies
     to_scale = spec.scale * spec.rope_scaling**2 * d_qk**0.5
     keys, values = spec.latent_dims
+
+    @cache
+    def mixing(layer: int) -> dict[str, Tensor]:  # of queries, keys and their biases
+        return key_mixing(model.model.layers[layer], torch.tensor(spec.inv_freq), cached_heads(model.config))
+
     for name, parameter in model.named_parameters():  # a head that is the embeddings comes once, as these
         parts = name.split(".")
         layer = int(parts[2]) if parts[1] == "layers" else 0
@@ -47,8 +53,7 @@ def plain_weights(
                 value = (value.float() * to_scale).to(value.dtype)
             pairs = value.unflatten(0, (-1, 2, keys[layer] // 2))  # (heads, halves, pairs, …)
             if mix_keys:
-                maps = key_mixing(model.model.layers[layer], torch.tensor(spec.inv_freq), cached_heads(model.config))
-                pairs = mixed_pairs(pairs, maps[module])
+                pairs = mixed_pairs(pairs, mixing(layer)[module])
             value = _pad(pairs, 2, d_qk // 2).flatten(0, 2)
         elif module == "v_proj":
             value = _pad(value.unflatten(0, (-1, values[layer])), 1, d_vo).flatten(0, 1)
