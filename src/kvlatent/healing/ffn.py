@@ -15,6 +15,8 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
+from kvlatent.kernels.segment import computed_in
+
 FFN = ("gate_proj", "up_proj", "down_proj")
 """Linears of an FFN, which are trained through LoRA."""
 
@@ -45,9 +47,7 @@ def _forward(mlp: nn.Module, x: Tensor) -> Tensor:
     weights: list[Tensor] = []
     for layer in (getattr(mlp, name) for name in FFN):
         weights += (layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return _GatedFFN.apply(x, mlp.down_proj.scaling["default"], dtype, *weights)  # type: ignore[union-attr, index]
+    return _GatedFFN.apply(x, mlp.down_proj.scaling["default"], computed_in(x), *weights)  # type: ignore[union-attr, index]
 
 
 def _linear(x: Tensor, w: Tensor, low: Tensor, b: Tensor, scale: float) -> Tensor:

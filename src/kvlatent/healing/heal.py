@@ -341,7 +341,7 @@ class _Healing:
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         groups = [g for g in groups if g["params"]] or groups[:1]  # a streamed layer may have none
-        return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=self.config.eps)
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=self.config.eps, fused=True)
 
     def _clipped_together(self, stage: int) -> list[tuple[list[nn.Parameter], float]]:
         """Parameters whose gradients are clipped by their common norm, and its limit."""

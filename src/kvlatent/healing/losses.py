@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvlatent.kernels.segment import capped
+from kvlatent.kernels.segment import capped, computed_in
 
 CHUNK = 256
 """Positions whose logits are held at once."""
@@ -178,6 +178,7 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), device=hidden.device, dtype=torch.float32)
         wanted = ctx.needs_input_grad[0]
+        head = head.to(computed_in(hidden))  # once, not for every chunk
         # In float32, with the largest weight applied last: half precision would round a mean's gradients to zero.
         gradient = torch.empty_like(hidden, dtype=torch.float32) if wanted else None
         largest = max(weight for weight, _ in terms)

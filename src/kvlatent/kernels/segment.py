@@ -30,6 +30,12 @@ def capped(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
+def computed_in(x: Tensor) -> torch.dtype:
+    """What products with `x` are computed in: autocast's dtype where that is on, else its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def softmax_beside(
     logits: Float[Tensor, "batch q_heads rows tokens"], sinks: Float[Tensor, "q_heads"] | None
 ) -> Float[Tensor, "batch q_heads rows tokens"]:
