@@ -1,12 +1,12 @@
 """How long stage 1 is worth it: stage 1 against stage 2 at equal tokens and at equal time, from each student of a run.
 
-    kvlatent run recipes/paper-vs-best.yaml --out RUN
+    kvlatent run recipes/paper/stage1-smollm2.yaml --out RUN
     python benchmarks/stages.py RUN --out stages.jsonl [--cells 0:6144 1536:4608 3072:3072 6144:0] [--plot stages.svg]
 
-A cell is tokens of stage 1 and of stage 2. All cells of a run heal its unhealed students on the same blocks in the same
-order with the same settings, and are judged on its held-out text. One JSON line per cell goes to --out as soon as it is
-measured, with every step's loss; what is there already is not measured again. Time is the process's CPU time, to which
-other processes add little.
+A cell is tokens of stage 1 and of stage 2. All cells heal a run's students as they were converted, on the same blocks in
+the same order and with the student's own settings in the recipe, and are judged on the run's held-out text. One JSON
+line per cell goes to --out as soon as it is measured, with every step's loss; what is there already is not measured
+again. Time is the process's CPU time, to which other processes add little.
 """
 
 from __future__ import annotations
@@ -15,40 +15,61 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kvlatent.data.blocks import load_blocks
-from kvlatent.evaluation.perplexity import compare, perplexity
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvlatent.cli.recipe_file import healing_settings, read_recipe
+from kvlatent.data.blocks import batch_size_for, load_blocks
+from kvlatent.evaluation.config import LEAST_FAR_BLOCK
+from kvlatent.evaluation.evaluate import scores_of
+from kvlatent.evaluation.far import near_only_perplexity
+from kvlatent.evaluation.perplexity import perplexity
 from kvlatent.healing.config import HealConfig
 from kvlatent.healing.heal import heal
 from kvlatent.model.checkpoints import load_model
+from kvlatent.model.graft import spec_of
 
-CELLS = ("0:2048", "512:1536", "1024:1024", "0:6144", "1536:4608", "3072:3072", "6144:0")
+CELLS = ("0:20480", "5120:15360", "10240:10240", "15360:5120", "20480:0")
 
 
-def measure(start: Path, teacher: Any, ids: Any, judge: Any, stage1: int, stage2: int) -> dict[str, Any]:
-    """Heal a start on the first blocks and judge it."""
-    student = load_model(str(start), device="cpu", dtype="float32")[0]
+def measure(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    ids: Int[Tensor, "blocks block_size"],
+    judge: Callable[[PreTrainedModel], dict[str, Any]],
+    config: HealConfig,
+) -> dict[str, Any]:
+    """Heal a student on the first blocks and judge it."""
     seconds, lines = 0.0, []
-    if stage1 + stage2:
+    if config.stage1_tokens + config.stage2_tokens:
         with tempfile.TemporaryDirectory() as folder:
             work, began = Path(folder, "work"), time.process_time()
-            config = HealConfig(stage1_tokens=stage1, stage2_tokens=stage2, batch_size=1, save_minutes=1e9)
             student = heal(student, teacher, ids, work, config)
             seconds = time.process_time() - began
             lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
-    ratio = judge(student)
     curve = [[line["stage"], line["tokens"], line["loss"]] for line in lines]
-    return {"ratio": ratio.perplexity_ratio, "stderr": ratio.stderr, "cpu_seconds": seconds, "curve": curve}
+    return {"scores": judge(student), "cpu_seconds": seconds, "curve": curve}
 
 
 def table(lines: list[dict[str, Any]]) -> str:
     """The cells as Markdown."""
-    rows = ["| start | stage 1 | stage 2 | ratio | CPU s |", "|---|--:|--:|--:|--:|"]
+    rows = ["| start | stage 1 | stage 2 | ratio | far gain kept, % | CPU s |", "|---|--:|--:|--:|--:|--:|"]
     for line in lines:
+        found = line["scores"]
+        far = (
+            f"{100 * found['far_gain_kept']:.1f} ± {100 * found['far_gain_kept_stderr']:.1f}"
+            if "far_gain_kept" in found
+            else "–"
+        )
         rows.append(
-            f"| {line['start']} | {line['stage1']:,} | {line['stage2']:,} | {line['ratio']:.3f} ± {line['stderr']:.3f} "
+            f"| {line['start']} | {line['stage1']:,} | {line['stage2']:,} "
+            f"| {found['perplexity_ratio']:.4f} ± {found['perplexity_ratio_stderr']:.4f} | {far} "
             f"| {line['cpu_seconds']:.0f} |"
         )
     return "\n".join(rows)
@@ -83,34 +104,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder of `kvlatent run` with unhealed students and their text")
     parser.add_argument("--cells", nargs="+", default=CELLS, metavar="STAGE1:STAGE2")
-    parser.add_argument("--starts", nargs="+", help="students of the run; default: all")
-    parser.add_argument("--held-out-blocks", type=int, default=8)
+    parser.add_argument("--starts", nargs="+", help="students of the run; default: all that are healed")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines")
     parser.add_argument("--plot", type=Path, help="SVG of the loss curves")
     args = parser.parse_args()
-    starts = args.starts or sorted(folder.parent.name for folder in args.run.glob("students/*/start"))
+    recipe = read_recipe(args.run / "recipe.yaml")
+    starts = args.starts or [student.name for student in recipe.students if student.heal]
     lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     done = {(line["start"], line["stage1"], line["stage2"]) for line in lines}
-    cells = [(start, *map(int, cell.split(":"))) for cell in args.cells for start in starts]
+    cells = [(start, *map(int, cell.split(":"))) for start in starts for cell in args.cells]
     if missing := [cell for cell in cells if cell not in done]:
-        teacher_name = json.loads((args.run / "students" / starts[0] / "start" / "kvlatent.json").read_text())[
-            "teacher"
-        ]
-        teacher = load_model(teacher_name, device="cpu", dtype="float32")[0]
+        teacher = load_model(recipe.model, device="cpu", dtype="float32")[0]
         ids = load_blocks(args.run / "text" / "training.safetensors").ids
-        held_out = load_blocks(args.run / "text" / "held_out.safetensors").ids[: args.held_out_blocks]
-        score: dict[str, Any] = {
-            "text_bytes": held_out.numel(),
-            "batch_size": 2,
-        }  # the number of bytes cancels in a ratio
-        reference = perplexity(teacher, held_out, **score)
+        held_out = load_blocks(args.run / "text" / "held_out.safetensors")
+        length = held_out.ids.shape[1]
+        sizes: dict[str, Any] = {"text_bytes": held_out.bytes, "batch_size": batch_size_for(length)}
+        reference = perplexity(teacher, held_out.ids, **sizes)
+        near_only = near_only_perplexity(teacher, held_out.ids, **sizes) if length >= LEAST_FAR_BLOCK else None
+
+        def judge(model: PreTrainedModel) -> dict[str, Any]:
+            return scores_of(perplexity(model, held_out.ids, **sizes), reference, near_only)
+
         for start, stage1, stage2 in missing:
-            folder = args.run / "students" / start / "start"
-            found = measure(folder, teacher, ids, lambda m: compare(reference, perplexity(m, held_out, **score)),
-                            stage1, stage2)  # fmt: skip
+            student = load_model(str(args.run / "students" / start / "start"), device="cpu", dtype="float32")[0]
+            spec = spec_of(student)
+            assert spec is not None
+            settings = healing_settings(recipe, recipe.by_name[start], teacher.config, coded=bool(spec.k_codes))
+            config = replace(settings, stage1_tokens=stage1, stage2_tokens=stage2, save_minutes=1e9)
+            found = measure(student, teacher, ids, judge, config)
             lines.append({"start": start, "stage1": stage1, "stage2": stage2, **found})
             with args.out.open("a") as file:
                 file.write(json.dumps(lines[-1]) + "\n")
+            print(table(lines[-1:]).splitlines()[-1], flush=True)
     print(table(lines))
     if args.plot:
         plot(lines, args.plot)
