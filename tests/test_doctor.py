@@ -198,7 +198,8 @@ def test_quantized_caches_are_counted_or_the_reason_told(
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     cache = {engine: row["cache_bytes_per_token"] for (engine, _), row in by_engine(diagnose(config)).items()}
     assert cache["vLLM"] == {"float32": 1024, "16 bit": 512, "fp8": 256}
-    assert cache["llama.cpp"] == {"float32": 1024, "16 bit": 512, "q8_0": 256 * 34 // 32, "q4_0": 256 * 18 // 32}
+    assert cache["llama.cpp"] == {"float32": 1024, "16 bit": 512, "q8_0": 272, "q8_0+q4_0": 208, "q4_0": 144}
+    assert "cut numbers off in fp8" in by_engine(diagnose(config))["vLLM", "the folder"]["note"]
     assert set(cache["transformers"]) == {"float32", "16 bit"}
     check_vllm(config, fp8=True)
     config.head_dim = 48
@@ -208,6 +209,7 @@ def test_quantized_caches_are_counted_or_the_reason_told(
     student = tiny_student("llama", "portable", 8, 8).config
     rows = by_engine(diagnose(student))
     assert rows["vLLM", "the folder"]["cache_bytes_per_token"]["fp8"] == 2 * 64  # padded
+    assert "cut numbers off" not in rows["vLLM", "the folder"]["note"]
     assert "no q4_0 cache: llama.cpp caches q4_0" in rows["llama.cpp", "export --to gguf"]["note"]
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
     vllm = by_engine(diagnose(student))["vLLM", "the folder"]

@@ -258,6 +258,8 @@ def test_commands_pass_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     }  # fmt: skip
     quantized = launch.llama_cpp_command(Path("m.gguf"), cache_type="q8_0", **where)
     assert quantized == [*command, "--cache-type-k", "q8_0", "--cache-type-v", "q8_0"]
+    mixed = launch.llama_cpp_command(Path("m.gguf"), cache_type="q8_0+q4_0", **where)
+    assert mixed == [*command, "--cache-type-k", "q8_0", "--cache-type-v", "q4_0"]
     install(monkeypatch, "xllamacpp")
     assert launch.llama_cpp_command(Path("m.gguf"), **where)[2] == "kvlatent.serving.xllamacpp_server"
 
@@ -427,7 +429,7 @@ def test_llama_cpp_serves_from_a_quantized_cache(
     for part in (LlamaForCausalLM(config), byte_tokenizer):
         part.save_pretrained(tmp_path / "wide")
     command = [sys.executable, "-m", "kvlatent", "serve", str(tmp_path / "wide"), "--port", str(port)]
-    with started([*command, "--cache-type", "q8_0"], tmp_path / "log", "is served by llama.cpp"):
+    with started([*command, "--cache-type", "q8_0+q4_0"], tmp_path / "log", "is served by llama.cpp"):
         body = json.dumps({"prompt": "stone", "max_tokens": 9, "temperature": 0, "ignore_eos": True}).encode()
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/completions", body, timeout=60) as response:
             assert json.load(response)["usage"]["completion_tokens"] == 9

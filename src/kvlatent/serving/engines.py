@@ -36,11 +36,13 @@ PROGRAMS = {"llama.cpp": "llama-server"}
 QUANTIZED: dict[CacheType, tuple[str, float]] = {
     "fp8": ("vLLM", 1),
     "q8_0": ("llama.cpp", 34 / 32),
+    "q8_0+q4_0": ("llama.cpp", 26 / 32),
     "q4_0": ("llama.cpp", 18 / 32),
 }
 """Quantized caches: whose they are, and bytes of a number, scales included."""
 QUANTIZED_DIMS = 32
 """Dims that share a scale in llama.cpp's quantized caches."""
+TRUNCATES = "its CPU kernels cut numbers off in fp8, where the plugin for converted folders rounds"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,10 +181,13 @@ def diagnose(config: PreTrainedConfig) -> list[dict[str, Any]]:
                 if engine != route.engine:
                     continue
                 lacks = fp8.obstacle if kind == "fp8" else _obstacle(partial(check_cache_type, kind=kind), config)
+                remark = f"no {kind} cache: {lacks}" if lacks else None
                 if lacks is None:
                     cache[kind] = int(fp8.cache_bytes_per_token(kv_heads, 1) * size)
-                else:
-                    row["note"] = "; ".join(filter(None, (row["note"], f"no {kind} cache: {lacks}")))
+                    by_plugin = route.form == "folder" and spec_in(config) is not None
+                    if kind == "fp8" and not by_plugin and vllm_is_for_cpus():
+                        remark = TRUNCATES
+                row["note"] = "; ".join(filter(None, (row["note"], remark))) or None
         rows.append(row)
     return rows
 

@@ -105,7 +105,8 @@ def llama_cpp_command(
     program = shutil.which("llama-server")
     server = [program, "--jinja"] if program else [sys.executable, "-m", "kvlatent.serving.xllamacpp_server"]
     size = ["--parallel", str(SLOTS), "--ctx-size", str(SLOTS * context)]
-    types = [] if cache_type is None else ["--cache-type-k", cache_type, "--cache-type-v", cache_type]
+    keys, _, values = (cache_type or "").partition("+")
+    types = [] if cache_type is None else ["--cache-type-k", keys, "--cache-type-v", values or keys]
     return [*server, "--model", str(gguf), "--alias", name, "--host", str(engine), "--seed", str(seed), *size, *types]
 
 
