@@ -3,10 +3,10 @@
     kvlatent run recipes/paper/stage1-smollm2.yaml --out RUN
     python benchmarks/stages.py RUN --out stages.jsonl [--cells 0:6144 1536:4608 3072:3072 6144:0] [--plot stages.svg]
 
-A cell is tokens of stage 1 and of stage 2. All cells heal students of a run as they were converted, on the same blocks in
-the same order and with the student's own settings in the recipe, and are judged on the run's held-out text. One JSON
-line per cell goes to --out as soon as it is measured, with every step's loss; what is there already is not measured
-again. Time is the process's CPU time, to which other processes add little.
+A cell is tokens of stage 1 and of stage 2. All cells heal a run's students as they were converted, on the same blocks
+in the same order and with the student's own settings in the recipe, and are judged on the run's held-out text. One
+JSON line per cell goes to --out as soon as it is measured, with every step's loss; what is there already is not
+measured again. Time is the process's CPU time, to which other processes add little.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from kvlatent import cli
 from kvlatent.cli import recipe as pipeline
 from kvlatent.cli import recipe_measures, recipe_sizes
+from kvlatent.compose.policies import policy_of
 from kvlatent.data.blocks import TokenBlocks
 from kvlatent.errors import UserError
 from kvlatent.evaluation.config import NEAR_ONLY
@@ -272,9 +273,10 @@ def test_a_recipe_asks_for_needle_retrieval_and_tasks_as_eval_does(
     assert "windows of 128 tokens that advance by 96" in page
     assert "Needle found, student" in page and "<h2>Tasks</h2>" in page and "75.0 %" in page
     capsys.readouterr()
-    asked["needle"]["contexts"] = [640]
+    asked["needle"] |= {"contexts": [640], "policy": "tova", "keep": 0.5}
     results = pipeline.run(write(roomy | asked, tmp_path / "asked.yaml"), tmp_path / "run")
-    assert [*results["needle"]["student"]] == ["640"]
+    chosen = needle(student, tokenizer, context=640, depths=2, trials=4, seed=0, policy=policy_of("tova", 0.5))
+    assert results["needle"]["student"] == {"640": chosen} and "kept_share" not in results["needle"]["teacher"]["640"]
     lines = [line.split("] ")[1] for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
     assert [line for line in lines if not line.endswith(": reused")] == ["needle", "report"]
 

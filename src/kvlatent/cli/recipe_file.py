@@ -124,7 +124,7 @@ class Joined(Entry):
         return self
 
 
-class Needle(Entry):
+class Needle(Kept):
     """A code hidden in filler, as `eval --needle` asks for it, by length of the text and depth in it."""
 
     contexts: list[Count] = Field(min_length=1)
@@ -141,7 +141,7 @@ class Needle(Entry):
         return self
 
 
-class Retrieval(Entry):
+class Retrieval(Kept):
     """Codes among many and in filler, as `eval --retrieval` asks for them."""
 
     contexts: list[Count] = Field(min_length=1)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlatent.cli.recipe_file import Recipe
+from kvlatent.cli.recipe_file import Kept, Recipe
 from kvlatent.data.blocks import TokenBlocks, check_held_out
 from kvlatent.evaluation.bench import benchmark
 from kvlatent.evaluation.diagnose import beside, diagnose, material_of
@@ -53,14 +53,12 @@ def _joined(pair: Pair) -> Any:
 
 def _needle(pair: Pair) -> Any:
     assert pair.recipe.needle is not None
-    how = pair.recipe.needle.model_dump() | {"seed": pair.recipe.seed}
-    return {name: needles(model, pair.tokenizer, **how) for name, model in pair.models.items()}
+    return _asked(pair, needles, pair.recipe.needle)
 
 
 def _retrieval(pair: Pair) -> Any:
     assert pair.recipe.retrieval is not None
-    how = pair.recipe.retrieval.model_dump() | {"seed": pair.recipe.seed}
-    answered = {name: retrievals(model, pair.tokenizer, **how) for name, model in pair.models.items()}
+    answered = _asked(pair, retrievals, pair.recipe.retrieval)
     return _in_pairs(
         {name: {test: each.scores() for test, each in found.items()} for name, found in answered.items()},
         {name: {test: each.samples for test, each in found.items()} for name, found in answered.items()},
@@ -79,6 +77,13 @@ def _tasks(pair: Pair) -> Any:
         {name: {task: each.samples for task, each in found.items()} for name, found in answered.items()},
         {task: each.chance for task, each in answered["teacher"].items()},
     )
+
+
+def _asked(pair: Pair, ask: Callable[..., Any], asked: Kept) -> dict[str, Any]:
+    """What both models answer, the student from what the recipe's policy keeps."""
+    how = asked.model_dump(exclude={"policy", "keep"}) | {"seed": pair.recipe.seed}
+    policies = {"student": asked.asked_policy}
+    return {name: ask(model, pair.tokenizer, **how, policy=policies.get(name)) for name, model in pair.models.items()}
 
 
 def _in_pairs(

@@ -79,9 +79,8 @@ def check_policies(recipe: Recipe, config: PreTrainedConfig, targets: Mapping[st
         UserError: A policy can't be combined with a student that it is asked for.
     """
     students = list(targets.items())
-    entries: dict[str, Kept] = {"held_out": recipe.held_out, "bench": recipe.bench, "generate": recipe.generate}
-    for entry, asked in entries.items():
-        policy = asked.asked_policy
+    for entry, asked in recipe:
+        policy = asked.asked_policy if isinstance(asked, Kept) else None
         for name, target in students if entry == "held_out" else students[:1]:
             with named(f"{entry}: {name}"):
                 if policy is not None:
