@@ -257,9 +257,9 @@ def target_of(config: PreTrainedConfig, asked: ConvertConfig, statistics: Statis
         config, preset=asked.preset, qk=asked.qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=asked.heads_per_latent,
         window=window, sinks=sinks, statistics=statistics,
     )  # fmt: skip
-    if not budgeted and budgets.as_codes(asked.bits or 16, request.near):
-        layers, m = config.num_hidden_layers, request.heads_per_latent
-        k_codes, v_codes = ((((m * d, asked.bits),),) * layers for d in (d_qk, d_vo))
+    if not budgeted and asked.bits is not None and budgets.as_codes(asked.bits, request.near):
+        layers, m, whole = range(config.num_hidden_layers), request.heads_per_latent, request.whole_layers
+        k_codes, v_codes = (tuple(() if i in whole else ((m * d, asked.bits),) for i in layers) for d in (d_qk, d_vo))
         request = replace(request, k_codes=k_codes, v_codes=v_codes)
     if not recipe.calibrated and (asked.stats or asked.text):
         raise UserError(f"preset {asked.preset} is not calibrated; leave --text and --stats out")

@@ -36,8 +36,6 @@ class Family:
     """W_Q also gives a gate for each dim of every head's output, before W_O."""
     interleaved: bool = False
     """RoPE rotates pairs of neighbouring dims, rather than dims half a head apart."""
-    stored_apart: bool = True
-    """Checkpoints hold the weights that students have; fused or split further, they can't be read layer by layer."""
     on_engines: bool = False
     """Whether exports and the plugin for vLLM know the family; students of others run on transformers alone."""
 
@@ -47,21 +45,21 @@ FAMILIES = {
     "mistral": Family(name="Mistral", on_engines=True),
     "qwen2": Family(name="Qwen2", on_engines=True),
     "qwen3": Family(name="Qwen3", qk_norm=True, on_engines=True),
-    "mixtral": Family(name="Mixtral", stored_apart=False),
-    "qwen3_moe": Family(name="Qwen3Moe", qk_norm=True, stored_apart=False),
+    "mixtral": Family(name="Mixtral"),
+    "qwen3_moe": Family(name="Qwen3Moe", qk_norm=True),
     "ministral3": Family(name="Ministral3"),
     "smollm3": Family(name="SmolLM3"),
     "granite": Family(name="Granite"),
     "olmo2": Family(name="Olmo2", qk_norm=True, post_norm=True),
     "olmo3": Family(name="Olmo3", qk_norm=True, post_norm=True),
-    "phi3": Family(name="Phi3", stored_apart=False),
-    "glm4": Family(name="Glm4", interleaved=True, post_norm=True, stored_apart=False),
-    "cohere": Family(name="Cohere", qk_norm=True, parallel=True, interleaved=True, stored_apart=False),
-    "cohere2": Family(name="Cohere2", parallel=True, only_sliding_turn=True, interleaved=True, stored_apart=False),
+    "phi3": Family(name="Phi3"),
+    "glm4": Family(name="Glm4", interleaved=True, post_norm=True),
+    "cohere": Family(name="Cohere", qk_norm=True, parallel=True, interleaved=True),
+    "cohere2": Family(name="Cohere2", parallel=True, only_sliding_turn=True, interleaved=True),
     "gpt_oss": Family(name="GptOss"),
-    "qwen3_next": Family(name="Qwen3Next", qk_norm=True, gated=True, stored_apart=False),
-    "qwen3_5_text": Family(name="Qwen3_5", qk_norm=True, gated=True, stored_apart=False),
-    "qwen3_5_moe_text": Family(name="Qwen3_5Moe", qk_norm=True, gated=True, stored_apart=False),
+    "qwen3_next": Family(name="Qwen3Next", qk_norm=True, gated=True),
+    "qwen3_5_text": Family(name="Qwen3_5", qk_norm=True, gated=True),
+    "qwen3_5_moe_text": Family(name="Qwen3_5Moe", qk_norm=True, gated=True),
     "gemma2": Family(name="Gemma2", post_norm=True),
     "gemma3_text": Family(name="Gemma3", qk_norm=True, post_norm=True),
 }

@@ -104,6 +104,11 @@ def identity_spec(teacher: PreTrainedModel) -> LatentSpec:
     )
 
 
+def rotated_dims(spec: LatentSpec) -> int:
+    """How many dims of a whole head RoPE turns."""
+    return 2 * sum(frequency != 0 for frequency in spec.inv_freq)
+
+
 def graft(teacher: PreTrainedModel, *, share: bool = False) -> PreTrainedModel:
     """Return a copy of `teacher` on our classes, equal to it in every logit; conversion then reduces it in place.
 
@@ -125,8 +130,7 @@ def graft(teacher: PreTrainedModel, *, share: bool = False) -> PreTrainedModel:
     config._attn_implementation = "sdpa"
     with torch.device("meta"), init.no_init_weights():
         student = MODELS[model_type](config)
-    rotated = 2 * sum(frequency != 0 for frequency in spec.inv_freq)
-    stock = unfused(teacher.state_dict(), teacher.config, head_dim=spec.head_dim, rotated=rotated)
+    stock = unfused(teacher.state_dict(), teacher.config, head_dim=spec.head_dim, rotated=rotated_dims(spec))
     student.load_state_dict({name: value if share else value.clone() for name, value in stock.items()}, assign=True)
     if hasattr(teacher.model.embed_tokens, "embed_scale"):  # which is no part of the state
         student.model.embed_tokens.embed_scale = teacher.model.embed_tokens.embed_scale.clone()

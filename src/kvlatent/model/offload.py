@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from jaxtyping import BFloat16, UInt8
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from kvlatent.errors import UserError
+from kvlatent.model.attention import LatentAttention, attention_of
 from kvlatent.model.checkpoints import locate, pick_device, pick_dtype
-from kvlatent.model.families import family_of
 from kvlatent.model.folder import (
     check_all_used,
     check_finite,
@@ -27,6 +28,8 @@ from kvlatent.model.folder import (
     read_config,
     weight_files,
 )
+from kvlatent.model.graft import head_dim_of, identity_spec, rotated_dims
+from kvlatent.model.stock_weights import unfused
 
 LAYERS = "model.layers."
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -34,6 +37,11 @@ BLOCKS, SCALES = "_blocks", "_scales"
 """Endings of a tensor's name where it is stored in MXFP4."""
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The numbers of 4 bits, E2M1, without the sign, which is the highest bit."""
+MIXTRAL = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
+"""What Mixtral's checkpoints call what the others do, and transformers' modules."""
+EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+MERGED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+"""Of which weights of each expert the modules make theirs, one above the other."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +51,15 @@ class OffloadedLayers:
     model: str
     """As it was named."""
     files: dict[str, Path]
-    """File by tensor name."""
+    """File by the name of a tensor in it."""
     device: torch.device
     dtype: torch.dtype
+    config: PreTrainedConfig
+    stored: dict[str, tuple[tuple[str, ...], ...]]
+    """Of what in the files a weight is made, by its name in modules: itself; its numbers of 4 bits and their exponents;
+    or for each expert the parts that stand one above the other."""
+    rotated: int = 0
+    """Dims of each head that RoPE turns."""
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor.
@@ -54,10 +68,14 @@ class OffloadedLayers:
             UserError: It can't be read, or isn't finite.
         """
         with one_line(f"can't read {name} of {self.model}"):
-            if name + BLOCKS in self.files:
-                found = from_mxfp4(self._stored(name + BLOCKS), self._stored(name + SCALES))
+            made_of = self.stored[name]
+            parts = [[self._stored(part) for part in each] for each in made_of]
+            if made_of[0][0].endswith(BLOCKS):
+                found = from_mxfp4(*parts[0])
+            elif name.rpartition(".")[2] in MERGED and made_of[0][0].endswith(".weight"):  # a file's parts of experts
+                found = torch.stack([torch.cat(each) for each in parts])
             else:
-                found = self._stored(name)
+                found = parts[0][0]
         check_finite(self.model, name, found)
         return found
 
@@ -70,20 +88,33 @@ class OffloadedLayers:
     def visiting(self, layer: nn.Module, index: int, part: str = "") -> Iterator[None]:
         """Give decoder layer `index`, built on the meta device, its weights, or a part's, for the body of a `with`."""
         try:
-            for name in (name for name, _ in layer.named_parameters() if name.startswith(part)):
-                self.put(layer, name, f"{LAYERS}{index}.{name}")
+            prefix = f"{LAYERS}{index}."
+            wanted = [name for name, _ in layer.named_parameters() if name.startswith(part)]
+            if not isinstance(attention_of(layer), LatentAttention):
+                for name in wanted:
+                    self.put(layer, name, self.tensor(prefix + name), prefix + name)
+            else:
+                for group in sorted({name.partition(".")[0] for name in wanted}):
+                    weights = self._unfused(name for name in self.stored if name.startswith(f"{prefix}{group}."))
+                    for name in (name for name in wanted if name.startswith(f"{group}.")):
+                        self.put(layer, name, weights[prefix + name], prefix + name)
             yield
         finally:
             layer.to("meta")
 
-    def put(self, module: nn.Module, name: str, stored: str) -> None:
-        """Give `module` its parameter `name`, stored under the name `stored`.
+    def _unfused(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Some stock weights as a graft names and orders them."""
+        stock = {name: self.tensor(name) for name in names}
+        return unfused(stock, self.config, head_dim=head_dim_of(self.config), rotated=self.rotated)
+
+    def put(self, module: nn.Module, name: str, weight: Tensor, stored: str) -> None:
+        """Give `module` its parameter `name`, which users know as `stored`.
 
         Raises:
-            UserError: It can't be read, isn't finite, or is of another shape.
+            UserError: It is of another shape.
         """
         path, _, leaf = name.rpartition(".")
-        owner, weight = module.get_submodule(path), self.tensor(stored).to(self.device, self.dtype)
+        owner, weight = module.get_submodule(path), weight.to(self.device, self.dtype)
         found, wanted = tuple(weight.shape), tuple(getattr(owner, leaf).shape)
         if found != wanted:
             raise UserError(f"{self.model}: {stored} is of shape {found}; the architecture takes {wanted}")
@@ -128,31 +159,25 @@ def open_offloaded(model: str, *, device: str = "auto", dtype: str = "auto") -> 
     place, source = pick_device(device), locate(model)
     with one_line(f"can't open {model}"):
         config = read_config(source)
-        if not family_of(config).stored_apart:
-            raise UserError(
-                f"checkpoints of {config.model_type} models hold fused or split weights, which can't be read layer by "
-                "layer; leave --offload out"
-            )
         if (quantized := getattr(config, "quantization_config", None)) is not None and not in_mxfp4(config):
             raise UserError(
                 f"{model} is quantized ({quantized.get('quant_method')}), and layers that come one at a time are read "
                 "as they are stored or from MXFP4; leave --offload out, or give a checkpoint that is not quantized"
             )
-        layers = OffloadedLayers(model, weight_files(source), place, pick_dtype(dtype, place))
-        if config.tie_word_embeddings and HEAD in layers.files:  # the files are right: it may be one of its own
+        files = weight_files(source)
+        made_of = _made_of(files, config.model_type)
+        layers = OffloadedLayers(model, files, place, pick_dtype(dtype, place), config, made_of)
+        if config.tie_word_embeddings and HEAD in layers.stored:  # the files are right: it may be one of its own
             config.tie_word_embeddings = torch.equal(layers.tensor(HEAD), layers.tensor(EMBEDDINGS))
         with torch.device("meta"), init.no_init_weights():
             teacher = AutoModelForCausalLM.from_config(config, dtype=layers.dtype)
             teacher.tie_weights()  # so that what is tied comes, and is stored, once
         wanted = {name for name, _ in teacher.named_parameters()}
-        stored = {name for name in layers.files if not name.endswith("rotary_emb.inv_freq")}  # follows from the config
-        if in_mxfp4(config):
-            packed = {name for name in wanted if {name + BLOCKS, name + SCALES} <= stored}
-            stored = stored - {name + kind for name in packed for kind in (BLOCKS, SCALES)} | packed
+        stored = {name for name in layers.stored if not name.endswith("rotary_emb.inv_freq")}  # the config tells it
         check_all_used(model, missing=wanted - stored, unused=stored - wanted - {HEAD})
         for name in wanted:
             if not name.startswith(LAYERS):
-                layers.put(teacher, name, name)
+                layers.put(teacher, name, layers.tensor(name), name)
         if Path(source, "generation_config.json").is_file():
             teacher.generation_config = GenerationConfig.from_pretrained(source)
         check_generation(teacher)
@@ -162,4 +187,34 @@ def open_offloaded(model: str, *, device: str = "auto", dtype: str = "auto") -> 
     teacher.model.rotary_emb = type(rotary)(config).to(place)  # its buffers aren't in the files
     if (scale := getattr(teacher.model.embed_tokens, "scalar_embed_scale", None)) is not None:  # nor is this one
         teacher.model.embed_tokens.embed_scale = torch.tensor(scale, device=place)
-    return teacher.eval().requires_grad_(False), layers
+    return teacher.eval().requires_grad_(False), replace(layers, rotated=rotated_dims(identity_spec(teacher)))
+
+
+def _made_of(files: Iterable[str], model_type: str) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """`OffloadedLayers.stored` of a checkpoint, by the names of its tensors."""
+    known = dict[str, str]()
+    for name in files:
+        ours = name
+        for old, new in MIXTRAL.items() if model_type == "mixtral" else ():
+            ours = ours.replace(old, new)
+        known[ours] = name
+    count = dict[str, int]()
+    for name in known:
+        if found := EXPERT.fullmatch(name):
+            count[found[1]] = max(count.get(found[1], 0), int(found[2]) + 1)
+    made: dict[str, tuple[tuple[str, ...], ...]] = {
+        name.removesuffix(BLOCKS): ((name, name.removesuffix(BLOCKS) + SCALES),)
+        for name in known
+        if name.endswith(BLOCKS)
+    }
+    made |= {
+        f"{stem}.{kind}": tuple(
+            tuple(f"{stem}.{expert}.{part}_proj.weight" for part in MERGED[kind]) for expert in range(experts)
+        )
+        for stem, experts in count.items()
+        for kind in MERGED
+    }
+    made = {name: parts for name, parts in made.items() if all(part in known for each in parts for part in each)}
+    used = {part for parts in made.values() for each in parts for part in each}
+    made |= {name: ((name,),) for name in known if name not in used}
+    return {name: tuple(tuple(known[part] for part in each) for each in parts) for name, parts in made.items()}
