@@ -74,11 +74,11 @@ def attend_segment(
             the segment doesn't count.
         causal: As many queries as tokens, of which each sees its own and those before; without `visible`.
     """
-    k, v = (x.to(q.dtype).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    k, v = (_of_heads(x.to(q.dtype), q.shape[1]) for x in (k, v))
     bias = None if visible is None else _lowest_where(~visible, q.dtype)
     if q.device.type in FLASH_DEVICES and cap is None:
         width = max(k.shape[-1], v.shape[-1])
-        wide = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))  # flash attention wants equal dims
+        wide = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))  # which it wants
         out, normalizer = _Flash.apply(*wide, bias, causal, scale)
         return out[..., : v.shape[-1]], normalizer
     parts = []
@@ -102,7 +102,9 @@ def stacked_rows(parts: list[Joinable]) -> Joinable:
 def joined_segments(parts: list[Joinable]) -> Float[Tensor, "batch q_heads rows d_v"]:
     """The attention to all segments under one softmax, in the dtype of the first."""
     shares = torch.stack([normalizer for _, normalizer in parts]).softmax(0)[..., None]
-    out = torch.stack([out * share for (out, _), share in zip(parts, shares, strict=True)]).sum(0)
+    out = parts[0][0] * shares[0]
+    for (other, _), share in zip(parts[1:], shares[1:], strict=True):
+        out = out + other * share
     return out.to(parts[0][0].dtype)
 
 
@@ -117,6 +119,11 @@ def nothing_seen(like: Joinable, rows: int) -> Joinable:
     """`like` with so many queries before its own that see nothing."""
     out, normalizer = like
     return F.pad(out, (0, 0, rows, 0)), F.pad(normalizer, (rows, 0), value=torch.finfo(normalizer.dtype).min)
+
+
+def _of_heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values for so many query heads; those that are as many already aren't copied."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _lowest_where(hidden: Tensor, dtype: torch.dtype) -> Tensor:

@@ -27,6 +27,7 @@ from kvlatent.model.window import (
     joined,
     mapped,
     sinks_of,
+    to_heads,
     windowed_attention,
 )
 
@@ -266,7 +267,7 @@ class LatentAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         seen = queries if attention_mask is None else None  # of a longer buffer
-        k, v = (x if back is None else _to_heads(x[:, :, :seen], back) for x, back in ((k, k_back), (v, v_back)))
+        k, v = (x if back is None else to_heads(x[:, :, :seen], back) for x, back in ((k, k_back), (v, v_back)))
         out = latent_attention(q, k, v, mask=attention_mask, scale=self.scale, cap=self.cap, sinks=self.sinks)
         if self.o_map is not None and v_back is None:
             out = _reduced(out, self.o_map)
@@ -317,11 +318,3 @@ def taking_back_pays(back: Tensor | None, queries: int) -> bool:
         return False
     _, latent, head_dim = back.shape
     return queries * (latent - head_dim) > latent * head_dim
-
-
-def _to_heads(
-    x: Float[Tensor, "batch latents seq latent"], back: Float[Tensor, "q_heads latent head_dim"]
-) -> Float[Tensor, "batch q_heads seq head_dim"]:
-    """What every query head meets of its latent."""
-    by_latent = back.to(x.dtype).unflatten(0, (x.shape[1], -1)).transpose(1, 2)  # (latents, latent, group, head_dim)
-    return (x @ by_latent.flatten(2)).unflatten(3, by_latent.shape[2:]).permute(0, 1, 3, 2, 4).flatten(1, 2)

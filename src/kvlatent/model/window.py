@@ -117,6 +117,14 @@ def mapped(
     return torch.bmm(x[:, :, 0].transpose(0, 1), maps).transpose(0, 1)[:, :, None]  # `@` copies a map per sequence
 
 
+def to_heads(
+    x: Float[Tensor, "batch latents seq latent"], back: Float[Tensor, "q_heads latent head_dim"]
+) -> Float[Tensor, "batch q_heads seq head_dim"]:
+    """What every query head meets of its latent."""
+    by_latent = back.to(x.dtype).unflatten(0, (x.shape[1], -1)).transpose(1, 2)  # (latents, latent, group, head_dim)
+    return (x @ by_latent.flatten(2)).unflatten(3, by_latent.shape[2:]).permute(0, 1, 3, 2, 4).flatten(1, 2)
+
+
 def joined(x: Float[Tensor, "batch heads seq dim"], latents: int) -> Float[Tensor, "batch latents seq joined"]:
     """Keys or values of the heads that share a latent, side by side."""
     if x.shape[1] == latents:
@@ -162,8 +170,7 @@ class Far:
         k, v = maps.read(*(x[:, :, start - self.start : end - self.start] for x in (self.k, self.v)))
         if not unabsorbed:
             return k, v
-        by_head = len(maps.q) // k.shape[1]
-        return tuple(x.repeat_interleave(by_head, dim=1) @ y for x, y in ((k, maps.q.mT), (v, maps.o)))  # type: ignore[return-value]
+        return to_heads(k, maps.q.mT), to_heads(v, maps.o)
 
 
 class Segment(NamedTuple):
