@@ -77,8 +77,8 @@ def attend_segment(
     k, v = (_of_heads(x.to(q.dtype), q.shape[1]) for x in (k, v))
     bias = None if visible is None else _lowest_where(~visible, q.dtype)
     if q.device.type in FLASH_DEVICES and cap is None:
-        width = max(k.shape[-1], v.shape[-1])
-        wide = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))  # which it wants
+        width = max(k.shape[-1], v.shape[-1])  # flash attention takes one for all, and padding by nothing would copy
+        wide = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
         out, normalizer = _Flash.apply(*wide, bias, causal, scale)
         return out[..., : v.shape[-1]], normalizer
     parts = []

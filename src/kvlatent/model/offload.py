@@ -40,6 +40,7 @@ FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MIXTRAL = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
 """What Mixtral's checkpoints call what the others do, and transformers' modules."""
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+"""A weight of one expert, as files hold it."""
 MERGED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 """Of which weights of each expert the modules make theirs, one above the other."""
 
