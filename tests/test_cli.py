@@ -1,5 +1,6 @@
 """The command line: light help, one JSON object; bad input gives one line, exit code 2, and leaves nothing behind."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -113,6 +114,15 @@ def test_wrong_arguments_exit_with_2(argv: list[str], capsys: pytest.CaptureFixt
         cli.main(argv)
     assert end.value.code == 2
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("command", ["calibrate", "convert"])
+def test_who_offloads_gives_freed_memory_back(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(cli, "freed_memory_kept", lambda: asked.append("kept") or contextlib.nullcontext())
+    argv = [command, "nowhere.gguf", "--out", "x", "--text", "y"]
+    assert cli.main([*argv, "--offload"]) == 2 and not asked
+    assert cli.main(argv) == 2 and asked == ["kept"]
 
 
 def test_a_path_may_begin_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -76,7 +76,8 @@ def _main(argv: Sequence[str] | None) -> int:
         command = parse(sys.argv[1:] if argv is None else argv)
         command.common.check()
         # Whatever libraries print is not the answer.
-        with contextlib.redirect_stdout(sys.stderr), freed_memory_kept():
+        memory = contextlib.nullcontext() if command.spares_memory else freed_memory_kept()
+        with contextlib.redirect_stdout(sys.stderr), memory:
             from transformers.utils import logging
 
             logging.disable_progress_bar()  # of weight loading; ours stay

@@ -27,3 +27,7 @@ class Calibrate(Command):
         from kvlatent.compress.checkpoints import calibrate_checkpoint
 
         return calibrate_checkpoint(self.model, self.out, self.asked, **self.common.place())
+
+    @property
+    def spares_memory(self) -> bool:
+        return self.asked.offload

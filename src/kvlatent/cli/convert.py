@@ -34,5 +34,9 @@ class Convert(Command):
     def table(self, result: dict[str, Any]) -> str:
         return pairs({key: span(value) if isinstance(value, list) else value for key, value in result.items()})
 
+    @property
+    def spares_memory(self) -> bool:
+        return self.asked.offload
+
     def how_to_resume(self) -> str:
         return "run the same command again to go on" if self.asked.offload else super().how_to_resume()

@@ -59,6 +59,11 @@ class Command:
         """What to tell who interrupted it."""
         return "nothing was written"
 
+    @property
+    def spares_memory(self) -> bool:
+        """Whether memory counts more than time, so that what is freed goes back to the system at once."""
+        return False
+
 
 def _paths_at_home(value: Any) -> Any:
     """A path, or each in a tuple or a config, with `~` replaced: no shell does so in `--out=~/x`."""
