@@ -76,6 +76,13 @@ def test_results_are_at_most_150_lines() -> None:
     assert len((ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
+def with_siblings(script: Path) -> str:
+    """A script, and those in its folder that it imports, which may give it options."""
+    text = script.read_text(encoding="utf-8")
+    siblings = (script.with_name(f"{name}.py") for name in re.findall(r"^from (\w+) import", text, re.MULTILINE))
+    return text + "".join(path.read_text(encoding="utf-8") for path in siblings if path.exists())
+
+
 @pytest.mark.parametrize("page", CURRENT, ids=lambda page: page.name)
 def test_commands_name_what_exists(page: Path) -> None:
     # docs/cli.md is the command line's own help, which `make lint` checks.
@@ -89,7 +96,7 @@ def test_commands_name_what_exists(page: Path) -> None:
             missing = {flag for flag in flags(words) if not re.search(rf"{flag}(?![\w-])", verbs[words[1]])}
             assert not missing, words
         elif words[0] == "python" and len(words) > 1:
-            script = (ROOT / words[1]).read_text(encoding="utf-8")
+            script = with_siblings(ROOT / words[1])
             assert not {flag for flag in flags(words) if f'"{flag}"' not in script}, words
         elif words[0] == "make" and len(words) == 2:
             assert words[1] in targets, words
