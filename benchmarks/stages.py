@@ -57,22 +57,20 @@ def measure(
     return {"scores": judge(student), "cpu_seconds": seconds, "curve": curve}
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """The cells as Markdown."""
-    rows = ["| start | stage 1 | stage 2 | ratio | far gain kept, % | CPU s |", "|---|--:|--:|--:|--:|--:|"]
-    for line in lines:
-        found = line["scores"]
-        far = (
-            f"{100 * found['far_gain_kept']:.1f} ± {100 * found['far_gain_kept_stderr']:.1f}"
-            if "far_gain_kept" in found
-            else "–"
-        )
-        rows.append(
-            f"| {line['start']} | {line['stage1']:,} | {line['stage2']:,} "
-            f"| {found['perplexity_ratio']:.4f} ± {found['perplexity_ratio_stderr']:.4f} | {far} "
-            f"| {line['cpu_seconds']:.0f} |"
-        )
-    return "\n".join(rows)
+HEADER = """| start | stage 1 | stage 2 | ratio | far gain kept, % | CPU s |
+|---|--:|--:|--:|--:|--:|"""
+
+
+def row(line: dict[str, Any]) -> str:
+    """A cell as Markdown."""
+    found, far = line["scores"], "–"
+    if "far_gain_kept" in found:
+        far = f"{100 * found['far_gain_kept']:.1f} ± {100 * found['far_gain_kept_stderr']:.1f}"
+    return (
+        f"| {line['start']} | {line['stage1']:,} | {line['stage2']:,} "
+        f"| {found['perplexity_ratio']:.4f} ± {found['perplexity_ratio_stderr']:.4f} | {far} "
+        f"| {line['cpu_seconds']:.0f} |"
+    )
 
 
 def plot(lines: list[dict[str, Any]], path: Path) -> None:
@@ -135,8 +133,8 @@ def main() -> None:
             lines.append({"start": start, "stage1": stage1, "stage2": stage2, **found})
             with args.out.open("a") as file:
                 file.write(json.dumps(lines[-1]) + "\n")
-            print(table(lines[-1:]).splitlines()[-1], flush=True)
-    print(table(lines))
+            print(row(lines[-1]), flush=True)
+    print(HEADER, *map(row, lines), sep="\n")
     if args.plot:
         plot(lines, args.plot)
 

@@ -89,24 +89,24 @@ class OffloadedLayers:
     def visiting(self, layer: nn.Module, index: int, part: str = "") -> Iterator[None]:
         """Give decoder layer `index`, built on the meta device, its weights, or a part's, for the body of a `with`."""
         try:
-            prefix = f"{LAYERS}{index}."
-            wanted = [name for name, _ in layer.named_parameters() if name.startswith(part)]
-            if not isinstance(attention_of(layer), LatentAttention):
-                for name in wanted:
-                    self.put(layer, name, self.tensor(prefix + name), prefix + name)
-            else:
-                for group in sorted({name.partition(".")[0] for name in wanted}):
-                    weights = self._unfused(name for name in self.stored if name.startswith(f"{prefix}{group}."))
-                    for name in (name for name in wanted if name.startswith(f"{group}.")):
-                        self.put(layer, name, weights[prefix + name], prefix + name)
+            self._fill(layer, f"{LAYERS}{index}.", part)
             yield
         finally:
             layer.to("meta")
 
-    def _unfused(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Some stock weights as a graft names and orders them."""
-        stock = {name: self.tensor(name) for name in names}
-        return unfused(stock, self.config, head_dim=head_dim_of(self.config), rotated=self.rotated)
+    def _fill(self, layer: nn.Module, prefix: str, part: str) -> None:
+        """Give a layer its weights, a module's at a time: as they are stored, or as a graft names and orders them."""
+        wanted = [name for name, _ in layer.named_parameters() if name.startswith(part)]
+        if not isinstance(attention_of(layer), LatentAttention):
+            for name in wanted:
+                self.put(layer, name, self.tensor(prefix + name), prefix + name)
+            return
+        order = {"head_dim": head_dim_of(self.config), "rotated": self.rotated}
+        for module in sorted({name.partition(".")[0] + "." for name in wanted}):
+            stock = {name: self.tensor(name) for name in self.stored if name.startswith(prefix + module)}
+            weights = unfused(stock, self.config, **order)
+            for name in (name for name in wanted if name.startswith(module)):
+                self.put(layer, name, weights[prefix + name], prefix + name)
 
     def put(self, module: nn.Module, name: str, weight: Tensor, stored: str) -> None:
         """Give `module` its parameter `name`, which users know as `stored`.

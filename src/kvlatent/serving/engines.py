@@ -43,6 +43,7 @@ QUANTIZED: dict[CacheType, tuple[str, float]] = {
 QUANTIZED_DIMS = 32
 """Dims that share a scale in llama.cpp's quantized caches."""
 TRUNCATES = "its CPU kernels cut numbers off in fp8, where the plugin for converted folders rounds"
+"""What to know of fp8 in vLLM (0.32) on a CPU, without our plugin."""
 
 
 @dataclass(frozen=True, kw_only=True)
