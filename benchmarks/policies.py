@@ -4,7 +4,7 @@
 
 Every prompt of `eval --retrieval` is prefilled, a policy takes tokens out, and the answer is read from what is left:
 `asked` with the question in the prompt, as `kvlatent eval` does it, `unasked` with the question after the policy has
-chosen. TTFT and tokens/s are those of `kvlatent bench`, bytes those of the cache after a prefill of the context.
+chosen. What that costs is measured as `kvlatent bench` does it; `--trials 0` measures nothing else.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ from kvlatent.evaluation.bench import benchmark
 from kvlatent.evaluation.config import NEAR
 from kvlatent.evaluation.needle import score_answer
 from kvlatent.evaluation.retrieval import NEEDLES, RETRIEVAL_TESTS, TOKENS_PER_PAIR, retrieval_questions
-from kvlatent.model.cache import cache_bytes
 from kvlatent.model.checkpoints import load_model
-from kvlatent.model.compatibility import CACHE
 from kvlatent.model.layers import evaluation_mode
 
 Prompt = tuple[list[int], list[int], int]
@@ -87,16 +85,12 @@ def main() -> None:
                         if scores:
                             row[f"{test}_{way}"] = sum(nats for _, nats in scores) / len(scores)
                             row[f"{test}_{way}_right"] = sum(right for right, _ in scores) / len(scores)
-                ids = torch.tensor([tests["needles"][0][0]], device=model.device)
-                if cache is not None:
-                    cache.reset()
-                row["cache_bytes"] = cache_bytes(model(ids, use_cache=True, logits_to_keep=1, **{CACHE: cache})[CACHE])
-                row |= {"kept_share": 1.0} if cache is None else cache.kept()
             (cost,) = benchmark(
                 {name: model}, context=asked.context, batch=1, new_tokens=asked.new_tokens, repeats=asked.repeats,
                 seed=0, policies={} if policy is None else {name: policy},
             )  # fmt: skip
-            row |= {key: cost[key] for key in ("ttft_ms", "tpot_ms", "tokens_per_s")}
+            told = ("cache_bytes", "kept_share", "ttft_ms", "tpot_ms", "tokens_per_s", "peak_memory_bytes")
+            row |= {key: cost[key] for key in told if key in cost}
             with asked.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)

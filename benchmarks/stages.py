@@ -6,7 +6,7 @@
 A cell is tokens of stage 1 and of stage 2. All cells heal a run's students as they were converted, on the same blocks
 in the same order and with the student's own settings in the recipe, and are judged on the run's held-out text. One
 JSON line per cell goes to --out as soon as it is measured, with every step's loss; what is there already is not
-measured again. Time is the process's CPU time, to which other processes add little.
+measured again, nor what the run itself has healed. Time is the process's CPU time, to which other processes add little.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlatent.cli.recipe_file import healing_settings, read_recipe
+from kvlatent.cli.run_folder import model_folder
 from kvlatent.data.blocks import batch_size_for, load_blocks
 from kvlatent.evaluation.config import LEAST_FAR_BLOCK
 from kvlatent.evaluation.evaluate import scores_of
@@ -38,6 +39,22 @@ from kvlatent.model.graft import spec_of
 CELLS = ("0:20480", "5120:15360", "10240:10240", "15360:5120", "20480:0")
 
 
+def of_run(run: Path, start: str, first: str) -> dict[str, Any]:
+    """What `kvlatent run` has measured of a student's own healing; its time is that of the clock."""
+    results = json.loads((run / "results.json").read_text())
+    return {
+        "scores": results["evaluate"]["models"][f"{start}, healed"],
+        "cpu_seconds": results["seconds"][f"heal {start}"],
+        "curve": curve_of(model_folder(run, start, first=first)),
+    }
+
+
+def curve_of(folder: Path) -> list[list[Any]]:
+    """Stage, tokens and loss of every step of a healing."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [[line["stage"], line["tokens"], line["loss"]] for line in lines]
+
+
 def measure(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -46,14 +63,13 @@ def measure(
     config: HealConfig,
 ) -> dict[str, Any]:
     """Heal a student on the first blocks and judge it."""
-    seconds, lines = 0.0, []
+    seconds, curve = 0.0, list[list[Any]]()
     if config.stage1_tokens + config.stage2_tokens:
         with tempfile.TemporaryDirectory() as folder:
             work, began = Path(folder, "work"), time.process_time()
             student = heal(student, teacher, ids, work, config)
             seconds = time.process_time() - began
-            lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
-    curve = [[line["stage"], line["tokens"], line["loss"]] for line in lines]
+            curve = curve_of(work)
     return {"scores": judge(student), "cpu_seconds": seconds, "curve": curve}
 
 
@@ -128,8 +144,11 @@ def main() -> None:
             spec = spec_of(student)
             assert spec is not None
             settings = healing_settings(recipe, recipe.by_name[start], teacher.config, coded=bool(spec.k_codes))
-            config = replace(settings, stage1_tokens=stage1, stage2_tokens=stage2, save_minutes=1e9)
-            found = measure(student, teacher, ids, judge, config)
+            if (settings.stage1_tokens, settings.stage2_tokens) == (stage1, stage2):
+                found = of_run(args.run, start, recipe.students[0].name)
+            else:
+                config = replace(settings, stage1_tokens=stage1, stage2_tokens=stage2, save_minutes=1e9)
+                found = measure(student, teacher, ids, judge, config)
             lines.append({"start": start, "stage1": stage1, "stage2": stage2, **found})
             with args.out.open("a") as file:
                 file.write(json.dumps(lines[-1]) + "\n")

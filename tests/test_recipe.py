@@ -18,6 +18,7 @@ from kvlatent import cli
 from kvlatent.cli import recipe as pipeline
 from kvlatent.cli import recipe_measures, recipe_sizes
 from kvlatent.compose.policies import policy_of
+from kvlatent.compress import budget
 from kvlatent.data.blocks import TokenBlocks
 from kvlatent.errors import UserError
 from kvlatent.evaluation.config import NEAR_ONLY
@@ -175,6 +176,24 @@ def test_interrupted_run_goes_on_where_it_stopped(
     monkeypatch.delattr(pipeline, "heal_student")
     results = pipeline.run(root / "tiny.yaml", tmp_path / "run")
     assert results["evaluate"] == done[1]["evaluate"]  # two seeded runs are equal
+
+
+def test_budgets_of_a_run_are_spent_by_the_same_probe(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, probe = [], budget.planning_statistics
+    monkeypatch.setattr(
+        budget, "planning_statistics", lambda *a, **k: measured.append(k["near"].window) or probe(*a, **k)
+    )
+    small = {key: value for key, value in recipe.items() if key != "training"}
+    less = {"name": "less", "budget": 0.25, "window": 0}
+    others = [{"name": "half", "budget": 0.5, "window": 0}, {"name": "near", "budget": 0.5, "window": 4, "bits": 16}]
+    pipeline.run(write(small | {"students": [*others, less]}, tmp_path / "all.yaml"), tmp_path / "all")
+    assert measured == [0, 4]
+    pipeline.run(write(small | {"students": [less]}, tmp_path / "alone.yaml"), tmp_path / "alone")
+    alone, among = tmp_path / "alone" / "model", tmp_path / "all" / "students" / "less" / "model"
+    assert (alone / "model.safetensors").read_bytes() == (among / "model.safetensors").read_bytes()
+    assert not (tmp_path / "all" / pipeline.PLANNING).exists()
 
 
 def test_a_step_done_again_renews_the_report(

@@ -105,6 +105,8 @@ def run_recipe(wanted: Recipe, out: Path, *, device: str, dtype: str) -> dict[st
         return begun.follow()
 
 
+PLANNING = "planning"
+"""Folder of a run under way, with what the budgets of all its students are spent by."""
 LATER: dict[str, tuple[str, ...]] = {
     "held_out": ("text/held_out.safetensors", "evaluate", "diagnose.json", "report.html"),
     **{name: (measure.file, "report.html") for name, measure in MEASURES.items()},
@@ -200,6 +202,8 @@ class _Run:
                 self._do(step)
                 new = True
         self.group.wait_for_everyone()
+        if self.group.is_main_process:
+            discard(self.out / PLANNING, of=self.out / PLANNING)
         return {"out": str(self.out), **read_json(self.out / "results.json", dict[str, Any])}
 
     def _do(self, step: _Step) -> None:
@@ -319,7 +323,7 @@ class _Run:
         convert_loaded(
             self.teacher(), self.tokenizer, out, target, name=self.recipe.model,
             blocks=self._blocks("calibration") if target.asked.text else None,
-            dtype=stored_dtype(self.config, "auto"),
+            dtype=stored_dtype(self.config, "auto"), planning=self.out / PLANNING,
         )  # fmt: skip
 
     def _heal(self, name: str, out: Path) -> None:

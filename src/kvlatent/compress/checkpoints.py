@@ -282,6 +282,7 @@ def convert_loaded(
     statistics: Statistics | None = None,
     dtype: torch.dtype,
     stream: Stream | None = None,
+    planning: Path | None = None,
 ) -> dict[str, Any]:
     """Convert a teacher in memory and write the student to `out`.
 
@@ -295,6 +296,7 @@ def convert_loaded(
         statistics: Instead of text or, with a budget, what it is spent by.
         dtype: Of the weights written.
         stream: Where the teacher's layers are, if they aren't in memory.
+        planning: Folder that keeps what a budget is spent by, for others of the same text; a stream has its own.
     """
     check_disk(out, weight_bytes(teacher, dtype) + 50_000_000)
     offloaded = None if stream is None else stream.layers
@@ -303,9 +305,13 @@ def convert_loaded(
         spent_by = statistics
         if spent_by is None:
             assert blocks is not None
-            settings: dict[str, Any] = {"heads_per_latent": request.heads_per_latent, "near": request.near}
-            measure = partial(budgets.planning_statistics, teacher, blocks.ids, offloaded=offloaded, **settings)
-            spent_by = kept_statistics(stream, "planning", measure)
+            near, grouped = request.near, request.heads_per_latent
+            measure = partial(
+                budgets.planning_statistics, teacher, blocks.ids, heads_per_latent=grouped, near=near,
+                offloaded=offloaded,
+            )  # fmt: skip
+            folder = planning if stream is None else stream.work
+            spent_by = kept_statistics(folder, f"planning-{near.window}-{near.sinks}-{grouped}", measure)
         assert target.asked.budget is not None
         allocation = budgets.plan(teacher, spent_by, target.asked.budget, bits=target.asked.bits, offloaded=offloaded)
         request = replace(

@@ -104,7 +104,7 @@ def convert_as(
             calibrate, teacher, ids, batch_size=batch_size, context=context, heads_per_latent=request.heads_per_latent,
             near=request.near, about={}, offloaded=None if stream is None else stream.layers,
         )  # fmt: skip
-        statistics = kept_statistics(stream, "calibration", measure)
+        statistics = kept_statistics(None if stream is None else stream.work, "calibration", measure)
     plan = plan_reduction(teacher, request, statistics)
     if ids is None or not request.recipe.calibrated:
         return _one_shot(graft(teacher, share=share), plan, statistics, stream)

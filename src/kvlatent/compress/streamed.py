@@ -104,12 +104,13 @@ def visited(stream: Stream | None, layer: nn.Module, index: int) -> AbstractCont
     return at_hand(None if stream is None else stream.layers, layer, index)
 
 
-def kept_statistics(stream: Stream | None, name: str, measure: Callable[[], Statistics]) -> Statistics:
-    """What `measure` gives; of a stream, what was kept under a name once it did."""
-    if stream is None:
+def kept_statistics(folder: Path | None, name: str, measure: Callable[[], Statistics]) -> Statistics:
+    """What `measure` gives; with a folder, what was kept there under a name once it did."""
+    if folder is None:
         return measure()
-    file = stream.work / f"{name}.safetensors"
+    file = folder / f"{name}.safetensors"
     if not file.exists():
+        folder.mkdir(exist_ok=True)
         measure().save(file)
     return Statistics.load(file)
 
