@@ -5,6 +5,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,11 @@ TENSOR_MODULES = [
 ]  # fmt: skip
 jaxtyping.install_import_hook([f"kvlatent.{name}" for name in TENSOR_MODULES], "beartype.beartype")
 
+import commands  # noqa: E402
+
+import recipes  # noqa: E402
+from kvlatent.cli import main  # noqa: E402
+from kvlatent.cli.recipe import run  # noqa: E402
 from kvlatent.compress.convert import convert  # noqa: E402
 from kvlatent.kernels.allocator import freed_memory_kept  # noqa: E402
 from kvlatent.model.config import CONFIGS  # noqa: E402
@@ -223,3 +229,32 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
+
+
+@pytest.fixture(scope="session")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    byte_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    """A folder with `teacher`, `student`, `train.txt` and `other.txt`; tests only read it."""
+    root = tmp_path_factory.mktemp("folder")
+    tiny_teacher("llama").save_pretrained(root / "teacher")
+    byte_tokenizer.save_pretrained(root / "teacher")
+    commands.write_text(root / "train.txt", seed=1)
+    commands.write_text(root / "other.txt", seed=2)
+    assert main(commands.convert(root, "--out", f"{root}/student")) == 0
+    return root
+
+
+@pytest.fixture(scope="session")
+def recipe(folder: Path) -> dict[str, Any]:
+    """A small recipe, as data."""
+    return recipes.tiny(folder)
+
+
+@pytest.fixture(scope="session")
+def finished(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A finished run of it, beside `tiny.yaml`, and its results; tests only read it."""
+    root = tmp_path_factory.mktemp("run")
+    return root / "run", run(recipes.write(recipe, root / "tiny.yaml"), root / "run")

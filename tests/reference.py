@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 
 def frequency_aware_exponents(d: int) -> list[int]:
@@ -248,3 +249,9 @@ VLLM_CPU_BLOCK = 128
 def vllm_tokens_per_gib(bytes_per_token: int) -> int:
     """Tokens that 1 GiB of vLLM's cache holds on a CPU, in whole blocks."""
     return 2**30 // (bytes_per_token * VLLM_CPU_BLOCK) * VLLM_CPU_BLOCK
+
+
+def logits(model: PreTrainedModel, ids: Tensor, **kwargs: Tensor) -> Tensor:
+    """What a model says of every next token."""
+    with torch.no_grad():
+        return model(ids, **kwargs).logits

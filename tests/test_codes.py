@@ -12,7 +12,7 @@ import test_budget
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_window import logits
+from reference import logits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

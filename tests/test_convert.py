@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference import logits
 from torch import Tensor
 from transformers import PreTrainedModel
 from windowless import convert
@@ -16,11 +17,6 @@ from kvlatent.model.graft import heads_per_latent_of, identity_spec, spec_of
 from kvlatent.model.rope import frequency_aware_exponents, inverse_frequencies
 
 PRESETS = ["best", "portable"]
-
-
-def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(ids).logits
 
 
 def hidden_error(student: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor) -> float:

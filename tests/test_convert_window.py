@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from reference import logits
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,11 +17,6 @@ from kvlatent.model.layers import layer_arguments
 from kvlatent.model.window import Near
 
 NEAR = Near(window=5, sinks=2)
-
-
-def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(ids).logits
 
 
 def test_up_to_window_and_sinks_a_converted_student_is_its_teacher(any_teacher: PreTrainedModel, ids: Tensor) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_window import logits, windowed
+from reference import logits
+from test_window import windowed
 from torch import Tensor
 from transformers import PreTrainedModel
 

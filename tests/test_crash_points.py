@@ -1,15 +1,13 @@
 """Commands killed before their file events; every event of every command in the slow test, some in the other."""
 
-import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import crash_points
 import pytest
+from commands import write_text
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-WORDS = ["river", "stone", "bread", "lamp", "morning", "harbour", "seven", "quiet", "under", "between", "carries"]
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +23,7 @@ def folder(
         model.save_pretrained(folder / name)
         byte_tokenizer.save_pretrained(folder / name)
     for seed, name in enumerate(("train.txt", "other.txt")):
-        rng = random.Random(seed)
-        (folder / name).write_text(" ".join(rng.choice(WORDS) for _ in range(200)))
+        write_text(folder / name, seed=seed, words=200)
     (folder / "tiny.yaml").write_text(
         crash_points.recipe(folder / "teacher", folder / "train.txt", folder / "other.txt")
     )

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from commands import WORDS as VOCABULARY
+from commands import answer, write_text
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -28,8 +30,6 @@ from kvlatent.evaluation.diagnose import (
 )
 from kvlatent.evaluation.perplexity import Perplexity
 from kvlatent.model.graft import graft
-from tests.test_cli import WORDS as VOCABULARY
-from tests.test_cli import answer, convert, folder, write_text  # noqa: F401
 
 
 def ids_of(seq: int, blocks: int = 2) -> Tensor:
@@ -187,7 +187,7 @@ def test_a_diagnosis_is_told_beside_the_teachers() -> None:
 
 
 def test_eval_diagnoses_beside_the_teacher(
-    folder: Path,  # noqa: F811
+    folder: Path,
     tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     more = write_text(tmp_path / "more.txt", seed=5)
@@ -212,7 +212,7 @@ def test_eval_diagnoses_beside_the_teacher(
 
 
 def test_a_source_that_was_trained_on_is_refused_alone_too(
-    folder: Path,  # noqa: F811
+    folder: Path,
     tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     argv = ["eval", f"{folder}/student", "--against", f"{folder}/teacher", "--block-size", "64", "--diagnose"]
@@ -224,7 +224,7 @@ def test_a_source_that_was_trained_on_is_refused_alone_too(
 
 
 def test_a_run_shows_its_diagnosis(
-    folder: Path,  # noqa: F811
+    folder: Path,
     tmp_path: Path,
 ) -> None:
     recipe = {

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ON_ENGINES, TEACHERS
+from reference import logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
@@ -46,11 +47,6 @@ print(type(model).__name__, keys.shape[-1])
 
 def stock_logits(folder: Path, ids: Tensor) -> Tensor:
     return logits(AutoModelForCausalLM.from_pretrained(folder).eval(), ids)
-
-
-def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(ids).logits
 
 
 @pytest.mark.parametrize(("d_qk", "d_vo"), [(8, 8), (8, 4), (4, 8)])

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from commands import WORDS, answer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kvlatent import cli
 from kvlatent.errors import UserError
 from kvlatent.evaluation.joined import Rolling, joined_scores, joined_text, rolling
-from tests.test_cli import WORDS, answer, convert, folder  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_errors_take_windows_as_samples(byte_tokenizer: PreTrainedTokenizerFast,
 
 
 def test_eval_measures_the_joined_text_beside_the_teacher(
-    folder: Path,  # noqa: F811
+    folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def run(*changes: str) -> Any:
@@ -127,7 +127,7 @@ def test_eval_measures_the_joined_text_beside_the_teacher(
     ],
 )
 def test_what_joined_refuses(
-    changes: list[str], said: str, folder: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+    changes: list[str], said: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     argv = ["eval", f"{folder}/student", "--tokens", "256", "--block-size", "64"]
     argv += [f"{folder}/{change}" if change.endswith(".txt") else change for change in changes]

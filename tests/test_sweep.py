@@ -14,13 +14,13 @@ from kvlatent.cli import grid as sweeping
 from kvlatent.cli import recipe as pipeline
 from kvlatent.errors import UserError
 from kvlatent.evaluation.report.pareto import draw, front, markdown
-from tests.test_recipe import changed, recipe, root, write  # noqa: F401
+from recipes import changed, write
 
 GRID = {"preset": ["best", "paper"], "budget": [0.5, 0.25], "seed": [0, 1]}
 
 
 @pytest.fixture(scope="module")
-def asked(recipe: dict[str, Any]) -> dict[str, Any]:  # noqa: F811
+def asked(recipe: dict[str, Any]) -> dict[str, Any]:
     heal = recipe["students"][0]["heal"] | {"stage1_tokens": 0}
     return recipe | {"students": [{"window": 0, "heal": heal}], "grid": GRID}
 

@@ -7,6 +7,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import logits
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -117,11 +118,6 @@ def test_windowed_attention_and_its_gradients_match_the_loops(
     for a, b, x in zip(mine, its, tensors, strict=True):
         zero = torch.zeros_like(x)
         torch.testing.assert_close(zero if a is None else a, zero if b is None else b, rtol=1e-4, atol=1e-5)
-
-
-def logits(model: PreTrainedModel, ids: Tensor, **kwargs: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(ids, **kwargs).logits
 
 
 def test_up_to_window_and_sinks_the_student_is_the_teacher(any_teacher: PreTrainedModel, ids: Tensor) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from reference import logits
 from test_static_cache import Counter, compiled
-from test_window import logits, windowed
+from test_window import windowed
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
