@@ -213,6 +213,21 @@ def test_refitting_never_fits_its_text_worse_and_a_stronger_pull_moves_less(
     assert (pulled.q_map - start.q_map).norm() < 0.01 * start.q_map.norm()
 
 
+def test_parts_leave_out_no_more_than_keys_without_attention() -> None:
+    (whole, _), at = planted(random_maps(0), None), 0
+    parts = list(whole.parts())
+    assert torch.equal(torch.cat([part.rows for part in parts]), whole.rows)
+    assert [part.k.shape[2] for part in parts] == [int(part.rows[-1]) + 1 for part in parts] == [5, 8, 11, 12]
+    for part in parts:
+        rows, seq = slice(at, at + len(part.rows)), part.k.shape[2]
+        assert torch.equal(part.q, whole.q[:, :, rows]) and torch.equal(part.k, whole.k[:, :, :seq])
+        assert torch.equal(part.logits, whole.logits[:, :, rows, :seq])
+        assert torch.equal(part.probs, whole.probs[:, :, rows, :seq]) and not whole.probs[:, :, rows, seq:].any()
+        at += len(part.rows)
+    silent = next(replace(whole, probs=torch.zeros_like(whole.probs)).parts())
+    assert silent.k.shape[2] == 1
+
+
 def test_what_all_keys_of_a_query_share_does_not_count() -> None:
     samples, start = planted(random_maps(0), None), random_maps(1)
     shifted = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,9 @@ from kvlatent.model.window import ALL_FAR, FarMaps, Near
 
 _BLOCKS = 8
 """Rows of blocks that XᵀX is computed in; half of it follows by symmetry."""
+
+_PARTS = 4
+"""Parts that sampled queries are fitted in: causal attention gives nothing to half of the keys."""
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -103,6 +106,18 @@ class LogitSamples:
     probs: Float[Tensor, "batch q_heads rows seq"]
     """Their softmax over visible keys, after a soft cap; zero elsewhere."""
 
+    def parts(self) -> Iterator[LogitSamples]:
+        """The same in a few parts, each with no keys behind the last that its queries give attention to."""
+        size = -(-len(self.rows) // _PARTS)
+        for start in range(0, len(self.rows), size):
+            at = slice(start, start + size)
+            met = self.probs[:, :, at].flatten(0, 2).any(0).nonzero()
+            seq = int(met[-1]) + 1 if len(met) else 1
+            yield LogitSamples(
+                q=self.q[:, :, at], k=self.k[:, :, :seq], rows=self.rows[at], logits=self.logits[:, :, at, :seq],
+                probs=self.probs[:, :, at, :seq],
+            )  # fmt: skip
+
 
 def probabilities(attention: LatentAttention, logits: Tensor, visible: Tensor) -> Tensor:
     """What an attention makes of its logits, (batch, q_heads, rows, seq)."""
@@ -174,6 +189,7 @@ def refit_logits(
         rounds: Times that queries and keys are each fitted.
         iterations: Conjugate-gradient steps of each fit.
     """
+    samples = [part for whole in samples for part in whole.parts()]
     q_map, k_map = maps.q_map.float(), maps.k_map.float()
     kv_heads, group_size = len(k_map), len(q_map) // len(k_map)
     queries_per_head = sum(s.q.shape[0] * s.q.shape[2] for s in samples)
@@ -192,26 +208,30 @@ def refit_logits(
     def per_head(x: Tensor) -> Tensor:
         return x.unflatten(2, (group_size, -1)).flatten(1, 2)
 
+    def of_keys(s: LogitSamples, x: Tensor) -> Tensor:
+        return turned(s.k @ x, slice(s.k.shape[2]))
+
     # Of both fits: logits of a map, the adjoint of that, and the second moments of what the map takes and meets.
     def logits_of_queries(keys: list[Tensor], i: int, x: Tensor) -> Tensor:
         s = samples[i]
-        return per_head(grouped(turned(s.q @ x, s.rows)) @ keys[i].mT) * scale
+        return per_head(grouped(turned(s.q @ x, s.rows) * scale) @ keys[i].mT)
 
     def back_to_queries(keys: list[Tensor], i: int, error: Tensor) -> Tensor:
         s = samples[i]
         return moment(s.q, turned(per_head(grouped(error) @ keys[i]), s.rows, -1.0) * scale)
 
     def logits_of_keys(queries: list[Tensor], i: int, x: Tensor) -> Tensor:
-        return per_head(queries[i] @ turned(samples[i].k @ x, slice(None)).mT) * scale
+        return per_head(queries[i] @ (of_keys(samples[i], x) * scale).mT)
 
     def back_to_keys(queries: list[Tensor], i: int, error: Tensor) -> Tensor:
-        return moment(samples[i].k, turned(grouped(error).mT @ queries[i], slice(None), -1.0) * scale)
+        k = samples[i].k
+        return moment(k, turned(grouped(error).mT @ queries[i], slice(k.shape[2]), -1.0) * scale)
 
     received = [grouped(s.probs).sum(2)[..., None] for s in samples]
     query_moment = _total(moment(s.q, s.q) for s in samples)
     key_moment = _total(moment(s.k, s.k * w) for s, w in zip(samples, received, strict=True))
     for _ in range(rounds):
-        keys = [turned(s.k @ k_map, slice(None)) for s in samples]
+        keys = [of_keys(s, k_map) for s in samples]
         met = _total(moment(k, k * w) for k, w in zip(keys, received, strict=True)) * scale**2
         met = (met / (group_size * queries_per_head)).repeat_interleave(group_size, dim=0)
         fit = partial(logits_of_queries, keys), partial(back_to_queries, keys)
@@ -274,7 +294,7 @@ def _conjugate_gradients(
         total = torch.zeros_like(start)
         for i, s in enumerate(samples):
             error = logits(i)
-            total += adjoint(i, (error - (s.probs * error).sum(-1, keepdim=True)).mul_(s.probs))
+            total += adjoint(i, error.sub_((s.probs * error).sum(-1, keepdim=True)).mul_(s.probs))
         return total
 
     def applied(x: Tensor) -> Tensor:
