@@ -254,7 +254,25 @@ def recipe(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
+def roomy(
+    recipe: dict[str, Any],
+    tiny_teacher: Callable[[str], PreTrainedModel],
+    byte_tokenizer: PreTrainedTokenizerFast,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
+    """The same without healing, for a teacher with positions for questions about far text."""
+    folder = tmp_path_factory.mktemp("roomy")
+    teacher = tiny_teacher("llama")
+    teacher.config.max_position_embeddings = 700
+    teacher.save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    small = recipe | {"model": str(folder), "students": [{"preset": "paper", "d_qk": 8, "d_vo": 4}]}
+    del small["training"]
+    return small
+
+
+@pytest.fixture(scope="session")
 def finished(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A finished run of it, beside `tiny.yaml`, and its results; tests only read it."""
+    """A finished run of the small recipe, beside `tiny.yaml`, and its results; tests only read it."""
     root = tmp_path_factory.mktemp("run")
     return root / "run", run(recipes.write(recipe, root / "tiny.yaml"), root / "run")

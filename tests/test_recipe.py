@@ -176,24 +176,6 @@ def test_long_blocks_are_judged_by_far_text_too(
     assert "far gain" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def roomy(
-    recipe: dict[str, Any],
-    tiny_teacher: Callable[[str], PreTrainedModel],
-    byte_tokenizer: PreTrainedTokenizerFast,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Any]:
-    """A recipe without healing, for a teacher with positions for questions about far text."""
-    folder = tmp_path_factory.mktemp("roomy")
-    teacher = tiny_teacher("llama")
-    teacher.config.max_position_embeddings = 700
-    teacher.save_pretrained(folder)
-    byte_tokenizer.save_pretrained(folder)
-    small = recipe | {"model": str(folder), "students": [{"preset": "paper", "d_qk": 8, "d_vo": 4}]}
-    del small["training"]
-    return small
-
-
 def test_a_recipe_asks_for_needle_retrieval_and_tasks_as_eval_does(
     roomy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

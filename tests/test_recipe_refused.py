@@ -64,10 +64,10 @@ def test_memory_is_checked_before_the_first_step(
         ("students.0.heal.clip", 0, "clip must be above 0"),
         ("students.0.heal.warmup", 1.5, "warmup is a share"),
         ("students.0.budget", float("nan"), "students.0.budget"),
-        ("held_out.text", ["{tmp_path}/none.txt"], "does not exist"),
-        ("held_out.text", ["{tmp_path}/train.txt"], "evaluate on other text"),
+        ("held_out.text", ["{folder}/none.txt"], "does not exist"),
+        ("held_out.text", ["{folder}/train.txt"], "evaluate on other text"),
         ("calibration.tokens", 10**6, "too short"),
-        ("model", "{tmp_path}/nowhere", "no such folder"),
+        ("model", "{folder}/nowhere", "no such folder"),
         ("generate.prompts", ["bread", ""], "generate.prompts.1"),
         ("generate.max_new_tokens", 10**9, "exceed the 256 positions"),
         ("generate.max_new_tokens", 10**400, "generate.max_new_tokens"),
@@ -96,6 +96,7 @@ def test_memory_is_checked_before_the_first_step(
     ],
 )
 def test_bad_recipe_gives_one_line_and_leaves_nothing(
+    folder: Path,
     recipe: dict[str, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -104,9 +105,9 @@ def test_bad_recipe_gives_one_line_and_leaves_nothing(
     said: str,
 ) -> None:
     if isinstance(value, list):
-        value = [item.format(tmp_path=tmp_path) for item in value]
+        value = [item.format(folder=folder) for item in value]
     elif isinstance(value, str):
-        value = value.format(tmp_path=tmp_path)
+        value = value.format(folder=folder)
     file = write(changed(recipe, path, value), tmp_path / "bad.yaml")
     assert cli.main(["run", str(file), "--out", f"{tmp_path}/run"]) == 2
     *progress, line = capsys.readouterr().err.splitlines()
