@@ -127,6 +127,24 @@ class Spy(Policy):
         return received.mean(2)
 
 
+@pytest.mark.parametrize("slot", [[[0], [0]], [[8], [3]], [[4, 0], [7, 8]]])
+def test_a_slot_that_goes_leaves_the_others_as_they_are(slot: list[list[int]]) -> None:
+    def text(tokens: int) -> Tensor:
+        return torch.rand(2, 2, tokens, 3, generator=torch.Generator().manual_seed(tokens))
+
+    layer, held = EvictingLayer(), text(9)
+    for new in (text(9), text(1), text(2)):
+        layer.announced = True
+        layer.update(new, 2 * new)
+        if new.shape[2] < 9:
+            held = torch.cat((held, new), dim=2)
+            stays = torch.arange(held.shape[2]) != torch.tensor(slot).expand(-1, 2)[..., None]
+            held = held[stays].view(2, 2, -1, 3)
+            layer.drop(torch.tensor(slot))
+        assert torch.equal(layer.keys, held) and torch.equal(layer.values, 2 * held)
+        assert layer.slots == held.shape[2]
+
+
 @pytest.mark.parametrize("eager", [False, True])
 def test_received_attention_is_that_of_eager_maps(any_teacher: PreTrainedModel, text: Tensor, eager: bool) -> None:
     ids, layer_types = text[:, :40], getattr(any_teacher.config, "layer_types", None)

@@ -6,6 +6,8 @@ A layer counts all tokens it has seen, so that later ones get the positions that
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -59,6 +61,21 @@ class Evicting:
     def take(self, slots: Slots, valid: Bool[Tensor, "batch kept"] | None) -> None:
         """Keep these slots only; invalid ones, in front, hold nothing."""
         raise NotImplementedError
+
+    def slot_buffers(self) -> Iterable[Buffer]:
+        """What the slots are made of."""
+        raise NotImplementedError
+
+    def drop(self, slot: Int[Tensor, "batch heads"]) -> None:
+        """Take out one slot of every head, all of which hold a token; one head stands for all."""
+        if last := int(slot.max()):  # slots in front of it move up: they are few, or need no new room
+            moved = torch.arange(1, last + 1, device=slot.device)
+            moved = moved - 1 * (moved <= slot[..., None])
+        for buffer in self.slot_buffers():
+            if last:
+                front = buffer.held()[:, :, : last + 1]
+                front[:, :, 1:] = gathered(front, moved)
+            buffer.start, buffer.length = buffer.start + 1, buffer.length - 1  # where what lies behind stays
 
     def held_tokens(self) -> list[int]:
         """Tokens in the slots, by sequence."""
@@ -140,6 +157,10 @@ class EvictingLayer(Evicting, GrowingLayer):
         self.expect(key_states)
         self.seen += key_states.shape[2]
         return super().update(key_states, value_states)
+
+    def slot_buffers(self) -> Iterable[Buffer]:
+        """Keys and values."""
+        return self.buffers()
 
     def take(self, slots: Slots, valid: Bool[Tensor, "batch kept"] | None) -> None:
         """Keep these slots only."""
@@ -236,6 +257,10 @@ class EvictingWindowLayer(Evicting, WindowLayer):
         whole[:, max(0, self.length - self.window) :] = True
         whole = whole.scatter(1, self.sink_columns().expand(len(whole), -1), True)[:, :-1]
         return whole if self.visible is None else whole & self.visible
+
+    def slot_buffers(self) -> Iterable[Buffer]:
+        """Latents or codes."""
+        return self.far.parts
 
     def take(self, slots: Slots, valid: Bool[Tensor, "batch kept"] | None) -> None:
         """Keep these slots only."""
