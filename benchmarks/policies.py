@@ -89,8 +89,8 @@ def main() -> None:
                 {name: model}, context=asked.context, batch=1, new_tokens=asked.new_tokens, repeats=asked.repeats,
                 seed=0, policies={} if policy is None else {name: policy},
             )  # fmt: skip
-            told = ("cache_bytes", "kept_share", "ttft_ms", "tpot_ms", "tokens_per_s", "peak_memory_bytes")
-            row |= {key: cost[key] for key in told if key in cost}
+            told = ("cache_bytes", "ttft_ms", "tpot_ms", "tokens_per_s", "peak_memory_bytes")
+            row |= {key: value for key, value in cost.items() if key in told or key.startswith("kept")}
             with asked.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)

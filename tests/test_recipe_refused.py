@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_recipe import changed, write
 
 from kvlatent import cli
 from kvlatent.cli import recipe as pipeline
 from kvlatent.errors import UserError
-from recipes import changed, write
 
 
 def test_dims_and_a_budget_exclude_each_other(tmp_path: Path, recipe: dict[str, Any]) -> None:

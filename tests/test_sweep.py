@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_recipe import changed, write
 
 from kvlatent import cli
 from kvlatent.cli import grid as sweeping
 from kvlatent.cli import recipe as pipeline
 from kvlatent.errors import UserError
 from kvlatent.evaluation.report.pareto import draw, front, markdown
-from recipes import changed, write
 
 GRID = {"preset": ["best", "paper"], "budget": [0.5, 0.25], "seed": [0, 1]}
 

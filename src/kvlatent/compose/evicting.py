@@ -177,11 +177,12 @@ class PolicyCache(DynamicCache):
         window = getattr(layer, "window", 0)
         last = [max(0, self.policy.recent(*x) - window) for x in zip(tokens, layer.budgets, strict=True)]
         worth = self._worth(index, layer, hidden, kwargs, last)
-        if self.policy.steps and layer.valid() is None and layer.budgets == [layer.slots - 1] * len(tokens):
+        valid = layer.valid()
+        if self.policy.steps and valid is None and layer.budgets == [layer.slots - 1] * len(tokens):
             span = worth[:, :, first[0] : layer.slots - last[0]]  # without padding all sequences are alike
             layer.drop(first[0] + span.shape[2] - 1 - span.flip(-1).argmin(-1))  # of equals the newest, as in `chosen`
             return None
-        kept = chosen(worth, layer.valid(), layer.budgets, first=first, last=last)
+        kept = chosen(worth, valid, layer.budgets, first=first, last=last)
         layer.take(*to_the_right(kept))
         return kept
 

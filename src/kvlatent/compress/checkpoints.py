@@ -186,7 +186,7 @@ def convert_checkpoint(
         try:
             if blocks is not None and not kept.is_file():
                 save_blocks(blocks, kept)
-            done = convert_loaded(opened, tokenizer, out, target, stream=stream, **settings)
+            done = convert_loaded(opened, tokenizer, out, target, stream=stream, planning=stream.work, **settings)
         except UserError:
             if not stream.has_work():  # refused before there was anything to go on from
                 discard(stream.work, of=out)
@@ -296,7 +296,7 @@ def convert_loaded(
         statistics: Instead of text or, with a budget, what it is spent by.
         dtype: Of the weights written.
         stream: Where the teacher's layers are, if they aren't in memory.
-        planning: Folder that keeps what a budget is spent by, for others of the same text; a stream has its own.
+        planning: Folder that keeps what a budget is spent by, for a later conversion on the same text.
     """
     check_disk(out, weight_bytes(teacher, dtype) + 50_000_000)
     offloaded = None if stream is None else stream.layers
@@ -310,8 +310,7 @@ def convert_loaded(
                 budgets.planning_statistics, teacher, blocks.ids, heads_per_latent=grouped, near=near,
                 offloaded=offloaded,
             )  # fmt: skip
-            folder = planning if stream is None else stream.work
-            spent_by = kept_statistics(folder, f"planning-{near.window}-{near.sinks}-{grouped}", measure)
+            spent_by = kept_statistics(planning, f"planning-{near.window}-{near.sinks}-{grouped}", measure)
         assert target.asked.budget is not None
         allocation = budgets.plan(teacher, spent_by, target.asked.budget, bits=target.asked.bits, offloaded=offloaded)
         request = replace(
