@@ -6,10 +6,12 @@ At every budget, a share of the bytes of the 16-bit cache of 8,192 tokens, the w
 tokens stays by a policy, in a student that is as wide as the budget then allows (one shot from statistics of `kvlatent
 calibrate`; dims and bits as `convert --budget` spends them). Judged on text (the first 128 tokens of the second half of
 every block, from what is left of the first half: later ones would have far tokens among themselves, which all stay) and
-by codes among codes, a question per prompt. `--cells` gives students and policies instead, each `BUDGET:POLICY:KEEP` or
-`BUDGET` with all tokens; a budget of 1 is the teacher, which has no window:
+by codes among codes, a question per prompt. `--cells` gives students and policies instead, each `STUDENT:POLICY:KEEP` or
+`STUDENT` with all tokens; a student is a budget, or the folder of one with this window, which may be healed. A budget of
+1 is the teacher, which has no window:
 
     … --cells 1:pyramid-infer:0.5 0.5 0.5:pyramid-infer:0.5 0.25 1:pyramid-infer:0.25 --out table4.jsonl
+    … --cells 0.0767:tova:0.25 healed healed:tova:0.25 --out healed.jsonl
 """
 
 from __future__ import annotations
@@ -30,28 +32,40 @@ from kvlatent.evaluation.far import near_only_perplexity
 from kvlatent.evaluation.perplexity import Perplexity, perplexity
 from kvlatent.evaluation.retrieval import RETRIEVAL_TESTS, retrieval
 from kvlatent.model.checkpoints import load_model
-from kvlatent.model.sizes import counted_context
+from kvlatent.model.sizes import counted_context, predicted_cache_bytes
 
 
 class Cell(NamedTuple):
     """A student and what it forgets."""
 
-    budget: float
-    """Share of the bytes that it would take with all tokens; 1 is the teacher."""
+    student: float | str
+    """Share of the bytes that it would take with all tokens, 1 for the teacher, or the folder of one."""
     policy: str | None = None
     keep: float | None = None
 
-    def share(self, whole: float) -> float:
+    def share(self, with_all_tokens: float, window: float) -> float:
         """Share of the bytes that it takes, where the tokens of its window take so much."""
-        whole = 0.0 if self.budget == 1 else whole
-        return whole + (self.budget - whole) * (1.0 if self.keep is None else self.keep)
+        window = 0.0 if self.student == 1 else window
+        return window + (with_all_tokens - window) * (1.0 if self.keep is None else self.keep)
 
 
 def cell_of(text: str) -> Cell:
     """A cell as the command line writes it."""
-    budget, _, policy = text.partition(":")
-    name, _, keep = policy.partition(":")
-    return Cell(float(budget), name, float(keep)) if policy else Cell(float(budget))
+    student, *policy = text.split(":")
+    try:
+        of: float | str = float(student)
+    except ValueError:
+        of = student
+    return Cell(of, policy[0], float(policy[1])) if policy else Cell(of)
+
+
+def share_of(model: PreTrainedModel, teacher: PreTrainedModel) -> float:
+    """Bytes of a model's cache of the counted context over the teacher's, both in 16 bits."""
+    student, whole = (
+        predicted_cache_bytes(x.config, batch=1, tokens=counted_context(teacher.config), element_size=2)
+        for x in (model, teacher)
+    )
+    return student / whole
 
 
 def main() -> None:
@@ -105,13 +119,15 @@ def main() -> None:
     write("near only", window, None, Cell(window))
     write("teacher", 1.0, teacher, Cell(1))
     for cell in cells:
-        if cell.budget == 1:
+        if cell.student == 1:
             name, model = "teacher", teacher
+        elif isinstance(cell.student, str):
+            name, model = cell.student, load_model(cell.student, dtype="float32")[0]
         else:
-            spent = plan(teacher, statistics, cell.budget)
-            name, model = f"student of {cell.budget:.4f}", student_of(teacher, statistics, spent)
+            spent = plan(teacher, statistics, cell.student)
+            name, model = f"student of {cell.student:.4f}", student_of(teacher, statistics, spent)
         label = name if cell.policy is None else f"{name}, {cell.policy} {cell.keep:g}"
-        write(label, cell.share(window), model, cell)
+        write(label, cell.share(share_of(model, teacher), window), model, cell)
 
 
 if __name__ == "__main__":
