@@ -92,10 +92,7 @@ def held_out_text(
 
 def student_of(teacher: PreTrainedModel, statistics: Statistics, spent: Allocation) -> PreTrainedModel:
     """The teacher with dims and bits as a budget was spent, nothing refitted."""
-    return convert(
-        teacher, d_qk=spent.d_qk, d_vo=spent.d_vo, k_codes=spent.k_codes, v_codes=spent.v_codes,
-        whole_layers=spent.whole_layers, statistics=statistics,
-    )  # fmt: skip
+    return convert(teacher, **spent.reduction, statistics=statistics)
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:

@@ -62,12 +62,13 @@ from kvlatent.model.cache import LatentCache
 from kvlatent.model.checkpoints import load_model
 from kvlatent.model.compatibility import CACHE, CACHE_NAMES
 from kvlatent.model.families import FAMILIES
+from kvlatent.model.far_maps import FarMaps
 from kvlatent.model.graft import graft, head_dim_of, identity_spec
 from kvlatent.model.hidden_states import InMemory
 from kvlatent.model.layers import attention_input, embedded, layer_arguments
 from kvlatent.model.rope import rotate
 from kvlatent.model.spec import LatentSpec
-from kvlatent.model.window import ALL_FAR, Far, FarMaps, Near, Whole
+from kvlatent.model.window import ALL_FAR, Far, Near, Whole
 
 PLAIN = [name for name, family in FAMILIES.items() if family.on_engines]
 """Model types whose layers can share keys and values here."""

@@ -6,9 +6,9 @@ At every budget, a share of the bytes of the 16-bit cache of 8,192 tokens, the w
 tokens stays by a policy, in a student that is as wide as the budget then allows (one shot from statistics of `kvlatent
 calibrate`; dims and bits as `convert --budget` spends them). Judged on text (the first 128 tokens of the second half of
 every block, from what is left of the first half: later ones would have far tokens among themselves, which all stay) and
-by codes among codes, a question per prompt. `--cells` gives students and policies instead, each `STUDENT:POLICY:KEEP` or
-`STUDENT` with all tokens; a student is a budget, or the folder of one with this window, which may be healed. A budget of
-1 is the teacher, which has no window:
+by codes among codes, a question per prompt. `--cells` gives students and policies instead, each `STUDENT:POLICY:KEEP`
+or `STUDENT` with all tokens; a student is a budget, or the folder of one with this window, which may be healed. A
+budget of 1 is the teacher, which has no window:
 
     … --cells 1:pyramid-infer:0.5 0.5 0.5:pyramid-infer:0.5 0.25 1:pyramid-infer:0.25 --out table4.jsonl
     … --cells 0.0767:tova:0.25 healed healed:tova:0.25 --out healed.jsonl
@@ -21,9 +21,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from bits import arguments, held_out_text, student_of
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvlatent.compose.policies import policy_of
+from kvlatent.compress.bits import bits_of_window
 from kvlatent.compress.budget import plan
 from kvlatent.compress.checkpoints import load_statistics
 from kvlatent.evaluation.config import NEAR
@@ -32,7 +33,10 @@ from kvlatent.evaluation.far import near_only_perplexity
 from kvlatent.evaluation.perplexity import Perplexity, perplexity
 from kvlatent.evaluation.retrieval import RETRIEVAL_TESTS, retrieval
 from kvlatent.model.checkpoints import load_model
-from kvlatent.model.sizes import counted_context, predicted_cache_bytes
+from kvlatent.model.graft import head_dim_of
+from kvlatent.model.sizes import counted_context, predicted_cache_bytes, window_bytes
+from kvlatent.model.spec import near_bytes
+from kvlatent.model.window import Near
 
 
 class Cell(NamedTuple):
@@ -43,10 +47,14 @@ class Cell(NamedTuple):
     policy: str | None = None
     keep: float | None = None
 
-    def share(self, with_all_tokens: float, window: float) -> float:
-        """Share of the bytes that it takes, where the tokens of its window take so much."""
-        window = 0.0 if self.student == 1 else window
-        return window + (with_all_tokens - window) * (1.0 if self.keep is None else self.keep)
+    def share(self, model: PreTrainedModel, teacher: PreTrainedModel) -> float:
+        """Bytes that it takes of the counted context over those of the teacher, both in 16 bits."""
+        tokens = counted_context(teacher.config)
+        student, whole = (
+            predicted_cache_bytes(x.config, batch=1, tokens=tokens, element_size=2) for x in (model, teacher)
+        )
+        window = window_bytes(model.config, 2)
+        return (window + (student - window) * (1.0 if self.keep is None else self.keep)) / whole
 
 
 def cell_of(text: str) -> Cell:
@@ -59,13 +67,15 @@ def cell_of(text: str) -> Cell:
     return Cell(of, policy[0], float(policy[1])) if policy else Cell(of)
 
 
-def share_of(model: PreTrainedModel, teacher: PreTrainedModel) -> float:
-    """Bytes of a model's cache of the counted context over the teacher's, both in 16 bits."""
-    student, whole = (
-        predicted_cache_bytes(x.config, batch=1, tokens=counted_context(teacher.config), element_size=2)
-        for x in (model, teacher)
-    )
-    return student / whole
+def cell_for(config: PreTrainedConfig, near: Near, budget: float, policy: str, keep: float) -> Cell | None:
+    """The student that takes a budget with a share of its far tokens; None where it would be wider than the teacher."""
+    dims, tokens = head_dim_of(config), counted_context(config)
+    for bits in (8, 16):
+        window = near_bytes(dims, bits, 1, 2) / near_bytes(dims, 16, 1, 2) * sum(near) / tokens
+        student = window + (budget - window) / keep
+        if window < budget and student < 1 and bits_of_window(config, student, None, near) == bits:
+            return Cell(student) if keep == 1 else Cell(student, policy, keep)
+    return None
 
 
 def main() -> None:
@@ -83,10 +93,10 @@ def main() -> None:
     statistics = load_statistics(asked.stats, teacher.config)
     window = sum(statistics.near) / counted_context(teacher.config)
     cells = asked.cells or [
-        Cell(budget) if keep == 1 else Cell(window + (budget - window) / keep, asked.policy, keep)
+        cell
         for budget in asked.budgets
         for keep in asked.keep
-        if window < budget and window + (budget - window) / keep < 1
+        if (cell := cell_for(teacher.config, statistics.near, budget, asked.policy, keep)) is not None
     ]
     text, sizes = held_out_text(asked, teacher, tokenizer)
 
@@ -127,7 +137,7 @@ def main() -> None:
             spent = plan(teacher, statistics, cell.student)
             name, model = f"student of {cell.student:.4f}", student_of(teacher, statistics, spent)
         label = name if cell.policy is None else f"{name}, {cell.policy} {cell.keep:g}"
-        write(label, cell.share(share_of(model, teacher), window), model, cell)
+        write(label, cell.share(model, teacher), model, cell)
 
 
 if __name__ == "__main__":

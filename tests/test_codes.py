@@ -28,7 +28,7 @@ from kvlatent.healing.checkpoint import settings_for
 from kvlatent.healing.config import HealChanges
 from kvlatent.kernels import attention, cpu_decode
 from kvlatent.kernels.attention import segment_attention
-from kvlatent.kernels.codes import Codes
+from kvlatent.kernels.codes import Codes, WholeCodes
 from kvlatent.kernels.cpu_codes import LANES, WORDS, vectors_of
 from kvlatent.kernels.layout import BITS, DISTORTION, LEAST_SIZE, STEP, Groups
 from kvlatent.model import window
@@ -87,6 +87,20 @@ def test_silence_and_huge_numbers_give_numbers() -> None:
     x = torch.stack((torch.zeros(8), torch.full((8,), 1e30)))[None, None]
     assert codes.decode(codes.encode(x), torch.float32).isfinite().all()
     assert codes.decode(codes.encode(x), torch.float32)[0, 0, 0].abs().max() < LEAST_SIZE
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1.0, 1e2])
+def test_outliers_of_whole_rows_are_not_cut_off(size: float) -> None:
+    codes = WholeCodes(64)
+    x = torch.randn(2, 3, 50, 64) * torch.linspace(0.1, 9, 64) ** 2 * size
+    x[..., 5] *= 100
+    peaks = x.abs().amax(-1, keepdim=True)
+    with patch.object(cpu_decode, "available", lambda: False):
+        wanted = codes.encode(x)
+    rows = codes.encode(x)
+    assert torch.equal(rows, wanted) and rows.shape[-1] == 65
+    bound = peaks / 255 * 1.13 + LEAST_SIZE  # half a step, of sizes that are at most an eighth too large
+    assert bool(((codes.decode(rows, torch.float32) - x).abs() <= bound).all())
 
 
 @pytest.mark.skipif(not cpu_decode.available(), reason="needs llvmlite and GNU's OpenMP")
@@ -274,11 +288,11 @@ def test_a_planned_student_keeps_within_its_budget(
     statistics = probed(teacher, ids)
     plan = budget.plan(teacher, statistics, share)
     assert plan.k_codes and plan.expected_loss <= min(plan.alternatives.values())
-    student = convert(
-        teacher, d_qk=plan.d_qk, d_vo=plan.d_vo, k_codes=plan.k_codes, v_codes=plan.v_codes, statistics=statistics
-    )
+    student = convert(teacher, **plan.reduction, statistics=statistics)
     spec, context = spec_of(student), teacher.config.max_position_embeddings
     assert spec is not None
+    near = sum(statistics.near)
+    assert spec.window_bits == plan.window_bits == (8 if near > 0.1 * share * context else 16)
     whole = 2 * 2 * 16 * 2 * 2 * context  # 2 layers, 2 KV heads of 16 dims, keys and values of 2 bytes
     assert spec.cache_bytes(2, 2, context) <= share * whole * 1.0001
     with torch.no_grad():
@@ -334,8 +348,7 @@ def test_in_order_and_back_from_disk(
 ) -> None:
     teacher = tiny_teacher("qwen3")
     plan = budget.plan(teacher, probed(teacher, ids), 0.2)
-    dims = {"d_qk": plan.d_qk, "d_vo": plan.d_vo, "k_codes": plan.k_codes, "v_codes": plan.v_codes}
-    student = convert(teacher, **dims, window=5, sinks=2, ids=ids)
+    student = convert(teacher, **plan.reduction, window=5, sinks=2, ids=ids)
     assert all(attention.far_bias.abs().min() > 0 for attention in attentions(student))
     student.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -378,6 +391,9 @@ def test_what_can_not_be_is_refused(tiny_teacher: Callable[[str], PreTrainedMode
     ):
         with pytest.raises(UserError, match=what):
             LatentSpec.from_dict(fields | {"k_codes": wrong, "v_codes": [[[8, 4]]] * 2})
+    for bits, codes in ((8, []), (4, [[[8, 4]]] * 2)):
+        with pytest.raises(UserError, match=f"a window has 16 bits or, beside codes, 8; got {bits}"):
+            LatentSpec.from_dict(fields | {"window_bits": bits, "k_codes": codes, "v_codes": codes})
 
 
 def test_layers_without_far_tokens_become_codes_of_nothing(

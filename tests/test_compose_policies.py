@@ -33,9 +33,9 @@ from kvlatent.errors import UserError
 from kvlatent.model.cache import cache_bytes
 from kvlatent.model.compatibility import CACHE
 from kvlatent.model.families import linear_layers
+from kvlatent.model.far_maps import FarMaps
 from kvlatent.model.graft import spec_of
 from kvlatent.model.layers import hooks
-from kvlatent.model.window import FarMaps
 from kvlatent.model.window_cache import WindowLayer
 
 BEFORE_ROPE = ["stock", "portable", "paper"]
@@ -56,7 +56,8 @@ def models(tiny_teacher: Models, tiny_student: Callable[..., PreTrainedModel]) -
         if kind == "stock":
             return tiny_teacher("llama")
         if kind in ("window", "codes"):
-            return windowed(tiny_teacher("llama"), codes=kind == "codes")
+            coded = kind == "codes"
+            return windowed(tiny_teacher("llama"), codes=coded, window_bits=8 if coded else 16)
         return tiny_student("llama", kind)
 
     return model

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlatent.kernels import cpu_decode, cpu_step
-from kvlatent.kernels.codes import Codes
+from kvlatent.kernels.codes import Codes, WholeCodes
 from kvlatent.kernels.cpu_linear import MOST_ROWS
 from kvlatent.model.cache import LatentCache
 from kvlatent.model.rope import rotate
@@ -80,14 +80,17 @@ def softmax_over_both(
 @pytest.mark.parametrize("coded", [False, True], ids=["numbers", "codes"])
 def test_near_and_far_tokens_share_one_softmax(rows: int, coded: bool) -> None:
     q, maps = numbers(rows, 6, 1, 16), [numbers(6, 16, 24) / 4, numbers(6, 20, 16)]
-    near = [numbers(rows, 2, 30, 16, seed=s) for s in (1, 2)]
+    near = whole = [numbers(rows, 2, 30, 16, seed=s) for s in (1, 2)]
     far = stored = [numbers(rows, 1, 90, width) for width in (24, 20)]
-    codes, means = None, None
+    codes, means, near_codes = None, None, None
     if coded:
         codes = Codes(((8, 8), (16, 4))), Codes(((20, 4),))
         means = numbers(1, 1, 24), numbers(1, 1, 20)
         stored = [x.encode(y) for x, y in zip(codes, far, strict=True)]
         far = [x.decode(y, torch.float32) + mean for x, y, mean in zip(codes, stored, means, strict=True)]
+        near_codes = WholeCodes(16), WholeCodes(16)
+        whole = [near_codes[0].encode(x) for x in near]
+        near = [near_codes[0].decode(x, torch.float32) for x in whole]
     bias = numbers(6, 1)
     masks = [
         torch.rand(rows, 1, 1, x[0].shape[2], generator=torch.Generator().manual_seed(3)) < 0.7 for x in (near, far)
@@ -95,8 +98,9 @@ def test_near_and_far_tokens_share_one_softmax(rows: int, coded: bool) -> None:
     masks[1][0] = False  # of one sequence, nothing far
     masks[0][-1] &= rows == 1  # of another, nothing near
     got = cpu_step.attend(
-        q, (*near, masks[0]), (*stored, masks[1]), tuple(maps), scale=0.3, bias=bias, codes=codes, means=means
-    )
+        q, (*whole, masks[0]), (*stored, masks[1]), tuple(maps), scale=0.3, bias=bias, codes=codes, means=means,
+        near_codes=near_codes,
+    )  # fmt: skip
     wanted = softmax_over_both(q, near, far, maps, bias, masks, 0.3)
     close = {"rtol": 1e-3, "atol": 3e-3} if coded else {"rtol": 1e-5, "atol": 1e-5}  # queries and weights are rounded
     torch.testing.assert_close(got.double(), wanted, **close)
@@ -116,7 +120,8 @@ def test_a_query_that_sees_nothing_gets_zeros() -> None:
 def test_a_decode_step_takes_it_and_gives_what_torch_gives(
     tiny_teacher: Callable[[str], PreTrainedModel], ids: Tensor, monkeypatch: pytest.MonkeyPatch, codes: bool
 ) -> None:
-    model, calls = windowed(tiny_teacher("llama"), 5, 2, codes=codes).float(), list[str]()
+    bits, calls = 8 if codes else 16, list[str]()
+    model = windowed(tiny_teacher("llama"), 5, 2, codes=codes, window_bits=bits).float()
 
     def spied(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: (calls.append(name), kernel(*args, **kwargs))[1]

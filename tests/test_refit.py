@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from kvlatent.compress.maps import QKReduction
 from kvlatent.compress.refit import LogitSamples, Ridge, far_bias, larger, refit_logits
+from kvlatent.model.far_maps import FarMaps
 from kvlatent.model.rope import rotate
-from kvlatent.model.window import FarMaps
 
 
 def problem(seed: int, *, inputs: int = 5, outputs: int = 3, samples: int = 12) -> tuple[nn.Linear, Tensor, Tensor]:

@@ -32,10 +32,7 @@ def planned(teacher: PreTrainedModel, ids: Tensor, share: float, near: Near, bit
 
 
 def converted(teacher: PreTrainedModel, plan: Any, **source: Any) -> PreTrainedModel:
-    return convert(
-        teacher, d_qk=plan.d_qk, d_vo=plan.d_vo, k_codes=plan.k_codes, v_codes=plan.v_codes,
-        whole_layers=plan.whole_layers, **source,
-    )  # fmt: skip
+    return convert(teacher, **plan.reduction, **source)
 
 
 @pytest.fixture(scope="module")

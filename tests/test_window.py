@@ -16,23 +16,30 @@ from kvlatent.model import window as window_module
 from kvlatent.model.attention import attentions
 from kvlatent.model.cache import LatentCache, cache_bytes
 from kvlatent.model.families import linear_layers
+from kvlatent.model.far_maps import FarMaps
 from kvlatent.model.graft import graft, identity_spec, spec_of
 from kvlatent.model.models import set_spec
 from kvlatent.model.spec import LatentSpec
-from kvlatent.model.window import Far, FarMaps, Whole, sinks_of, windowed_attention
+from kvlatent.model.window import Far, Whole, sinks_of, windowed_attention
 
 WINDOW, SINKS = 5, 2
 
 
 def windowed(
-    teacher: PreTrainedModel, window: int = WINDOW, sinks: int = SINKS, latents: int = 1, *, codes: bool = False
+    teacher: PreTrainedModel,
+    window: int = WINDOW,
+    sinks: int = SINKS,
+    latents: int = 1,
+    *,
+    codes: bool = False,
+    window_bits: int = 16,
 ) -> PreTrainedModel:
     """A student with a window and random maps, otherwise its teacher."""
     config = teacher.config
     if codes and getattr(config, "num_experts_per_tok", None):
         pytest.skip("experts don't multiply in float64")
     dims = {"d_qk": (8,) * config.num_hidden_layers, "d_vo": (4,) * config.num_hidden_layers}
-    fields = dims | {"qk_map": "after_rope", "window": window, "sinks": sinks}
+    fields = dims | {"qk_map": "after_rope", "window": window, "sinks": sinks, "window_bits": window_bits}
     if codes:
         groups = ((4, 8), (9, 4), (3, 2)), ((5, 4), (3, 2))
         fields |= {name: [x] * config.num_hidden_layers for name, x in zip(("k_codes", "v_codes"), groups, strict=True)}
@@ -127,10 +134,12 @@ def test_up_to_window_and_sinks_the_student_is_the_teacher(any_teacher: PreTrain
     assert (logits(student, ids) - logits(any_teacher, ids)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize(("codes", "bits"), [(False, 16), (True, 16), (True, 8)])
 @pytest.mark.parametrize("steps", [[1] * 24, [3, 1, 1, 6, 1, 1, 1, 7, 3], [20, 1, 1, 1, 1], [1, 23]])
-def test_cached_equals_uncached(any_teacher: PreTrainedModel, ids: Tensor, steps: list[int], codes: bool) -> None:
-    student = windowed(any_teacher, codes=codes)
+def test_cached_equals_uncached(
+    any_teacher: PreTrainedModel, ids: Tensor, steps: list[int], codes: bool, bits: int
+) -> None:
+    student = windowed(any_teacher, codes=codes, window_bits=bits)
     cache, at, parts = LatentCache(student.config), 0, []
     linear = [student.model.layers[index] for index in linear_layers(student.config)]
     given: list[list[Tensor]] = [[] for _ in linear]
@@ -148,9 +157,11 @@ def test_cached_equals_uncached(any_teacher: PreTrainedModel, ids: Tensor, steps
     torch.testing.assert_close(torch.cat(parts, dim=1), logits(student, ids), rtol=1e-3, atol=5e-4)
 
 
-@pytest.mark.parametrize("codes", [False, True])
-def test_bytes_are_latents_far_and_whole_near(any_teacher: PreTrainedModel, ids: Tensor, codes: bool) -> None:
-    student = windowed(any_teacher, codes=codes)
+@pytest.mark.parametrize(("codes", "bits"), [(False, 16), (True, 16), (True, 8)])
+def test_bytes_are_latents_far_and_whole_near(
+    any_teacher: PreTrainedModel, ids: Tensor, codes: bool, bits: int
+) -> None:
+    student = windowed(any_teacher, codes=codes, window_bits=bits)
     spec = spec_of(student)
     assert spec is not None
     kv_heads = student.config.num_key_value_heads

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, St
 
 from kvlatent.errors import UserError
 from kvlatent.model.cache import LatentCache, StaticLatentCache, allocated_bytes, cache_bytes
+from kvlatent.model.far_maps import FarMaps
 from kvlatent.model.fixed_window import FixedWindowLayer
 from kvlatent.model.graft import spec_of
 from kvlatent.model.sizes import predicted_cache_bytes
-from kvlatent.model.window import FarMaps
 from kvlatent.model.window_cache import AHEAD, SLACK, WindowLayer
 
 PLAIN: dict[str, Any] = {"max_new_tokens": 14, "do_sample": False, "pad_token_id": 0}
@@ -25,11 +25,12 @@ CLOSE = {"rtol": 1e-3, "atol": 5e-4}
 each_family = pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
 
 
-@pytest.fixture(params=[False, True], ids=["numbers", "codes"])
+@pytest.fixture(params=[(False, 16), (True, 8)], ids=["numbers", "codes"])
 def student(
     tiny_teacher: Callable[[str], PreTrainedModel], request: pytest.FixtureRequest
 ) -> Callable[..., PreTrainedModel]:
-    return lambda name, window=5, sinks=2: windowed(tiny_teacher(name), window, sinks, codes=request.param)
+    codes, bits = request.param
+    return lambda name, window=5, sinks=2: windowed(tiny_teacher(name), window, sinks, codes=codes, window_bits=bits)
 
 
 def padded(ids: Tensor) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ class Plan(Command):
         weighed = "expected_loss" in result
         told = {key: result[key] for key in ("budget", "cache_bytes_per_token", "teacher_cache_bytes_per_token")}
         if result["window"]:
-            told |= {key: result[key] for key in ("window", "sinks")}
+            told |= {key: result[key] for key in ("window", "sinks", "window_bits")}
         told |= {key: result[key] for key in ("context", "cache_bytes", "teacher_cache_bytes")}
         if weighed:
             others = {f"loss at the same bytes: {name}": loss for name, loss in result["alternatives"].items()}

@@ -119,16 +119,18 @@ class Observer:
         far = _logits(attention, q @ maps.q, maps.read(*layer.far.held())[0], far_seen)
         if maps.bias is not None:
             far = far + maps.bias[:, None]
-        near = [x.logsumexp(-1) for x in self._near(attention, layer, q, seen)]
+        near = [x.logsumexp(-1) for x in self._near(attention, layer, q, seen, maps.met(layer.whole[0]))]
         if attention.sinks is not None:
             near.append(attention.sinks.to(far.dtype)[:, None].expand_as(near[0]))
         whole = torch.stack([far.logsumexp(-1), *near]).logsumexp(0)
         return (far - whole[..., None]).exp().nan_to_num(0.0)
 
     @staticmethod
-    def _near(attention: LatentAttention, layer: EvictingWindowLayer, q: Tensor, seen: Tensor) -> list[Tensor]:
+    def _near(
+        attention: LatentAttention, layer: EvictingWindowLayer, q: Tensor, seen: Tensor, keys: Tensor
+    ) -> list[Tensor]:
         """Logits of the tokens that are held whole: those in the window, and the sinks that have left it."""
-        keys, start = layer.whole[0], max(0, layer.length - layer.window)
+        start = max(0, layer.length - layer.window)
         ring = torch.arange(start, layer.length, device=q.device)
         parts = [_logits(attention, q, keys[:, :, ring % layer.window], seen[..., ring])]
         columns = layer.sink_columns()

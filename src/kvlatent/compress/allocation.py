@@ -35,8 +35,16 @@ class Allocation:
     """By layer, the dims of a latent's keys and the bits of each; empty where they aren't codes."""
     v_codes: tuple[Groups, ...] = ()
     """Likewise of values."""
+    window_bits: int = 16
+    """Bits of the numbers of tokens met whole."""
     whole_layers: tuple[int, ...] = ()
     """Layers that stay the teacher's, since they forget and so don't grow with the context."""
+
+    @property
+    def reduction(self) -> dict[str, Any]:
+        """What `convert` takes of it."""
+        names = "d_qk", "d_vo", "k_codes", "v_codes", "window_bits", "whole_layers"
+        return {name: getattr(self, name) for name in names}
 
     @property
     def bits(self) -> tuple[list[float], list[float]]:

@@ -19,11 +19,41 @@ from kvlatent.errors import UserError
 from kvlatent.kernels.layout import BITS, DISTORTION, SIZE_BYTES, Groups, Layout
 from kvlatent.model.graft import graft, head_dim_of
 from kvlatent.model.offload import OffloadedLayers, at_hand
-from kvlatent.model.sizes import left_whole, reduced_layers
+from kvlatent.model.sizes import counted_context, left_whole, reduced_layers
+from kvlatent.model.window import Near
 
 CHUNKS = 16, 8
 """Dims of a latent get their bits so many at a time, the most that leaves eight chunks if any does; codes of 8 dims
 fill bytes whatever their bits, and kernels like them wide."""
+
+WINDOW_SHARE = 0.1
+"""The share of a budget above which the window beside codes has 8 bits: they lose nothing that could be measured, but a
+context of no more than the window isn't the teacher's to the last bit any longer."""
+
+
+def as_codes(bits: int | None, near: Near) -> bool:
+    """Whether far tokens become codes.
+
+    Raises:
+        UserError: Bits that can't be, or codes without a window of whole tokens.
+    """
+    if bits not in (None, 16, *BITS):
+        raise UserError(f"bits are 16, {', '.join(map(str, reversed(BITS)))}; got {bits}")
+    if bits not in (None, 16) and not near.window:
+        raise UserError(f"far tokens become codes of {bits} bits beside a window of whole ones; give a --window")
+    return bits != 16 and near.window > 0
+
+
+def bits_of_window(config: PreTrainedConfig, budget: float, bits: int | None, near: Near) -> int:
+    """Bits of the numbers of tokens met whole: 8 beside codes where 16 would take much of the budget, else 16.
+
+    Args:
+        config: The teacher's.
+        budget: Share of the cache bytes that is kept of a sequence of `counted_context` tokens.
+        bits: Asked for far tokens.
+        near: Tokens met whole.
+    """
+    return 8 if as_codes(bits, near) and sum(near) > WINDOW_SHARE * budget * counted_context(config) else 16
 
 
 def spend_bits(

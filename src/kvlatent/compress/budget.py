@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvlatent.compress.allocation import Allocation, by_layer, probe_dims, probes_of
-from kvlatent.compress.bits import spend_bits, total_bits
+from kvlatent.compress.bits import as_codes, bits_of_window, spend_bits, total_bits
 from kvlatent.compress.fill import fill
 from kvlatent.compress.methods.project import project_tail
 from kvlatent.compress.planning import plan_reduction, reductions, requested
@@ -29,6 +30,7 @@ from kvlatent.model.graft import graft, head_dim_of
 from kvlatent.model.layers import embedded, layer_arguments, output_logits
 from kvlatent.model.offload import OffloadedLayers, at_hand
 from kvlatent.model.sizes import counted_context, layer_caches, left_whole, reduced_layers
+from kvlatent.model.spec import near_bytes
 from kvlatent.model.window import ALL_FAR, Near
 
 PROBE_STRIDE = 4
@@ -48,13 +50,14 @@ def step_of(head_dim: int) -> int:
     return max(2, head_dim // 16)
 
 
-def far_share(config: PreTrainedConfig, budget: float, near: Near) -> float:
+def far_share(config: PreTrainedConfig, budget: float, near: Near, window_bits: int = 16) -> float:
     """The share of far tokens' bytes that remains of a budget when what stays whole is paid for: layers, and tokens.
 
     Args:
         config: The teacher's.
         budget: Share of the cache bytes that is kept of a sequence of `counted_context` tokens.
         near: Tokens met whole.
+        window_bits: Bits of their numbers.
 
     Raises:
         UserError: The budget is not a share, what stays whole alone costs more, or there is nothing far.
@@ -72,7 +75,8 @@ def far_share(config: PreTrainedConfig, budget: float, near: Near) -> float:
             f"all layers have a sliding window of {sliding} tokens, so nothing is far beside a window of "
             f"{near.window}; give a shorter --window"
         )
-    paid = of_layers + of_window
+    heads, dim = config.num_key_value_heads, head_dim_of(config)
+    paid = of_layers + of_window * near_bytes(dim, window_bits, heads, 2) / near_bytes(dim, 16, heads, 2)
     if paid and paid >= budget * teacher:
         parts = [f"a window of {near.window} tokens and {near.sinks} sinks"] if near.window else []
         if slide := [layers[i].sliding for i in whole if layers[i].sliding]:
@@ -118,19 +122,6 @@ def uniform_dims(config: PreTrainedConfig, budget: float) -> int:
     return dims
 
 
-def as_codes(bits: int | None, near: Near) -> bool:
-    """Whether far tokens become codes.
-
-    Raises:
-        UserError: Bits that can't be, or codes without a window of whole tokens.
-    """
-    if bits not in (None, 16, *BITS):
-        raise UserError(f"bits are 16, {', '.join(map(str, reversed(BITS)))}; got {bits}")
-    if bits not in (None, 16) and not near.window:
-        raise UserError(f"far tokens become codes of {bits} bits beside a window of whole ones; give a --window")
-    return bits != 16 and near.window > 0
-
-
 def _check_share(budget: float) -> None:
     if not 0 < budget <= 1:
         raise UserError(f"budget is the share of the cache bytes that is kept, above 0 and at most 1; got {budget}")
@@ -160,14 +151,17 @@ def plan(
     near = statistics.near
     if not as_codes(bits, near):
         return spend(teacher, statistics, total_dims(teacher.config, budget, near), offloaded=offloaded)
-    share = far_share(teacher.config, budget, near)
-    return spend_bits(teacher, statistics, share, choices=BITS if bits is None else (bits,), offloaded=offloaded)
+    of_near = bits_of_window(teacher.config, budget, bits, near)
+    share = far_share(teacher.config, budget, near, of_near)
+    choices = BITS if bits is None else (bits,)
+    return replace(spend_bits(teacher, statistics, share, choices=choices, offloaded=offloaded), window_bits=of_near)
 
 
 def check_budget(config: PreTrainedConfig, budget: float, bits: int | None, near: Near, heads_per_latent: int) -> None:
     """Raise `UserError` for a budget that `plan` couldn't spend."""
     if as_codes(bits, near):
-        total_bits(config, heads_per_latent, far_share(config, budget, near), BITS if bits is None else (bits,))
+        share = far_share(config, budget, near, bits_of_window(config, budget, bits, near))
+        total_bits(config, heads_per_latent, share, BITS if bits is None else (bits,))
     else:
         total_dims(config, budget, near)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.compress import budget as budgets
+from kvlatent.compress.bits import as_codes
 from kvlatent.compress.config import CalibrateConfig, ConvertConfig
 from kvlatent.compress.convert import convert_as
 from kvlatent.compress.methods import PRESETS
@@ -217,7 +218,7 @@ class Target:
     def coded(self) -> bool:
         """Whether far tokens of the student become codes."""
         bits = self.asked.bits if self.budgeted else self.asked.bits or 16
-        return budgets.as_codes(bits, self.request.near)
+        return as_codes(bits, self.request.near)
 
 
 def target_of(config: PreTrainedConfig, asked: ConvertConfig, statistics: Statistics | None = None) -> Target:
@@ -257,7 +258,7 @@ def target_of(config: PreTrainedConfig, asked: ConvertConfig, statistics: Statis
         config, preset=asked.preset, qk=asked.qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=asked.heads_per_latent,
         window=window, sinks=sinks, statistics=statistics,
     )  # fmt: skip
-    if not budgeted and asked.bits is not None and budgets.as_codes(asked.bits, request.near):
+    if not budgeted and asked.bits is not None and as_codes(asked.bits, request.near):
         layers, m, whole = range(config.num_hidden_layers), request.heads_per_latent, request.whole_layers
         k_codes, v_codes = (tuple(() if i in whole else ((m * d, asked.bits),) for i in layers) for d in (d_qk, d_vo))
         request = replace(request, k_codes=k_codes, v_codes=v_codes)
@@ -313,10 +314,7 @@ def convert_loaded(
             spent_by = kept_statistics(planning, f"planning-{near.window}-{near.sinks}-{grouped}", measure)
         assert target.asked.budget is not None
         allocation = budgets.plan(teacher, spent_by, target.asked.budget, bits=target.asked.bits, offloaded=offloaded)
-        request = replace(
-            request, d_qk=allocation.d_qk, d_vo=allocation.d_vo, k_codes=allocation.k_codes, v_codes=allocation.v_codes,
-            whole_layers=allocation.whole_layers,
-        )  # fmt: skip
+        request = replace(request, **allocation.reduction)
     began = time.monotonic()
     if blocks is None:
         student = convert_as(request, teacher, statistics=statistics, share=True, stream=stream)

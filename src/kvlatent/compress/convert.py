@@ -33,6 +33,7 @@ def convert(
     heads_per_latent: int | None = None,
     window: int | None = None,
     sinks: int | None = None,
+    window_bits: int = 16,
     k_codes: Sequence[Groups] = (),
     v_codes: Sequence[Groups] = (),
     whole_layers: Sequence[int] = (),
@@ -58,6 +59,7 @@ def convert(
         window: Newest tokens that queries meet whole; None is what the statistics are for or, without them, 128 for
             preset best with method project, as long as any dims are reduced, and 0 for others.
         sinks: First tokens that queries meet whole, likewise; 4 beside a window.
+        window_bits: Bits of their numbers beside codes: 16 or 8, as `budget.plan` gives them.
         k_codes: By layer, the dims of a latent's keys and the bits of each, as `budget.plan` gives them; without, far
             tokens are numbers.
         v_codes: Likewise of values.
@@ -73,7 +75,8 @@ def convert(
     """
     request = requested(
         teacher.config, preset=preset, qk=qk, d_qk=d_qk, d_vo=d_vo, heads_per_latent=heads_per_latent,
-        window=window, sinks=sinks, k_codes=k_codes, v_codes=v_codes, whole_layers=whole_layers, statistics=statistics,
+        window=window, sinks=sinks, window_bits=window_bits, k_codes=k_codes, v_codes=v_codes,
+        whole_layers=whole_layers, statistics=statistics,
     )  # fmt: skip
     return convert_as(request, teacher, statistics=statistics, ids=ids, batch_size=batch_size, context=context)
 

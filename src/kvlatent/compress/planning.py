@@ -35,6 +35,8 @@ class Request:
     heads_per_latent: int
     near: Near
     """Tokens met whole."""
+    window_bits: int = 16
+    """Bits of their numbers."""
     d_qk: tuple[int, ...]
     d_vo: tuple[int, ...]
     k_codes: tuple[Groups, ...] = ()
@@ -58,6 +60,7 @@ def requested(
     heads_per_latent: int | None = None,
     window: int | None = None,
     sinks: int | None = None,
+    window_bits: int = 16,
     k_codes: Sequence[Groups] = (),
     v_codes: Sequence[Groups] = (),
     whole_layers: Sequence[int] = (),
@@ -76,6 +79,7 @@ def requested(
         window: Newest tokens met whole; None is what the statistics are for or, without them, that of `WINDOW` if any
             dims are reduced.
         sinks: First tokens met whole, likewise.
+        window_bits: Bits of their numbers.
         k_codes: Dims and bits of far tokens' keys by layer, where they are to be codes.
         v_codes: Likewise of values.
         whole_layers: Layers that stay the teacher's, with all dims.
@@ -120,8 +124,8 @@ def requested(
     if whole_layers:
         check_whole_layers(config, whole_layers, preset, method)
     return Request(
-        preset=preset, method=method, heads_per_latent=grouped, near=near, d_qk=keys, d_vo=values,
-        k_codes=tuple(k_codes), v_codes=tuple(v_codes), whole_layers=tuple(whole_layers),
+        preset=preset, method=method, heads_per_latent=grouped, near=near, window_bits=window_bits, d_qk=keys,
+        d_vo=values, k_codes=tuple(k_codes), v_codes=tuple(v_codes), whole_layers=tuple(whole_layers),
     )  # fmt: skip
 
 
@@ -259,6 +263,7 @@ def plan_reduction(teacher: PreTrainedModel, request: Request, statistics: Stati
         heads_per_latent=request.heads_per_latent,
         window=request.near.window,
         sinks=request.near.sinks,
+        window_bits=request.window_bits,
         k_codes=request.k_codes,
         v_codes=request.v_codes,
         whole_layers=() if qk_map == "folded" else request.whole_layers,

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from kvlatent.compress import budget as budgets
+from kvlatent.compress.bits import as_codes, bits_of_window
 from kvlatent.compress.checkpoints import load_statistics
 from kvlatent.compress.config import PlanConfig
 from kvlatent.compress.methods import PRESETS
@@ -33,6 +34,7 @@ from kvlatent.model.sizes import (
     most_tokens,
     whole_token_bytes,
 )
+from kvlatent.model.spec import near_bytes
 from kvlatent.model.window import Near
 
 
@@ -80,10 +82,12 @@ def plan_checkpoint(
         size = stored_dtype(config, dtype).itemsize
         title = f"{model}: {asked.budget:.4g} of the cache"
         if near.window:
-            title += f" of {counted_context(config):,} tokens, {window_text(*near)}"
+            title += f" of {counted_context(config):,} tokens, {window_text(*near, allocation.window_bits)}"
         draw(allocation, out, title=title, head_dim=head_dim_of(config))
         of_token = allocation.token_bytes(config.num_key_value_heads, grouped, size)
-        told = _bytes_told(config, near, of_token, asked.fit, element_size=size, grouped=grouped, model=model)
+        told = _bytes_told(
+            config, near, allocation.window_bits, of_token, asked.fit, element_size=size, grouped=grouped, model=model
+        )
         return {
             "model": model,
             "budget": asked.budget,
@@ -105,27 +109,30 @@ def _bytes_alone(model: str, asked: PlanConfig, *, dtype: str) -> dict[str, Any]
     grouped = grouped_heads(config, method, asked.heads_per_latent)
     near = near_of("best", method, asked.window, asked.sinks)
     budgets.check_budget(config, asked.budget, asked.bits, near, grouped)
-    size, share = told_dtype(config, dtype).itemsize, budgets.far_share(config, asked.budget, near)
+    near_bits = bits_of_window(config, asked.budget, asked.bits, near)
+    size = told_dtype(config, dtype).itemsize
+    share = budgets.far_share(config, asked.budget, near, near_bits)
     number = size
-    if budgets.as_codes(asked.bits, near):  # which are as long in every dtype, and no longer than all dims make them
+    if as_codes(asked.bits, near):  # which are as long in every dtype, and no longer than all dims make them
         number, width = 2, grouped * head_dim_of(config)
         share = min(share, Layout(((width, asked.bits or max(BITS)),)).row_bytes / (2 * width))
     of_token = [(share * layer.whole / 2,) * 2 for layer in layer_caches(config, number)]
-    told = _bytes_told(config, near, of_token, asked.fit, element_size=size, grouped=grouped, model=model)
+    told = _bytes_told(config, near, near_bits, of_token, asked.fit, element_size=size, grouped=grouped, model=model)
     for row in told["cache"]:
         del row["keys"], row["values"]  # it is the weights that say how these share it
     return {"model": model, "budget": asked.budget, "whole_layers": left_whole(config), **told, "out": None}
 
 
 def _bytes_told(
-    config: PreTrainedConfig, near: Near, of_token: Sequence[tuple[float, float]], fit: Fit, *, element_size: int,
-    grouped: int, model: str,
+    config: PreTrainedConfig, near: Near, near_bits: int, of_token: Sequence[tuple[float, float]], fit: Fit, *,
+    element_size: int, grouped: int, model: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Bytes of a student's cache beside the teacher's, at contexts, and the longest contexts that fit beside weights.
 
     Args:
         config: The teacher's.
         near: Tokens met whole.
+        near_bits: Bits of their numbers.
         of_token: Bytes of a far token's key and value, by layer.
         fit: Which contexts, and what memory.
         element_size: Bytes per number.
@@ -134,14 +141,16 @@ def _bytes_told(
     """
     context, whole = counted_context(config), left_whole(config)
     teacher = layer_caches(config, element_size)
+    of_near = near_bytes(head_dim_of(config), near_bits, config.num_key_value_heads, element_size)
     student = [
-        layer if index in whole else layer._replace(near=near, far=far)
+        layer if index in whole else layer._replace(near=near, whole=of_near, far=far)
         for index, (layer, far) in enumerate(zip(teacher, of_token, strict=True))
     ]
     contexts = fit.context or contexts_told(config)
     told: dict[str, Any] = {
         "window": near.window,
         "sinks": near.sinks,
+        "window_bits": near_bits,
         "context": context,
         "cache_bytes_per_token": round(sum(sum(layer.far) for layer in student)),
         "teacher_cache_bytes_per_token": whole_token_bytes(config, element_size),

@@ -15,8 +15,9 @@ from kvlatent.compress.linear_algebra import moment
 from kvlatent.compress.maps import QKReduction
 from kvlatent.kernels.segment import capped, softmax_beside
 from kvlatent.model.attention import LatentAttention, side_by_side
+from kvlatent.model.far_maps import FarMaps
 from kvlatent.model.rope import rotate
-from kvlatent.model.window import ALL_FAR, FarMaps, Near
+from kvlatent.model.window import ALL_FAR, Near
 
 _BLOCKS = 8
 """Rows of blocks that XᵀX is computed in; half of it follows by symmetry."""

@@ -192,6 +192,8 @@ def attention_logits(
     hidden, (cos, sin), mask = given["hidden_states"], given["position_embeddings"], given.get("attention_mask")
     q, k, v = module.queries_keys_values(hidden, cos, sin, given.get("position_ids"))
     maps = module.far_maps().of(k.dtype) if module.window else None
+    if maps is not None:
+        k, v = (maps.held_and_met(x)[1] for x in (k, v))
     far = None if maps is None else (q @ maps.q, maps.seen(k, v)[0])
     at = torch.arange(hidden.shape[1], device=hidden.device)
     for rows in at.split(ROWS):

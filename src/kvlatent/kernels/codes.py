@@ -12,6 +12,9 @@ from torch import Tensor
 from kvlatent.kernels import cpu_encode
 from kvlatent.kernels.layout import GREATEST_SIZE, LEAST_SIZE, SIZE_BYTES, SIZE_SHIFT, STEP, Layout, middle, plane_bytes
 
+ROUNDED_UP = 17 / 16
+"""By so much a size is made larger that its nearest byte isn't below it."""
+
 
 @dataclass(frozen=True)
 class Codes(Layout):
@@ -20,7 +23,7 @@ class Codes(Layout):
     def encode(self, x: Tensor) -> Tensor:
         """Rows of latents: (batch, latents, seq, width) → (batch, latents, seq, row_bytes) uint8."""
         x, at = x.float(), places(self, x.device)
-        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        norms = self._norms(x)
         if cpu_encode.fits(x):
             return cpu_encode.write_rows(x, norms, at, self.row_bytes)
         bits = (norms * at.root).clamp(LEAST_SIZE, GREATEST_SIZE).half().view(torch.int16)
@@ -38,9 +41,27 @@ class Codes(Layout):
         codes = (rows.index_select(-1, at.byte) >> at.up.to(torch.uint8)) & at.mask
         return ((codes.float() + at.middle) * (at.step * size)).to(dtype)
 
+    def _norms(self, x: Tensor) -> Tensor:
+        """What rows are as long as, (…, 1): their sizes times the root of their width."""
+        return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
     def straight_through(self, x: Tensor) -> Tensor:
         """What would be read back of latents, with the gradient of the latents themselves."""
         return x + (self.decode(self.encode(x.detach()), x.dtype) - x.detach())
+
+
+class WholeCodes(Codes):
+    """Rows of 8 bits whose size is told by their largest number, so that none is cut off.
+
+    For whole keys and values, which are not rotated, and some of whose dims are many times as large as the others.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(((width, 8),))
+
+    def _norms(self, x: Tensor) -> Tensor:
+        reach = -STEP[8] * middle(8)
+        return x.abs().amax(-1, keepdim=True) * (ROUNDED_UP * self.width**0.5 / reach)
 
 
 def _numbers(sizes: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ def attend(
     bias: Float[Tensor, "heads 1"] | None,
     codes: tuple[Layout, Layout] | None,
     means: tuple[Tensor, Tensor] | None,
+    near_codes: tuple[Layout, Layout] | None = None,
 ) -> Float[Tensor, "batch heads 1 dim"]:
     """Attend to keys and values of which the far ones are met through maps of queries and of outputs.
 
@@ -81,6 +82,7 @@ def attend(
         bias: Of the far logits.
         codes: What rows of latents are, if not numbers.
         means: What was taken from latents before they became codes.
+        near_codes: What rows of near keys and values are, if not numbers.
     """
     q, to_latents, back = q.contiguous(), maps[0].contiguous(), maps[1].contiguous()
     batch, heads, _, dim = q.shape
@@ -93,7 +95,7 @@ def attend(
     near_sums = far_out + 4 * rows * latent_v
     far_sums = near_sums + 8 * rows
     out, bias = torch.empty_like(q), _zeros(heads) if bias is None else bias
-    attend_at(q.data_ptr(), heads, near[0], near[1], scale, near[2], None, None, near_out, near_sums)
+    attend_at(q.data_ptr(), heads, near[0], near[1], scale, near[2], near_codes, None, near_out, near_sums)
     _products(q.data_ptr(), to_latents, batch, absorbed)
     attend_at(absorbed, heads, far[0], far[1], scale, far[2], codes, means, far_out, far_sums)
     _products(far_out, back, batch, out.data_ptr(), (near_out, near_sums, far_sums, bias.data_ptr()))

@@ -11,25 +11,14 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from kvlatent.kernels import cpu_step
 from kvlatent.kernels.attention import latent_attention
-from kvlatent.kernels.codes import Codes
+from kvlatent.kernels.codes import Codes, WholeCodes
 from kvlatent.kernels.cpu_linear import linear_outputs
 from kvlatent.model.compatibility import WITHOUT_EFFECT, refuse_unknown
 from kvlatent.model.families import family_of
+from kvlatent.model.far_maps import FarMaps, joined, mapped
 from kvlatent.model.rope import query_growth, rotate, turned_back
 from kvlatent.model.spec import LatentSpec
-from kvlatent.model.window import (
-    Far,
-    FarMaps,
-    Near,
-    Segment,
-    Whole,
-    decode,
-    joined,
-    mapped,
-    sinks_of,
-    to_heads,
-    windowed_attention,
-)
+from kvlatent.model.window import Far, Near, Segment, Whole, decode, sinks_of, to_heads, windowed_attention
 
 
 class LatentAttention(nn.Module):
@@ -110,6 +99,7 @@ class LatentAttention(nn.Module):
         self.o_map = head_map(self.q_heads, cached_values, spec.head_dim) if output_map else None
         rows = spec.rows_of(layer_idx)
         self.codes = None if rows is None else (Codes(rows[0].groups), Codes(rows[1].groups))
+        self.near_codes = WholeCodes(spec.head_dim) if spec.window_bits < 16 else None
         for name, width in (("k_mean", cached_keys), ("v_mean", cached_values)):
             self.register_buffer(name, weight.new_zeros(self.latents, 1, width) if self.codes else None)
         self.register_buffer("far_bias", weight.new_zeros(self.q_heads, 1) if self.codes else None)
@@ -176,10 +166,11 @@ class LatentAttention(nn.Module):
         maps, held = self._parameters, self._buffers  # by attribute each would take a decode step microseconds
         q, k, v, o = (maps[f"{name}_map"] for name in "qkvo")
         assert q is not None and k is not None and v is not None and o is not None
-        return FarMaps(q, k, v, o, held["k_mean"], held["v_mean"], self.codes, held["far_bias"])
+        return FarMaps(q, k, v, o, held["k_mean"], held["v_mean"], self.codes, self.near_codes, held["far_bias"])
 
     def _split(self, k: Tensor, v: Tensor, maps: FarMaps, mask: Tensor | None) -> tuple[Whole, Far]:
         """A sequence without a cache: all of it whole, and latents of what leaves the last query's window."""
+        k, v = (maps.held_and_met(x)[1] for x in (k, v))
         sink_k, sink_v, columns = sinks_of(k, v, mask, self.near.sinks)
         far_k, far_v = maps.seen(*(x[:, :, : max(0, k.shape[2] - self.window)] for x in (k, v)))
         first = mask is None

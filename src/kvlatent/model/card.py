@@ -117,7 +117,7 @@ def dims_text(spec: Mapping[str, Any]) -> str:
             spread = f"{min(dims):g}" if same else f"{min(dims):g} to {max(dims):g} (mean {sum(dims) / len(dims):.3g})"
             parts.append(f"{key} = {spread}")
     if parts and spec.get("window"):
-        parts.append(window_text(spec["window"], spec.get("sinks", 0)))
+        parts.append(window_text(spec["window"], spec.get("sinks", 0), spec.get("window_bits", 16)))
     if parts and spec.get("k_codes"):
         bits = [fmean(Layout(tuple(layer)).bits for layer in spec[key] if layer) for key in ("k_codes", "v_codes")]
         parts.append("all others codes of {:.1f} and {:.1f} bits a dim".format(*bits))
@@ -126,9 +126,10 @@ def dims_text(spec: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def window_text(window: int, sinks: int) -> str:
+def window_text(window: int, sinks: int, bits: int = 16) -> str:
     """Which tokens are met whole."""
-    return f"the newest {window} tokens{f' and the first {sinks}' if sinks else ''} whole"
+    which = f"the newest {window} tokens{f' and the first {sinks}' if sinks else ''} whole"
+    return which if bits == 16 else f"{which}, in {bits} bits"
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

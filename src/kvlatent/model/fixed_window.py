@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from kvlatent.model.buffers import Buffer, check_crop
-from kvlatent.model.window import NOWHERE, FarMaps, Segment, at_columns, next_sinks
+from kvlatent.model.far_maps import FarMaps
+from kvlatent.model.window import NOWHERE, Segment, at_columns, next_sinks
 from kvlatent.model.window_cache import LEFT, SLACK, Held, WindowLayer
 
 
@@ -35,11 +36,12 @@ class FixedWindowLayer(StaticLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         batch = len(key_states)
         places = max(0, self.max_cache_len - self.window - self.sinks) + 1
+        empty = key_states[:, :, :0], value_states[:, :, :0]
         self.whole, self.left = (
-            [x.new_zeros(batch, x.shape[1], slots, x.shape[3]) for x in (key_states, value_states)]
+            [x.new_zeros(batch, x.shape[1], slots, x.shape[3]) for x in map(maps.held, empty)]
             for slots in (self.window + self.sinks, LEFT)
         )
-        none = maps.stored(key_states[:, :, :0], value_states[:, :, :0])
+        none = maps.stored(*empty)
         self.latents = [x.new_zeros(batch, x.shape[1], places, x.shape[3]) for x in none]
         self.sink_at = torch.full((batch, self.sinks), NOWHERE, device=self.device)
         self.cumulative_length = self.cumulative_length.to(self.device)
@@ -103,8 +105,8 @@ class FixedWindowLayer(StaticLayer):
         for whole, left, old, new in zip(self.whole, self.left, oldest, (key, value), strict=True):
             whole[:, :, self.window :] = torch.where(becomes_sink, old, whole[:, :, self.window :])
             left.index_copy_(2, (leaving % LEFT)[None], old)  # before the window is full, what is overwritten later
-            whole.index_copy_(2, slot, new)
-        for latents, new in zip(self.latents, maps.stored(*oldest), strict=True):
+            whole.index_copy_(2, slot, maps.held(new))
+        for latents, new in zip(self.latents, maps.stored(*map(maps.met, oldest)), strict=True):
             latents.index_copy_(2, place, new)
         batch = len(self.sink_at)
         seen = torch.ones(batch, 1, dtype=torch.bool, device=self.device)

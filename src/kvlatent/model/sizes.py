@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from kvlatent.model.buffers import reserve
 from kvlatent.model.families import linear_layers
 from kvlatent.model.graft import head_dim_of, spec_in
+from kvlatent.model.spec import near_bytes
 from kvlatent.model.window import ALL_FAR, Near
 from kvlatent.model.window_cache import LEFT, SLACK
 
@@ -27,7 +28,7 @@ class LayerCache(NamedTuple):
     near: Near
     """Tokens held whole."""
     whole: int
-    """Bytes of such a token, key and value; 0 of linear attention, which holds none."""
+    """Bytes of such a token, key and value, or, without any, of all; 0 of linear attention, which holds none."""
     far: tuple[float, float]
     """Bytes of any other token: of its key, and of its value."""
     sliding: int | None
@@ -108,15 +109,16 @@ def layer_caches(config: PreTrainedConfig, element_size: int) -> list[LayerCache
         element_size: Bytes per number.
     """
     spec, heads = spec_in(config), config.num_key_value_heads
-    whole = 2 * head_dim_of(config) * heads * element_size
+    every = near_bytes(head_dim_of(config), 16, heads, element_size)
     found, linear = [], linear_layers(config)
     for index, layer in enumerate(DynamicCache(config=config).layers):
         if index in linear:
             found.append(LayerCache(ALL_FAR, 0, (0, 0), None))
             continue
-        near, far = ALL_FAR, (whole // 2, whole // 2)
+        near, whole, far = ALL_FAR, every, (every // 2, every // 2)
         if spec is not None and index not in spec.whole_layers:
             near, far = Near(spec.window, spec.sinks), spec.token_bytes(index, heads, element_size)
+            whole = near_bytes(spec.head_dim, spec.window_bits, heads, element_size)
         found.append(LayerCache(near, whole, far, layer.sliding_window if layer.is_sliding else None))
     return found
 

@@ -58,6 +58,8 @@ class LatentSpec:
     """Newest tokens that a query meets with the teacher's own keys and values, itself included; 0 is none."""
     sinks: int = 0
     """First tokens of a sequence that are met so too."""
+    window_bits: int = 16
+    """Bits of their numbers beside codes: 16 leaves them as they are, 8 makes them codes of their own."""
     k_codes: tuple[Groups, ...] = ()
     """By layer, the dims of a latent's keys and the bits of each; empty where they are numbers of the model's dtype."""
     v_codes: tuple[Groups, ...] = ()
@@ -114,6 +116,8 @@ class LatentSpec:
             raise UserError(f"layers that are left whole have all {self.head_dim} dims")
 
     def _check_codes(self) -> None:
+        if self.window_bits not in (16, 8) or (self.window_bits == 8 and not self.k_codes):
+            raise UserError(f"a window has 16 bits or, beside codes, 8; got {self.window_bits}")
         most = self.head_dim * self.heads_per_latent
         for name, dims in (("k_codes", self.d_qk), ("v_codes", self.d_vo)):
             layers = getattr(self, name)
@@ -131,8 +135,8 @@ class LatentSpec:
             return self
         whole = (self.head_dim,) * len(self.d_qk)
         return replace(
-            self, d_qk=whole, d_vo=whole, heads_per_latent=1, qk_map="folded", window=0, sinks=0, k_codes=(),
-            v_codes=(), whole_layers=(),
+            self, d_qk=whole, d_vo=whole, heads_per_latent=1, qk_map="folded", window=0, sinks=0, window_bits=16,
+            k_codes=(), v_codes=(), whole_layers=(),
         )  # fmt: skip
 
     @property
@@ -184,7 +188,7 @@ class LatentSpec:
         """Bytes of the cache of a sequence: latents of far tokens, whole keys and values of the others."""
         near = min(tokens, self.window + self.sinks)
         layers = len(self.d_qk) - len(self.linear_layers)
-        whole = 2 * kv_heads * self.head_dim * layers * element_size
+        whole = layers * near_bytes(self.head_dim, self.window_bits, kv_heads, element_size)
         return (tokens - near) * self.cache_bytes_per_token(kv_heads, element_size) + near * whole
 
     def to_dict(self) -> dict[str, Any]:
@@ -226,6 +230,11 @@ def _entries() -> type[BaseModel]:
 def bytes_per_token(d_qk: Sequence[int], d_vo: Sequence[int], kv_heads: int, element_size: int) -> int:
     """Bytes one token adds to a cache with keys and values of these dims per head, one entry per layer."""
     return kv_heads * (sum(d_qk) + sum(d_vo)) * element_size
+
+
+def near_bytes(head_dim: int, window_bits: int, kv_heads: int, element_size: int) -> int:
+    """Bytes of the key and the value of a token that one layer holds whole, by the bits that it has there."""
+    return 2 * kv_heads * (head_dim * element_size if window_bits == 16 else Layout(((head_dim, 8),)).row_bytes)
 
 
 def side_bytes(d: int, groups: Groups, *, kv_heads: int, heads_per_latent: int, element_size: int) -> int:

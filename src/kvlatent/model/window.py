@@ -21,7 +21,6 @@ from torch import Tensor
 
 from kvlatent.kernels import cpu_step
 from kvlatent.kernels.attention import READ_AT_ONCE, merged, segment_attention, with_sinks
-from kvlatent.kernels.codes import Codes
 from kvlatent.kernels.segment import (
     ROWS,
     Joinable,
@@ -32,6 +31,7 @@ from kvlatent.kernels.segment import (
     sink_segment,
     stacked_rows,
 )
+from kvlatent.model.far_maps import FarMaps, mapped
 
 
 class Near(NamedTuple):
@@ -51,87 +51,12 @@ ALL_FAR = Near()
 """No window: every token goes through latents."""
 
 
-class FarMaps(NamedTuple):
-    """How one layer's far tokens are reduced: all maps after RoPE."""
-
-    q: Float[Tensor, "q_heads head_dim latent"]
-    k: Float[Tensor, "latents joined latent"]
-    v: Float[Tensor, "latents joined latent_v"]
-    o: Float[Tensor, "q_heads latent_v head_dim"]
-    k_mean: Float[Tensor, "latents 1 latent"] | None = None
-    """What is taken from keys before they become codes."""
-    v_mean: Float[Tensor, "latents 1 latent_v"] | None = None
-    codes: tuple[Codes, Codes] | None = None
-    """How keys and values are written down; None is as numbers."""
-    bias: Float[Tensor, "q_heads 1"] | None = None
-    """What is added to the logits of far tokens, as errors of keys make their softmax too small or too large."""
-
-    def of(self, dtype: torch.dtype) -> FarMaps:
-        """The same in another dtype."""
-        if self.q.dtype == dtype:
-            return self
-        tensors = {name: x.to(dtype) for name, x in self._asdict().items() if isinstance(x, Tensor)}
-        return self._replace(**tensors)  # type: ignore[arg-type]
-
-    def reduced(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents of whole keys and values, (batch, kv_heads, seq, head_dim) → (batch, latents, seq, latent)."""
-        return mapped(joined(k, self.k.shape[0]), self.k), mapped(joined(v, self.v.shape[0]), self.v)
-
-    def stored(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """What a cache holds of whole keys and values: latents, or rows of codes."""
-        latents = self.reduced(k, v)
-        if self.codes is None:
-            return latents
-        assert self.k_mean is not None and self.v_mean is not None
-        return self.codes[0].encode(latents[0] - self.k_mean), self.codes[1].encode(latents[1] - self.v_mean)
-
-    def read(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents of what a cache holds."""
-        if self.codes is None or k.dtype != torch.uint8:
-            return k, v
-        assert self.k_mean is not None and self.v_mean is not None
-        dtype = self.k.dtype
-        return self.codes[0].decode(k, dtype) + self.k_mean, self.codes[1].decode(v, dtype) + self.v_mean
-
-    def seen(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents of whole keys and values as they would be read back, with gradients."""
-        latents = self.reduced(k, v)
-        if self.codes is None:
-            return latents
-        assert self.k_mean is not None and self.v_mean is not None
-        keys, values = (
-            codes.straight_through(x - mean) + mean
-            for codes, x, mean in zip(self.codes, latents, (self.k_mean, self.v_mean), strict=True)
-        )
-        return keys, values
-
-
-def mapped(
-    x: Float[Tensor, "batch maps seq inputs"], maps: Float[Tensor, "maps inputs outputs"]
-) -> Float[Tensor, "batch maps seq outputs"]:
-    """Every head's rows times its own map."""
-    if cpu_step.fits(x, maps):
-        return cpu_step.mapped_rows(x, maps)
-    if x.shape[2] != 1 or x.shape[0] == 1:
-        return x @ maps
-    return torch.bmm(x[:, :, 0].transpose(0, 1), maps).transpose(0, 1)[:, :, None]  # `@` copies a map per sequence
-
-
 def to_heads(
     x: Float[Tensor, "batch latents seq latent"], back: Float[Tensor, "q_heads latent head_dim"]
 ) -> Float[Tensor, "batch q_heads seq head_dim"]:
     """What every query head meets of its latent."""
     by_latent = back.to(x.dtype).unflatten(0, (x.shape[1], -1)).transpose(1, 2)  # (latents, latent, group, head_dim)
     return (x @ by_latent.flatten(2)).unflatten(3, by_latent.shape[2:]).permute(0, 1, 3, 2, 4).flatten(1, 2)
-
-
-def joined(x: Float[Tensor, "batch heads seq dim"], latents: int) -> Float[Tensor, "batch latents seq joined"]:
-    """Keys or values of the heads that share a latent, side by side."""
-    if x.shape[1] == latents:
-        return x
-    if x.shape[2] == 1:
-        return x.reshape(x.shape[0], latents, 1, -1)
-    return x.unflatten(1, (latents, -1)).transpose(2, 3).flatten(3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +99,7 @@ class Far:
 
 
 class Segment(NamedTuple):
-    """All that the only query of a decode step meets of one kind, in any order."""
+    """All that the only query of a decode step meets of one kind, in any order: numbers, or rows of codes."""
 
     k: Shaped[Tensor, "batch heads tokens dim"]
     v: Shaped[Tensor, "batch heads tokens dim_v"]
@@ -225,7 +150,7 @@ def sinks_of(
     return gathered(k, columns), gathered(v, columns), columns
 
 
-def gathered(x: Float[Tensor, "batch heads seq dim"], columns: Int[Tensor, "sink_batch found"]) -> Tensor:
+def gathered(x: Shaped[Tensor, "batch heads seq dim"], columns: Int[Tensor, "sink_batch found"]) -> Tensor:
     """Rows of `x` at each sequence's columns; what lies outside gives any row."""
     index = columns.clamp(0, x.shape[2] - 1)[:, None, :, None].expand(x.shape[0], x.shape[1], -1, x.shape[3])
     return x.gather(2, index)
@@ -386,9 +311,12 @@ def decode(
     """Attend with one query per sequence to what is whole and what is not, both in any order."""
     means = None if maps.k_mean is None or maps.v_mean is None else (maps.k_mean, maps.v_mean)
     softmax: dict[str, Any] = {"codes": maps.codes, "means": means, "scale": scale}
-    if cap is None and learned_sinks is None and far.k.shape[2] and cpu_step.fits(q, maps.q, maps.o, near.k, near.v):
-        return cpu_step.attend(q, near, far, (maps.q, maps.o), bias=maps.bias, **softmax)
-    whole = with_sinks(segment_attention(q, near.k, near.v, scale=scale, mask=near.mask, cap=cap), learned_sinks)
+    near_codes = None if maps.near_codes is None else (maps.near_codes, maps.near_codes)
+    numbers = (near.k, near.v) if near_codes is None else ()
+    if cap is None and learned_sinks is None and far.k.shape[2] and cpu_step.fits(q, maps.q, maps.o, *numbers):
+        return cpu_step.attend(q, near, far, (maps.q, maps.o), bias=maps.bias, near_codes=near_codes, **softmax)
+    whole = segment_attention(q, near.k, near.v, scale=scale, mask=near.mask, cap=cap, codes=near_codes)
+    whole = with_sinks(whole, learned_sinks)
     if far.k.shape[2] == 0:
         return whole[0]
     out, largest, weight = segment_attention(mapped(q, maps.q), far.k, far.v, mask=far.mask, cap=cap, **softmax)

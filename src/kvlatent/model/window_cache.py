@@ -1,10 +1,10 @@
 """Cache layers of students with a window: the newest tokens and the sinks whole, all others as latents, in place.
 
-Whole keys and values live in one tensor: a ring of `window` slots, in which a token's column decides its slot, and the
-sinks behind it, so that what a decode step meets whole is the tensor's beginning. A token that leaves the ring is
-reduced and appended to the latents; where tokens come one by one, some at a time, before they leave. The last `SLACK`
-tokens that left are kept whole once more, so that assisted decoding can take tokens back. What is held is detached:
-gradients reach the tokens of the same forward pass alone.
+Whole keys and values, numbers or rows of codes of 8 bits, live in one tensor: a ring of `window` slots, in which a
+token's column decides its slot, and the sinks behind it, so that what a decode step meets whole is the tensor's
+beginning. A token that leaves the ring is reduced and appended to the latents; where tokens come one by one, some at a
+time, before they leave. The last `SLACK` tokens that left are kept whole once more, so that assisted decoding can take
+tokens back. What is held is detached: gradients reach the tokens of the same forward pass alone.
 """
 
 from __future__ import annotations
@@ -16,17 +16,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from kvlatent.model.buffers import Buffer, Buffered, check_crop
-from kvlatent.model.window import (
-    NOWHERE,
-    Far,
-    FarMaps,
-    Segment,
-    Whole,
-    at_columns,
-    gathered,
-    next_sinks,
-    sinks_of,
-)
+from kvlatent.model.far_maps import FarMaps
+from kvlatent.model.window import NOWHERE, Far, Segment, Whole, at_columns, gathered, next_sinks, sinks_of
 
 SLACK = 64
 """Tokens that can be taken back without loss."""
@@ -134,13 +125,15 @@ class WindowLayer(Buffered, DynamicLayer):
         self.far = self.store()
         self.is_initialized = False
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor, maps: FarMaps | None = None) -> None:
         """Take memory for the whole tokens."""
+        assert maps is not None
         self.dtype, self.device = key_states.dtype, key_states.device
         for x in (key_states, value_states):
-            batch, heads, _, dim = x.shape
-            self.whole.append(x.new_zeros(batch, heads, self.window + self.sinks, dim))
-            self.left.append(x.new_zeros(batch, heads, LEFT, dim))
+            none = maps.held(x[:, :, :0].detach())
+            batch, heads, _, row = none.shape
+            self.whole.append(none.new_zeros(batch, heads, self.window + self.sinks, row))
+            self.left.append(none.new_zeros(batch, heads, LEFT, row))
         self.is_initialized = True
 
     @property
@@ -158,7 +151,7 @@ class WindowLayer(Buffered, DynamicLayer):
             mask: True where a query may look, over all columns up to the newest; None is the causal triangle.
         """
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            self.lazy_initialization(key_states, value_states, maps)
             none = maps.stored(key_states[:, :, :0], value_states[:, :, :0])
             self.far.append(*(x.detach() for x in none))
         if key_states.shape[2] == 1 and self.length and not key_states.requires_grad:
@@ -169,7 +162,7 @@ class WindowLayer(Buffered, DynamicLayer):
         slot = self.length % self.window
         far = self._oldest_leaves(slot, maps) if self.length >= self.window else self.far.held()
         for whole, new in zip(self.whole, (key, value), strict=True):
-            whole.narrow(2, slot, 1).copy_(new)
+            whole.narrow(2, slot, 1).copy_(maps.held(new))
         self.length += 1
         self._find_sinks(mask, 1)
         held = min(self.length, self.window + self.sinks)
@@ -194,22 +187,28 @@ class WindowLayer(Buffered, DynamicLayer):
         before, first_latent = self.length, self.latents_from
         start = max(0, before - self.window)
         ring = torch.arange(start, before, device=self.device) % self.window
-        k, v = (torch.cat((x[:, :, ring], new), dim=2) for x, new in zip(self.whole, (keys, values), strict=True))
+        rows, met = [], []
+        for whole, new in zip(self.whole, (keys, values), strict=True):
+            old, (new_rows, new_met) = whole[:, :, ring], maps.held_and_met(new)
+            rows.append(torch.cat((old, new_rows), dim=2))
+            met.append(torch.cat((maps.met(old), new_met), dim=2))
+        k, v = met
         self.length += keys.shape[2]
         self._find_sinks(mask, keys.shape[2])
         leaving = max(0, self.length - self.window - start)
         self.left_from = max(self.left_from, start + leaving - SLACK)
-        far_k, far_v = self._leave(start, [x[:, :, :leaving] for x in (k, v)], maps)
+        leaving_rows, leaving_met = ([x[:, :, :leaving] for x in parts] for parts in (rows, met))
+        far_k, far_v = self._leave(start, leaving_rows, leaving_met, maps)
         newest = torch.arange(max(0, self.length - self.window), self.length, device=self.device)
-        for whole, new in zip(self.whole, (k, v), strict=True):
-            whole.index_copy_(2, newest % self.window, new[:, :, newest - start].detach())
+        for whole, new in zip(self.whole, rows, strict=True):
+            whole.index_copy_(2, newest % self.window, new[:, :, newest - start])
         self._forget()
         far = Far(k=far_k, v=far_v, start=first_latent)
         if before == 0:  # as without a cache, gradients and packed documents included
             sink_k, sink_v, columns = sinks_of(k, v, mask, self.sinks)
         else:
             columns = self.sink_columns()
-            sink_k, sink_v = (x[:, :, self.window :] for x in self.whole)
+            sink_k, sink_v = (maps.met(x[:, :, self.window :]) for x in self.whole)
         sinks_first = self.sink_at is None
         return Whole(
             k=k, v=v, start=start, sink_k=sink_k, sink_v=sink_v, sink_columns=columns, sinks_first=sinks_first
@@ -224,18 +223,18 @@ class WindowLayer(Buffered, DynamicLayer):
             return self.far.move(1)
         at_once = 1 if alone else self.far.at_once
         count = min(at_once - (column + self.phase) % at_once, self.window - slot)
-        held = self._leave(column, [x.narrow(2, slot, count) for x in self.whole], maps)
+        rows = [x.narrow(2, slot, count) for x in self.whole]
+        held = self._leave(column, rows, [maps.met(x) for x in rows], maps)
         return held if count == 1 else self.far.move(1 - count)
 
-    def _leave(self, column: int, parts: list[Tensor], maps: FarMaps) -> tuple[Tensor, Tensor]:
-        """Take in whole keys and values that leave the window, `column` the first of them; return all latents."""
+    def _leave(self, column: int, rows: list[Tensor], parts: list[Tensor], maps: FarMaps) -> tuple[Tensor, Tensor]:
+        """Take in what leaves the window, as held and as met, `column` the first of it; return all latents."""
         count = parts[0].shape[2]
         end = column + count
         place, kept = column % LEFT, None
         if place + count > LEFT:
             kept = torch.arange(max(column, end - LEFT), end, device=self.device)
-        for whole, left, x in zip(self.whole, self.left, parts, strict=True):
-            x = x.detach()
+        for whole, left, x in zip(self.whole, self.left, rows, strict=True):
             if kept is None:
                 left.narrow(2, place, count).copy_(x)
             else:

@@ -79,6 +79,7 @@ def describe(model: str, fit: Fit | None = None, *, dtype: str = "auto") -> dict
         about |= {
             "window": spec.window,
             "sinks": spec.sinks,
+            "window_bits": spec.window_bits,
             "window_bytes": whole,
             "step": (
                 "queries, keys and values keep the teacher's weights for the tokens met whole; the maps to latents add "
