@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 TENSOR_MODULES = [
-    "model.attention", "model.rope", "model.window", "kernels.attention", "kernels.cpu_decode", "kernels.cpu_linear",
-    "kernels.cuda_decode", "compress.linear_algebra", "compress.maps", "compress.methods.fold",
+    "model.attention", "model.rope", "model.far_maps", "model.window", "kernels.attention", "kernels.cpu_decode",
+    "kernels.cpu_linear", "kernels.cuda_decode", "compress.linear_algebra", "compress.maps", "compress.methods.fold",
     "compress.methods.pairs", "compress.methods.partial", "compress.methods.project", "compress.values",
     "compress.refit", "healing.losses",
 ]  # fmt: skip
@@ -35,8 +35,8 @@ from kvlatent.compress.convert import convert  # noqa: E402
 from kvlatent.kernels.allocator import freed_memory_kept  # noqa: E402
 from kvlatent.model.config import CONFIGS  # noqa: E402
 from kvlatent.model.families import FAMILIES  # noqa: E402
+from kvlatent.model.far_maps import FarMaps  # noqa: E402
 from kvlatent.model.models import MODELS  # noqa: E402
-from kvlatent.model.window import FarMaps  # noqa: E402
 
 settings.register_profile("busy machines", deadline=None)
 settings.load_profile("busy machines")
@@ -207,7 +207,7 @@ def compilable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch.compile starts afresh, and shapes aren't checked: it can't look into the checks."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     # Of an object that is made inside a graph not even a check that is off passes.
-    for name in ("of", "reduced", "stored", "read"):
+    for name in ("of", "held", "met", "held_and_met", "reduced", "stored", "read"):
         monkeypatch.setattr(FarMaps, name, getattr(FarMaps, name).__wrapped__)
     torch._dynamo.reset()
     yield

@@ -185,7 +185,8 @@ def test_received_attention_of_far_tokens_is_that_of_plain_loops(
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
         q, k, _ = module.queries_keys_values(kwargs["hidden_states"], *kwargs["position_embeddings"])
-        seen.append((q[0, :, -3:], k[0], module.far_maps()))
+        maps = module.far_maps()
+        seen.append((q[0, :, -3:], maps.met(maps.held(k))[0], maps))
 
     with hooks(layer.self_attn.register_forward_pre_hook(note, with_kwargs=True) for layer in model.model.layers):
         logits(model, ids, cache)
