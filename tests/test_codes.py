@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kvlatent.compress import budget
-from kvlatent.compress.bits import chunk_of, full_axes, share_bits, total_bits
+from kvlatent.compress.bits import WINDOW_SHARE, chunk_of, full_axes, share_bits, total_bits
 from kvlatent.compress.codes import Axes, LayerAxes
 from kvlatent.compress.convert import convert
 from kvlatent.compress.statistics import calibrate
@@ -292,7 +292,7 @@ def test_a_planned_student_keeps_within_its_budget(
     spec, context = spec_of(student), teacher.config.max_position_embeddings
     assert spec is not None
     near = sum(statistics.near)
-    assert spec.window_bits == plan.window_bits == (8 if near > 0.1 * share * context else 16)
+    assert spec.window_bits == plan.window_bits == (8 if near > WINDOW_SHARE * share * context else 16)
     whole = 2 * 2 * 16 * 2 * 2 * context  # 2 layers, 2 KV heads of 16 dims, keys and values of 2 bytes
     assert spec.cache_bytes(2, 2, context) <= share * whole * 1.0001
     with torch.no_grad():

@@ -26,9 +26,10 @@ CHUNKS = 16, 8
 """Dims of a latent get their bits so many at a time, the most that leaves eight chunks if any does; codes of 8 dims
 fill bytes whatever their bits, and kernels like them wide."""
 
-WINDOW_SHARE = 0.1
+WINDOW_SHARE = 0.15
 """The share of a budget above which the window beside codes has 8 bits: they lose nothing that could be measured, but a
-context of no more than the window isn't the teacher's to the last bit any longer."""
+context of no more than the window isn't the teacher's to the last bit any longer, and below it they win next to nothing
+(an eighth, of which 16 bits of a window of 128 take 0.13: 92.3 and 92.6 % of far gain)."""
 
 
 def as_codes(bits: int | None, near: Near) -> bool:
