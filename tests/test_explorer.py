@@ -203,7 +203,7 @@ def test_budgets_pay_for_what_plan_says(size: int, tmp_path: Path) -> None:
         assert page["weights"] == [told["weight_bytes"], told["student_weight_bytes"]]
         assert page["whole"] == list(told["whole_layers"])
         assert page["n_max"] == [[row["context"], row["teacher_context"]] for row in told["n_max"]]
-    assert refused == 6
+    assert refused == 5
 
 
 DIMS: list[tuple[str, dict[str, Any]]] = [
