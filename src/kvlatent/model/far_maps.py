@@ -1,4 +1,4 @@
-"""The maps that take one layer's whole keys and values to what a cache holds of them, and back."""
+"""What a cache holds of one layer's whole keys and values, of near tokens and of far ones, and how it is read back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvlatent.kernels.codes import Codes
 
 
 class FarMaps(NamedTuple):
-    """How one layer's far tokens are reduced: all maps after RoPE."""
+    """How one layer's far tokens are reduced, all maps after RoPE, and how near ones are written down."""
 
     q: Float[Tensor, "q_heads head_dim latent"]
     k: Float[Tensor, "latents joined latent"]

@@ -190,8 +190,8 @@ class WindowLayer(Buffered, DynamicLayer):
         rows, met = [], []
         for whole, new in zip(self.whole, (keys, values), strict=True):
             old, (new_rows, new_met) = whole[:, :, ring], maps.held_and_met(new)
-            rows.append(torch.cat((old, new_rows), dim=2))
             met.append(torch.cat((maps.met(old), new_met), dim=2))
+            rows.append(met[-1].detach() if maps.near_codes is None else torch.cat((old, new_rows), dim=2))
         k, v = met
         self.length += keys.shape[2]
         self._find_sinks(mask, keys.shape[2])
