@@ -11,7 +11,7 @@ or `STUDENT` with all tokens; a student is a budget, or the folder of one with t
 budget of 1 is the teacher, which has no window:
 
     … --cells 1:pyramid-infer:0.5 0.5 0.5:pyramid-infer:0.5 0.25 1:pyramid-infer:0.25 --out table4.jsonl
-    … --cells 0.0767:tova:0.25 healed healed:tova:0.25 --out healed.jsonl
+    … --cells 0.1004:tova:0.25 healed healed:tova:0.25 --out healed.jsonl
 """
 
 from __future__ import annotations

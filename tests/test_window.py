@@ -134,6 +134,12 @@ def test_up_to_window_and_sinks_the_student_is_the_teacher(any_teacher: PreTrain
     assert (logits(student, ids) - logits(any_teacher, ids)).abs().max() > 1e-2
 
 
+def test_whole_tokens_of_8_bits_are_nearly_the_teachers(any_teacher: PreTrainedModel, ids: Tensor) -> None:
+    student, short = windowed(any_teacher, codes=True, window_bits=8), ids[:, : WINDOW + SINKS]
+    change = logits(student, short).float() - (wanted := logits(any_teacher, short))
+    assert 0 < change.norm() < 0.03 * wanted.norm()
+
+
 @pytest.mark.parametrize(("codes", "bits"), [(False, 16), (True, 16), (True, 8)])
 @pytest.mark.parametrize("steps", [[1] * 24, [3, 1, 1, 6, 1, 1, 1, 7, 3], [20, 1, 1, 1, 1], [1, 23]])
 def test_cached_equals_uncached(
