@@ -75,8 +75,8 @@ def padded(text: Tensor, lengths: list[int]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel, ids: Tensor, cache: Any, **kwargs: Any) -> Tensor:
-    return model(ids, use_cache=True, **{CACHE: cache}, **kwargs).logits
+def logits(model: PreTrainedModel, input_ids: Tensor, cache: Any, **kwargs: Any) -> Tensor:
+    return model(input_ids, use_cache=True, **{CACHE: cache}, **kwargs).logits
 
 
 # --- what stays
@@ -396,6 +396,28 @@ def test_budgets_of_fixed_size_hold_while_decoding(models: Models, text: Tensor,
     grows = SnapKV(keep=0.4).cache(model)
     model.generate(text[:, :100], past_key_values=grows, **PLAIN | {"max_new_tokens": 21})
     assert [layer.held_tokens()[0] for layer in grows.layers] == [round(0.4 * (100 - grows.layers[0].near)) + 20] * 2
+
+
+@pytest.mark.parametrize("kind", ["stock", "window", "codes"])
+def test_tova_ranks_once_for_several_tokens_in_a_batch_as_alone(models: Models, text: Tensor, kind: str) -> None:
+    model, lengths = models(kind).double(), [120, 90]
+    batch, policy = padded(text[:2], lengths), TOVA(keep=0.8)
+    ids, steps = batch["input_ids"], text[2, :8].expand(2, -1)
+    caches = [policy.cache(model) for _ in range(3)]
+    places = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)  # maps come after RoPE
+    found = [logits(model, position_ids=places, cache=caches[0], **batch)[:, -1:]]
+    alone = [[logits(model, ids[row : row + 1, -n:], caches[1 + row])[:, -1:]] for row, n in enumerate(lengths)]
+    for at, token in enumerate(steps.split(1, dim=1)):
+        seen = torch.cat((batch["attention_mask"], torch.ones(2, at + 1, dtype=torch.long)), dim=1)
+        found.append(logits(model, token, caches[0], attention_mask=seen, position_ids=places[:, -1:] + at + 1))
+        for row, cache in enumerate(caches[1:]):
+            alone[row].append(logits(model, token[row : row + 1], cache))
+            full = round(0.8 * (lengths[row] - cache.layers[0].near))
+            together = full // 32
+            held = full - together + 1 + at % together
+            assert together > 1 and {layer.held_tokens()[0] for layer in cache.layers} == {held}
+            assert {layer.held_tokens()[row] for layer in caches[0].layers} == {held}
+    torch.testing.assert_close(torch.cat(found, 1), torch.cat([torch.cat(x, 1) for x in alone]), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["olmo3", "gemma3_text"])

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlatent.compose.layers import EvictingLayer, EvictingWindowLayer
+from kvlatent.kernels.attention import READ_AT_ONCE
 from kvlatent.kernels.segment import ROWS, capped, softmax_beside
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.families import family_of
@@ -116,7 +117,9 @@ class Observer:
         far_seen = seen[..., first : first + layer.slots]
         if (valid := layer.valid()) is not None:
             far_seen = far_seen & valid[:, None, None]
-        far = _logits(attention, q @ maps.q, maps.read(*layer.far.held())[0], far_seen)
+        far_q, rows = q @ maps.q, layer.far.held()[0]
+        parts = [rows.split(READ_AT_ONCE, dim=2), far_seen.split(READ_AT_ONCE, dim=-1)]
+        far = torch.cat([_logits(attention, far_q, maps.read_keys(k), see) for k, see in zip(*parts, strict=True)], -1)
         if maps.bias is not None:
             far = far + maps.bias[:, None]
         near = [x.logsumexp(-1) for x in self._near(attention, layer, q, seen, maps.met(layer.whole[0]))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -159,7 +160,7 @@ class PolicyCache(DynamicCache):
             if self.policy.similar is not None:
                 layer.encode()
         elif self.policy.steps:
-            self._keep(index, layer, hidden, kwargs)
+            self._keep(index, layer, hidden, kwargs, self.policy.at_once)
         else:
             layer.fresh += count
             oldest = self.policy.generated(self._written_far(layer), *at) if count == 1 else None
@@ -167,22 +168,29 @@ class PolicyCache(DynamicCache):
                 self._keep_of_generated(index, layer, hidden, kwargs, *oldest)
 
     def _keep(
-        self, index: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
+        self,
+        index: int,
+        layer: Any,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+        at_once: Callable[[int], int] = lambda budget: 1,
     ) -> Bool[Tensor, "batch heads slots"] | None:
-        """Take out all but each sequence's budget; None is that all stay."""
-        if all(held <= n for held, n in zip(layer.held_tokens(), layer.budgets, strict=True)):
+        """Of sequences that hold more than their budgets keep one more, less `at_once`; None is that all stay."""
+        held = layer.held_tokens()
+        if all(h <= n for h, n in zip(held, layer.budgets, strict=True)):
             return None
+        counts = [n if h <= n else n + 1 - at_once(n) for h, n in zip(held, layer.budgets, strict=True)]
         tokens = self.layers[self.acts_on[0]].tokens
         first = [max(0, self.policy.sinks - getattr(layer, "sinks", 0))] * len(tokens)
         window = getattr(layer, "window", 0)
         last = [max(0, self.policy.recent(*x) - window) for x in zip(tokens, layer.budgets, strict=True)]
         worth = self._worth(index, layer, hidden, kwargs, last)
         valid = layer.valid()
-        if self.policy.steps and valid is None and layer.budgets == [layer.slots - 1] * len(tokens):
+        if self.policy.steps and valid is None and counts == [layer.slots - 1] * len(tokens):
             span = worth[:, :, first[0] : layer.slots - last[0]]  # without padding all sequences are alike
             layer.drop(first[0] + span.shape[2] - 1 - span.flip(-1).argmin(-1))  # of equals the newest, as in `chosen`
             return None
-        kept = chosen(worth, valid, layer.budgets, first=first, last=last)
+        kept = chosen(worth, valid, counts, first=first, last=last)
         layer.take(*to_the_right(kept))
         return kept
 

@@ -34,7 +34,7 @@ class Policy:
     sinks: ClassVar[int] = 0
     """First tokens that always stay."""
     steps: ClassVar[bool] = False
-    """Whether what a prefill left room for is also kept to while decoding, a token out for each that comes."""
+    """Whether what a prefill left room for is also kept to while decoding."""
     shortens: ClassVar[bool] = False
     """Whether later layers never see what a layer drops of the first forward pass, which is the shorter for it."""
     similar: ClassVar[tuple[float, float] | None] = None
@@ -68,6 +68,10 @@ class Policy:
     def observed(self, tokens: int) -> int:
         """How many queries, the newest, choose what stays; 0 where attention doesn't."""
         return 0
+
+    def at_once(self, kept: int) -> int:
+        """How many tokens go together while decoding where a layer keeps so many, so that they are ranked once."""
+        return 1
 
     def weights(self, count: int) -> Float[Tensor, "count"]:
         """What each of so many queries counts, in order."""

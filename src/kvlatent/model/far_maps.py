@@ -61,13 +61,19 @@ class FarMaps(NamedTuple):
         assert self.k_mean is not None and self.v_mean is not None
         return self.codes[0].encode(latents[0] - self.k_mean), self.codes[1].encode(latents[1] - self.v_mean)
 
+    def read_keys(self, k: Tensor) -> Tensor:
+        """Latents of what a cache holds of keys."""
+        if self.codes is None or k.dtype != torch.uint8:
+            return k
+        assert self.k_mean is not None
+        return self.codes[0].decode(k, self.k.dtype) + self.k_mean
+
     def read(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Latents of what a cache holds."""
-        if self.codes is None or k.dtype != torch.uint8:
+        if self.codes is None or v.dtype != torch.uint8:
             return k, v
-        assert self.k_mean is not None and self.v_mean is not None
-        dtype = self.k.dtype
-        return self.codes[0].decode(k, dtype) + self.k_mean, self.codes[1].decode(v, dtype) + self.v_mean
+        assert self.v_mean is not None
+        return self.read_keys(k), self.codes[1].decode(v, self.v.dtype) + self.v_mean
 
     def seen(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Latents of whole keys and values as they would be read back, with gradients."""

@@ -25,5 +25,9 @@ class TOVA(Policy):
     def observed(self, tokens: int) -> int:
         return 1
 
+    def at_once(self, kept: int) -> int:
+        """One of 32, up to 16: ranking costs a second attention, and a token that ranks so low seldom rises again."""
+        return max(1, min(16, kept // 32))
+
     def rank(self, received: Received) -> Float[Tensor, "batch 1 slots"]:
         return received.mean((1, 2))[:, None]
