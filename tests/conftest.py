@@ -207,7 +207,7 @@ def compilable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch.compile starts afresh, and shapes aren't checked: it can't look into the checks."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     # Of an object that is made inside a graph not even a check that is off passes.
-    for name in ("of", "held", "met", "held_and_met", "reduced", "stored", "read_keys", "read"):
+    for name in ("of", "held", "hold", "met", "held_and_met", "reduced", "stored", "read_keys", "read"):
         monkeypatch.setattr(FarMaps, name, getattr(FarMaps, name).__wrapped__)
     torch._dynamo.reset()
     yield

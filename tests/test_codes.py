@@ -99,6 +99,9 @@ def test_outliers_of_whole_rows_are_not_cut_off(size: float) -> None:
         wanted = codes.encode(x)
     rows = codes.encode(x)
     assert torch.equal(rows, wanted) and rows.shape[-1] == 65
+    placed, elsewhere = rows.clone(), torch.arange(50) != 3
+    codes.write(x[:, :, 7:8], placed, 3)
+    assert torch.equal(placed[:, :, 3], rows[:, :, 7]) and torch.equal(placed[:, :, elsewhere], rows[:, :, elsewhere])
     bound = peaks / 255 * 1.13 + LEAST_SIZE  # half a step, of sizes that are at most an eighth too large
     assert bool(((codes.decode(rows, torch.float32) - x).abs() <= bound).all())
 

@@ -59,9 +59,20 @@ class WholeCodes(Codes):
     def __init__(self, width: int) -> None:
         super().__init__(((width, 8),))
 
+    @property
+    def reach(self) -> float:
+        """What takes a row's largest number to its norm."""
+        return ROUNDED_UP * self.width**0.5 / (-STEP[8] * middle(8))
+
     def _norms(self, x: Tensor) -> Tensor:
-        reach = -STEP[8] * middle(8)
-        return x.abs().amax(-1, keepdim=True) * (ROUNDED_UP * self.width**0.5 / reach)
+        return x.abs().amax(-1, keepdim=True) * self.reach
+
+    def write(self, x: Tensor, rows: Tensor, place: int) -> None:
+        """Write one token (batch, heads, 1, width) to a place of rows (batch, heads, places, row_bytes)."""
+        if x.dtype == torch.float32 and cpu_encode.fits(x) and rows.is_contiguous():
+            cpu_encode.write_at(x, self.reach, places(self, x.device), rows, place)
+        else:
+            rows.narrow(2, place, 1).copy_(self.encode(x))
 
 
 def _numbers(sizes: Tensor) -> Tensor:

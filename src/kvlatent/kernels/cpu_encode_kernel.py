@@ -27,10 +27,13 @@ class Encoder(Writer):
     """Writes one module: an item is a row. Every step is that of `Codes.encode`, so that rows are the same."""
 
     fields = (
-        *("x", "norms", "rows", "width", "row_bytes", "root", "bytes", "ups", "most", "steps", "middles"),
-        *("items", "next"),
+        *("x", "norms", "reach", "rows", "apart", "width", "row_bytes"),
+        *("root", "bytes", "ups", "most", "steps", "middles", "items", "next"),
     )
-    """Addresses and sizes; those behind `row_bytes` are of `codes.Places`."""
+    """Addresses and sizes; those from `root` to `middles` are of `codes.Places`.
+
+    Without norms a row's is its largest number times the float `reach`. `apart` is the bytes between rows' beginnings.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,11 +46,21 @@ class Encoder(Writer):
         def number(name: str, index: ir.Value) -> ir.Value:
             return b.load(self._at(fields[name], index, FLOAT))
 
-        row = self._at(fields["rows"], b.mul(item, fields["row_bytes"]), BYTE)
+        row = self._at(fields["rows"], b.mul(item, fields["apart"]), BYTE)
         numbers = b.mul(item, fields["width"])
         with self._loop(LONG(0), fields["row_bytes"]) as (i, _, _):
             b.store(BYTE(0), b.gep(row, [i]))
-        size = b.fmul(number("norms", item), number("root", LONG(0)))
+        with b.if_else(b.icmp_signed("==", fields["norms"], LONG(0))) as (by_largest, given):
+            with by_largest:
+                with self._loop(LONG(0), fields["width"], sums=[FLOAT(0.0)]) as (dim, most, hand):
+                    hand([self._call("maxnum", most[0], self._call("fabs", number("x", b.add(numbers, dim))))])
+                largest, of_largest = b.fmul(most[0], self._float(fields["reach"])), b.block
+            with given:
+                norm, of_given = number("norms", item), b.block
+        size = b.phi(FLOAT)
+        size.add_incoming(largest, of_largest)
+        size.add_incoming(norm, of_given)
+        size = b.fmul(size, number("root", LONG(0)))
         size = self._call("minnum", self._call("maxnum", size, FLOAT(LEAST_SIZE)), FLOAT(GREATEST_SIZE))
         bits = b.bitcast(b.fptrunc(size, ir.HalfType()), HALF)
         nearest = b.trunc(b.lshr(b.add(bits, HALF(1 << SIZE_SHIFT - 1)), HALF(SIZE_SHIFT)), BYTE)

@@ -9,7 +9,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from kvlatent.kernels import cpu_step
-from kvlatent.kernels.codes import Codes
+from kvlatent.kernels.codes import Codes, WholeCodes
 
 
 class FarMaps(NamedTuple):
@@ -24,7 +24,7 @@ class FarMaps(NamedTuple):
     v_mean: Float[Tensor, "latents 1 latent_v"] | None = None
     codes: tuple[Codes, Codes] | None = None
     """How keys and values are written down; None is as numbers."""
-    near_codes: Codes | None = None
+    near_codes: WholeCodes | None = None
     """How tokens near the queries are written down; None is as numbers."""
     bias: Float[Tensor, "q_heads 1"] | None = None
     """What is added to the logits of far tokens, as errors of keys make their softmax too small or too large."""
@@ -39,6 +39,13 @@ class FarMaps(NamedTuple):
     def held(self, x: Float[Tensor, "batch kv_heads seq head_dim"]) -> Shaped[Tensor, "batch kv_heads seq row"]:
         """What a cache holds of whole keys, or values: the same, or rows of codes."""
         return x if self.near_codes is None else self.near_codes.encode(x)
+
+    def hold(self, x: Float[Tensor, "batch kv_heads 1 head_dim"], rows: Tensor, place: int) -> None:
+        """Write one token's whole key, or value, to a place of what a cache holds."""
+        if self.near_codes is None:
+            rows.narrow(2, place, 1).copy_(x)
+        else:
+            self.near_codes.write(x, rows, place)
 
     def met(self, rows: Shaped[Tensor, "batch kv_heads seq row"]) -> Float[Tensor, "batch kv_heads seq head_dim"]:
         """Whole keys, or values, as they are read back."""

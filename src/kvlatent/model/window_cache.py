@@ -162,7 +162,7 @@ class WindowLayer(Buffered, DynamicLayer):
         slot = self.length % self.window
         far = self._oldest_leaves(slot, maps) if self.length >= self.window else self.far.held()
         for whole, new in zip(self.whole, (key, value), strict=True):
-            whole.narrow(2, slot, 1).copy_(maps.held(new))
+            maps.hold(new, whole, slot)
         self.length += 1
         self._find_sinks(mask, 1)
         held = min(self.length, self.window + self.sinks)
