@@ -99,9 +99,11 @@ def test_outliers_of_whole_rows_are_not_cut_off(size: float) -> None:
         wanted = codes.encode(x)
     rows = codes.encode(x)
     assert torch.equal(rows, wanted) and rows.shape[-1] == 65
-    placed, elsewhere = rows.clone(), torch.arange(50) != 3
+    placed, elsewhere = rows.clone(), (torch.arange(50) - 3.5).abs() > 1
     codes.write(x[:, :, 7:8], placed, 3)
+    codes.write(x[:, :, 9:10].bfloat16(), placed, 4)
     assert torch.equal(placed[:, :, 3], rows[:, :, 7]) and torch.equal(placed[:, :, elsewhere], rows[:, :, elsewhere])
+    assert torch.equal(placed[:, :, 4], codes.encode(x[:, :, 9].bfloat16()))
     bound = peaks / 255 * 1.13 + LEAST_SIZE  # half a step, of sizes that are at most an eighth too large
     assert bool(((codes.decode(rows, torch.float32) - x).abs() <= bound).all())
 

@@ -69,8 +69,8 @@ class WholeCodes(Codes):
 
     def write(self, x: Tensor, rows: Tensor, place: int) -> None:
         """Write one token (batch, heads, 1, width) to a place of rows (batch, heads, places, row_bytes)."""
-        if x.dtype == torch.float32 and cpu_encode.fits(x) and rows.is_contiguous():
-            cpu_encode.write_at(x, self.reach, places(self, x.device), rows, place)
+        if cpu_encode.fits(x) and rows.is_contiguous():
+            cpu_encode.write_at(x.float(), self.reach, places(self, x.device), rows, place)
         else:
             rows.narrow(2, place, 1).copy_(self.encode(x))
 
