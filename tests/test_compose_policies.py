@@ -399,7 +399,12 @@ def test_budgets_of_fixed_size_hold_while_decoding(models: Models, text: Tensor,
 
 
 @pytest.mark.parametrize("kind", ["stock", "window", "codes"])
-def test_tova_ranks_once_for_several_tokens_in_a_batch_as_alone(models: Models, text: Tensor, kind: str) -> None:
+def test_tova_ranks_once_for_several_tokens_in_a_batch_as_alone(
+    models: Models, text: Tensor, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    ranked: list[int] = []
+    rank = TOVA.rank
+    monkeypatch.setattr(TOVA, "rank", lambda self, received: (ranked.append(len(received)), rank(self, received))[1])
     model, lengths = models(kind).double(), [120, 90]
     batch, policy = padded(text[:2], lengths), TOVA(keep=0.8)
     ids, steps = batch["input_ids"], text[2, :8].expand(2, -1)
@@ -417,6 +422,8 @@ def test_tova_ranks_once_for_several_tokens_in_a_batch_as_alone(models: Models, 
             held = full - together + 1 + at % together
             assert together > 1 and {layer.held_tokens()[0] for layer in cache.layers} == {held}
             assert {layer.held_tokens()[row] for layer in caches[0].layers} == {held}
+    of_alone = 1 + 3 + 1 + 4 if kind == "stock" else 1 + 4 + 1 + 4  # prompts, and of 8 steps each third or second
+    assert ranked.count(1) == of_alone * len(caches[0].layers)
     torch.testing.assert_close(torch.cat(found, 1), torch.cat([torch.cat(x, 1) for x in alone]), rtol=1e-4, atol=1e-4)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -160,7 +159,7 @@ class PolicyCache(DynamicCache):
             if self.policy.similar is not None:
                 layer.encode()
         elif self.policy.steps:
-            self._keep(index, layer, hidden, kwargs, self.policy.at_once)
+            self._keep(index, layer, hidden, kwargs, decoding=True)
         else:
             layer.fresh += count
             oldest = self.policy.generated(self._written_far(layer), *at) if count == 1 else None
@@ -168,18 +167,14 @@ class PolicyCache(DynamicCache):
                 self._keep_of_generated(index, layer, hidden, kwargs, *oldest)
 
     def _keep(
-        self,
-        index: int,
-        layer: Any,
-        hidden: Tensor,
-        kwargs: dict[str, Any],
-        at_once: Callable[[int], int] = lambda budget: 1,
+        self, index: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any], *, decoding: bool = False
     ) -> Bool[Tensor, "batch heads slots"] | None:
-        """Of sequences that hold more than their budgets keep one more, less `at_once`; None is that all stay."""
+        """Take sequences that hold more than their budgets down to these, or below while decoding; None is all stay."""
         held = layer.held_tokens()
         if all(h <= n for h, n in zip(held, layer.budgets, strict=True)):
             return None
-        counts = [n if h <= n else n + 1 - at_once(n) for h, n in zip(held, layer.budgets, strict=True)]
+        spare = [self.policy.at_once(n) - 1 if decoding else 0 for n in layer.budgets]
+        counts = [n if h <= n else n - more for h, n, more in zip(held, layer.budgets, spare, strict=True)]
         tokens = self.layers[self.acts_on[0]].tokens
         first = [max(0, self.policy.sinks - getattr(layer, "sinks", 0))] * len(tokens)
         window = getattr(layer, "window", 0)
