@@ -16,7 +16,8 @@ if not torch.cuda.is_available():
 
 import jaxtyping
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 TENSOR_MODULES = [
@@ -202,6 +203,30 @@ def tiny_student(ids: torch.Tensor) -> Callable[..., PreTrainedModel]:
     return lambda name, preset="best", d_qk=8, d_vo=4: copy.deepcopy(student(name, preset, d_qk, d_vo))
 
 
+@pytest.fixture(scope="session")
+def models(
+    tiny_teacher: Callable[[str], PreTrainedModel], tiny_student: Callable[..., PreTrainedModel]
+) -> Callable[[str], PreTrainedModel]:
+    """A Llama, and its students by what is special about their caches."""
+    from test_window import windowed  # which settles hypothesis' settings
+
+    def model(kind: str) -> PreTrainedModel:
+        if kind == "stock":
+            return tiny_teacher("llama")
+        if kind in ("window", "codes"):
+            coded = kind == "codes"
+            return windowed(tiny_teacher("llama"), codes=coded, window_bits=8 if coded else 16)
+        return tiny_student("llama", kind)
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def text() -> torch.Tensor:
+    """Random text, (blocks 3, block_size 120), without the token that pads."""
+    return torch.randint(1, 260, (3, 120), generator=torch.Generator().manual_seed(5))
+
+
 @pytest.fixture
 def compilable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch.compile starts afresh, and shapes aren't checked: it can't look into the checks."""
@@ -224,7 +249,7 @@ def ids() -> torch.Tensor:
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Bytes as tokens: every text has an encoding, and nothing is downloaded."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={"<eos>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, merges=[]))
+    core = Tokenizer(BPE(vocab={"<eos>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
