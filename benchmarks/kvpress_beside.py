@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-OURS, THEIRS = ("streaming", "snapkv", "tova"), ("streaming", "snapkv", "snapkv as ours", "tova")
+OURS = ("streaming", "snapkv", "tova", "expected-attention")
+THEIRS = ("streaming", "snapkv", "snapkv as ours", "tova", "expected-attention")
 
 
 def prefilled(model: PreTrainedModel, ids: torch.Tensor, by: str, name: str, kept: int) -> Any:
@@ -32,11 +33,12 @@ def prefilled(model: PreTrainedModel, ids: torch.Tensor, by: str, name: str, kep
         cache: Any = policy(name, keep=kept / ids.shape[1]).cache(model)
         model(ids, past_key_values=cache, logits_to_keep=1)
         return cache
-    from kvpress import SnapKVPress, StreamingLLMPress, TOVAPress
+    from kvpress import ExpectedAttentionPress, SnapKVPress, StreamingLLMPress, TOVAPress
 
     less, cache = 1 - (kept + 0.5) / ids.shape[1], DynamicCache(config=model.config)  # it rounds down
     snap = {"window_size": 32, "kernel_size": 7} if name.endswith("as ours") else {}
-    press = {"streaming": StreamingLLMPress, "tova": TOVAPress}.get(name, SnapKVPress)(less, **snap)
+    presses = {"streaming": StreamingLLMPress, "tova": TOVAPress, "expected-attention": ExpectedAttentionPress}
+    press = presses.get(name, SnapKVPress)(less, **snap)
     with press(model):
         model(ids, past_key_values=cache, logits_to_keep=1)
     return cache

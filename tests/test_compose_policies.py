@@ -22,6 +22,7 @@ from kvlatent.compose.coded_layer import CodedLayer
 from kvlatent.compose.evicting import PolicyCache
 from kvlatent.compose.layers import EvictingLayer, EvictingWindowLayer, to_the_right
 from kvlatent.compose.policies import POLICIES
+from kvlatent.compose.policies.expected_attention import ExpectedAttention
 from kvlatent.compose.policies.pyramid_infer import PyramidInfer
 from kvlatent.compose.policies.snapkv import POOL, SnapKV
 from kvlatent.compose.policies.spindle import SpindleKV
@@ -177,6 +178,51 @@ def test_received_attention_of_far_tokens_is_that_of_plain_loops(
             torch.testing.assert_close(found[head].double(), wanted, **CLOSE)
 
 
+@pytest.mark.parametrize("kind", ["stock", "portable", "window", "gemma3_text"])
+def test_queries_that_ask_from_further_on_are_those_of_tokens_that_stand_there(
+    models: Models, tiny_teacher: Models, text: Tensor, kind: str
+) -> None:
+    model = tiny_teacher(kind) if kind == "gemma3_text" else models(kind)
+    observer, given = Spy().cache(model).hooks.observer, list[tuple[Tensor, dict[str, Any]]]()
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        given.append((kwargs["hidden_states"], kwargs))
+
+    index = [t == "full_attention" for t in getattr(model.config, "layer_types", ["full_attention"])].index(True)
+    attention = model.model.layers[index].self_attn
+    for start in (0, 70):
+        with hooks(iter([attention.register_forward_pre_hook(note, with_kwargs=True)])):
+            logits(model, text[:, :20], DynamicCache(config=model.config), position_ids=start + torch.arange(20)[None])
+    (hidden, here), (_, there) = given
+    moved, wanted = observer.queries(index, hidden, here, 9, ahead=70), observer.queries(index, hidden, there, 9)
+    torch.testing.assert_close(moved, wanted, **CLOSE)
+    assert not torch.allclose(observer.queries(index, hidden, here, 9), wanted)
+
+
+def test_expected_attention_is_that_of_turned_queries(
+    models: Models, text: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, n = models("stock"), 100
+    plain = DynamicCache(config=model.config)
+    logits(model, text[:1, :n], plain)
+    cache = ExpectedAttention(keep=0.3).cache(model)
+    logits(model, text[:1, :n], cache)
+    attention = model.model.layers[0].self_attn
+    hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(text[:1, :n]))
+    q = attention.q_proj(hidden).view(n, 4, 16).transpose(0, 1)
+    cos, sin = model.model.rotary_emb(hidden, 128 + torch.arange(n)[None])
+    q = q * cos[0] + torch.cat((-q[..., 8:], q[..., :8]), dim=-1) * sin[0]
+    keys = plain.layers[0].keys[0]
+    for head in range(2):
+        maps = [
+            (q[h] @ keys[head].T * 16**-0.5).masked_fill(~torch.ones(n, n).tril().bool(), -torch.inf).softmax(-1)
+            for h in (2 * head, 2 * head + 1)
+        ]
+        worth = sum(maps).mean(0)[: n - 15]
+        stays = sorted([*worth.topk(15).indices.tolist(), *range(n - 15, n)])
+        torch.testing.assert_close(cache.layers[0].keys[0, head], keys[head, stays])
+
+
 def test_snapkv_pools_what_heads_of_a_group_receive() -> None:
     received = torch.rand(1, 2, 2, 20, generator=torch.Generator().manual_seed(0))
     found = SnapKV().rank(received)
@@ -186,7 +232,7 @@ def test_snapkv_pools_what_heads_of_a_group_receive() -> None:
             assert float(found[0, head, t]) == pytest.approx(max(mean[max(0, t - POOL // 2) : t + POOL // 2 + 1]))
 
 
-@pytest.mark.parametrize("policy", [SnapKV, SpindleKV])
+@pytest.mark.parametrize("policy", [SnapKV, ExpectedAttention, SpindleKV])
 def test_newest_tokens_leave_half_of_a_small_budget_to_what_they_attend_to(
     models: Models, text: Tensor, policy: type[Policy]
 ) -> None:
@@ -225,7 +271,7 @@ def test_a_policy_that_keeps_all_changes_nothing(models: Models, text: Tensor, p
     assert torch.equal(given, model.generate(text[:, :50], **PLAIN))
 
 
-@pytest.mark.parametrize("policy", [StreamingLLM, SnapKV, TOVA])
+@pytest.mark.parametrize("policy", [StreamingLLM, SnapKV, TOVA, ExpectedAttention])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "olmo3", "smollm3", "phi3", "gemma3_text", "ministral3"])
 def test_decoding_is_attention_to_what_stays_at_its_own_positions(
     tiny_teacher: Models, text: Tensor, policy: type[Policy], name: str

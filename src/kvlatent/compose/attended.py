@@ -51,7 +51,7 @@ class Observer:
         module: LatentAttention = self.model.model.layers[index].self_attn
         return module
 
-    def queries(self, index: int, hidden: Tensor, kwargs: dict[str, Any], count: int) -> Tensor:
+    def queries(self, index: int, hidden: Tensor, kwargs: dict[str, Any], count: int, *, ahead: int = 0) -> Tensor:
         """Rotated queries of the newest tokens, as they meet what is cached, (batch, q_heads, count, dim).
 
         Args:
@@ -59,9 +59,10 @@ class Observer:
             hidden: What its attention was given, (batch, seq, hidden).
             kwargs: Its other arguments.
             count: How many queries.
+            ahead: From how many positions further on they ask.
         """
-        newest, position_ids = hidden[:, -count:], kwargs["position_ids"][:, -count:]
-        if self.stock:
+        newest, position_ids = hidden[:, -count:], kwargs["position_ids"][:, -count:] + ahead
+        if self.stock or ahead:
             cos, sin = self.model.model.rotary_emb(newest, position_ids)
         else:
             cos, sin = (x[:, -count:] for x in kwargs["position_embeddings"])

@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 from kvlatent.errors import UserError
 from kvlatent.fields import Model, OptionalNumber
 
-Name = Literal["streaming", "snapkv", "tova", "pyramid-infer", "spindle"]
+Name = Literal["streaming", "snapkv", "tova", "expected-attention", "pyramid-infer", "spindle"]
 PolicyName = Annotated[Name | None, arg(metavar=f"{{{','.join(get_args(Name))}}}", help_behavior_hint="")]
 Keep = Annotated[float | None, arg(metavar="X", help_behavior_hint="(default: 0.5)")]
 

@@ -202,7 +202,7 @@ class PolicyCache(DynamicCache):
             weights[row, most - count :] = self.policy.weights(count)
         mask = kwargs.get("attention_mask")
         mask = None if mask is None else allowed(mask)[:, :, -most:]
-        queries = self.hooks.observer.queries(index, hidden, kwargs, most)
+        queries = self.hooks.observer.queries(index, hidden, kwargs, most, ahead=self.policy.ahead)
         received = self.hooks.observer.received(index, layer, queries, weights, mask)
         stays = slots >= layer.slots - torch.tensor(last, device=hidden.device)[:, None]
         return self.policy.rank(received.masked_fill(stays[:, None, None], 0.0))
@@ -258,10 +258,9 @@ def check_combination(policy: Policy, config: PreTrainedConfig, *, after_rope: b
             f"{policy.name} merges keys as they are before RoPE, and this student's are reduced behind it; take "
             "another policy, or a student of --preset portable or paper"
         )
-    if policy.similar is not None and rope_by_length(config):
-        raise UserError(
-            f"{policy.name} turns keys back to before RoPE, whose frequencies depend on this model's input's length"
-        )
+    turns = "keys back to before RoPE" if policy.similar is not None else "queries on" if policy.ahead else None
+    if turns is not None and rope_by_length(config):
+        raise UserError(f"{policy.name} turns {turns}, and RoPE's frequencies depend on this model's input's length")
     whole = [type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers]
     if not any(whole):
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvlatent.compose.policies.expected_attention import ExpectedAttention
 from kvlatent.compose.policies.pyramid_infer import PyramidInfer
 from kvlatent.compose.policies.snapkv import SnapKV
 from kvlatent.compose.policies.spindle import SpindleKV
@@ -11,7 +12,7 @@ from kvlatent.compose.policy import Policy
 from kvlatent.errors import UserError
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (StreamingLLM, SnapKV, TOVA, PyramidInfer, SpindleKV)
+    policy.name: policy for policy in (StreamingLLM, SnapKV, TOVA, ExpectedAttention, PyramidInfer, SpindleKV)
 }
 
 
@@ -19,7 +20,7 @@ def policy(name: str, *, keep: float = 0.5) -> Policy:
     """A policy by its name; `policy(…).cache(model)` is a cache for `model.generate(…, past_key_values=…)`.
 
     Args:
-        name: `streaming`, `snapkv`, `tova`, `pyramid-infer` or `spindle`.
+        name: `streaming`, `snapkv`, `tova`, `expected-attention`, `pyramid-infer` or `spindle`.
         keep: Share of a prompt's tokens that stay; of students with a window, of those beyond window and sinks.
 
     Raises:
