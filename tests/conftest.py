@@ -246,6 +246,14 @@ def ids() -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
+def blocks() -> torch.Tensor:
+    """Text with something to learn: 12 phrases in random order, (blocks 48, 16)."""
+    generator = torch.Generator().manual_seed(3)
+    phrases = torch.randint(1, 260, (12, 4), generator=generator)
+    return phrases[torch.randint(12, (48, 4), generator=generator)].flatten(1)
+
+
+@pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Bytes as tokens: every text has an encoding, and nothing is downloaded."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

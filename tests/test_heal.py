@@ -1,15 +1,13 @@
-"""Healing lowers what it should, touches only what it may, and a killed run goes on as if nothing had happened."""
+"""Healing lowers what it should, and touches only what it may."""
 
 import copy
-import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from healed import SEQ, STEP, config, metrics, run, same, weights
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,42 +19,6 @@ from kvlatent.healing.config import HealConfig
 from kvlatent.healing.heal import heal
 from kvlatent.healing.losses import hidden_mse, kl_loss, relative_error
 from kvlatent.healing.stages import Stage, in_layer_losses
-
-SEQ = 16
-STEP = 2 * SEQ
-"""Tokens of a step of two blocks."""
-
-
-@pytest.fixture(scope="module")
-def blocks() -> Tensor:
-    """Text with something to learn: 12 phrases in random order, (blocks 48, 16)."""
-    generator = torch.Generator().manual_seed(3)
-    phrases = torch.randint(1, 260, (12, 4), generator=generator)
-    return phrases[torch.randint(12, (48, 4), generator=generator)].flatten(1)
-
-
-def config(**changes: Any) -> HealConfig:
-    known = {"stage1_tokens": 4 * STEP, "stage2_tokens": 4 * STEP, "lora_rank": 4, "lora_alpha": 8, "warmup": 0.0}
-    return HealConfig(**(known | changes))
-
-
-def metrics(work: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_speed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {key: value for key, value in line.items() if key not in ("tokens_per_s", "peak_memory_bytes")}
-        for line in lines
-    ]
-
-
-def weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def layer_errors(student: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -275,158 +237,6 @@ def test_lora_merge_keeps_the_logits(
     with torch.no_grad():
         torch.testing.assert_close(healed(blocks[:4]).logits, unmerged[0], rtol=0, atol=1e-4)
     assert (healed.model.layers[0].mlp.down_proj.weight - down).abs().max() > 1e-4
-
-
-# --- the same again
-
-
-def run(
-    tiny_teacher: Callable[[str], PreTrainedModel],
-    tiny_student: Callable[..., PreTrainedModel],
-    blocks: Tensor,
-    work: Path,
-    settings: HealConfig,
-    **options: Any,
-) -> dict[str, Tensor]:
-    return weights(heal(tiny_student("llama"), tiny_teacher("llama"), blocks, work, settings, **options))
-
-
-def test_two_seeded_runs_are_bitwise_equal_and_another_seed_is_not(
-    tiny_teacher: Callable[[str], PreTrainedModel],
-    tiny_student: Callable[..., PreTrainedModel],
-    blocks: Tensor,
-    tmp_path: Path,
-) -> None:
-    models = tiny_teacher, tiny_student
-    first = run(*models, blocks, tmp_path / "a", config(seed=1))
-    torch.rand(5)
-    second = run(*models, blocks, tmp_path / "b", config(seed=1))
-    assert same(first, second)
-    assert without_speed(metrics(tmp_path / "a")) == without_speed(metrics(tmp_path / "b"))
-    assert not same(first, run(*models, blocks, tmp_path / "c", config(seed=2)))
-
-
-@pytest.mark.parametrize(
-    ("number", "killed_at"), [(signal.SIGTERM, 1), (signal.SIGTERM, 3), (signal.SIGTERM, 4), (signal.SIGINT, 6)]
-)
-def test_interrupted_and_resumed_equals_uninterrupted(
-    tiny_teacher: Callable[[str], PreTrainedModel],
-    tiny_student: Callable[..., PreTrainedModel],
-    blocks: Tensor,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    killed_at: int,
-    number: signal.Signals,
-) -> None:
-    models, handler = (tiny_teacher, tiny_student), signal.getsignal(number)
-    whole = run(*models, blocks, tmp_path / "whole", config())
-    steps = 0
-    forward = Stage.forward
-
-    def kill_once(self: Stage, **batch: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == killed_at + 1:
-            os.kill(os.getpid(), number)
-        return forward(self, **batch)
-
-    monkeypatch.setattr(Stage, "forward", kill_once)
-    with pytest.raises(KeyboardInterrupt):
-        run(*models, blocks, tmp_path / "killed", config())
-    assert signal.getsignal(number) == handler
-    assert len(metrics(tmp_path / "killed")) == killed_at + 1
-    resumed = run(*models, blocks, tmp_path / "killed", config(), resume=True)
-    assert steps == 8
-    assert same(resumed, whole)
-    assert without_speed(metrics(tmp_path / "killed")) == without_speed(metrics(tmp_path / "whole"))
-
-
-def test_a_run_that_dies_without_warning_resumes_from_its_last_save(
-    tiny_teacher: Callable[[str], PreTrainedModel],
-    tiny_student: Callable[..., PreTrainedModel],
-    blocks: Tensor,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    models = tiny_teacher, tiny_student
-    whole = run(*models, blocks, tmp_path / "whole", config(save_minutes=0))
-    save, saves = heal_module.save_state, []
-
-    def die_while_saving(*args: Any) -> None:
-        saves.append(args)
-        if len(saves) == 3:
-            (tmp_path / "killed" / "state.partial").mkdir(exist_ok=True)
-            raise RuntimeError("power cut")
-        save(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(heal_module, "save_state", die_while_saving)
-        with pytest.raises(RuntimeError, match="power cut"):
-            run(*models, blocks, tmp_path / "killed", config(save_minutes=0))
-    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
-        file.write('{"stage": 1, "step": 3, "los')  # cut off in the middle of a line
-    resumed = run(*models, blocks, tmp_path / "killed", config(save_minutes=0), resume=True)
-    assert same(resumed, whole)
-    assert without_speed(metrics(tmp_path / "killed")) == without_speed(metrics(tmp_path / "whole"))
-
-
-def test_resume_of_nothing_starts_and_a_new_start_forgets(
-    tiny_teacher: Callable[[str], PreTrainedModel],
-    tiny_student: Callable[..., PreTrainedModel],
-    blocks: Tensor,
-    tmp_path: Path,
-) -> None:
-    models = tiny_teacher, tiny_student
-    first = run(*models, blocks, tmp_path / "work", config(), resume=True)
-    assert len(metrics(tmp_path / "work")) == 8
-    assert same(first, run(*models, blocks, tmp_path / "work", config()))
-    assert len(metrics(tmp_path / "work")) == 8
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "said"),
-    [
-        ("state/trained.safetensors", lambda x: x[:-1] + bytes([x[-1] ^ 1]), "aren't those that were written"),
-        ("state/trained.safetensors", lambda x: x[: len(x) // 2], "trained.safetensors"),
-        ("state/progress.json", lambda _: b'{"stage": 3, "step": 0}', "how far"),
-        ("state/progress.json", lambda _: b'{"stage": 1, "step": "0"}', "progress.json"),
-        ("state/progress.json", lambda _: b"", "progress.json"),
-        ("state/scaler.json", lambda _: b"{", "scaler.json"),
-        ("metrics.jsonl", lambda _: b"{}\n", "metrics.jsonl"),
-        ("heal.json", lambda _: b"[]", "heal.json"),
-    ],
-)
-def test_a_damaged_state_is_refused(
-    tiny_teacher: Callable[[str], PreTrainedModel],
-    tiny_student: Callable[..., PreTrainedModel],
-    blocks: Tensor,
-    tmp_path: Path,
-    name: str,
-    change: Callable[[bytes], bytes],
-    said: str,
-) -> None:
-    settings = config(stage1_tokens=32, stage2_tokens=32)
-    run(tiny_teacher, tiny_student, blocks, tmp_path / "work", settings)
-    file = tmp_path / "work" / name
-    file.write_bytes(change(file.read_bytes()))
-    with pytest.raises(UserError, match=rf"is damaged \(.*{said}.* --restart"):
-        run(tiny_teacher, tiny_student, blocks, tmp_path / "work", settings, resume=True)
-
-
-def test_resuming_with_a_student_converted_anew_is_refused(
-    tiny_teacher: Callable[[str], PreTrainedModel],
-    tiny_student: Callable[..., PreTrainedModel],
-    blocks: Tensor,
-    tmp_path: Path,
-) -> None:
-    def converted_anew(name: str) -> PreTrainedModel:
-        student = tiny_student(name)
-        student.model.layers[0].self_attn.v_proj.weight[3, 5] += 1e-3
-        return student
-
-    run(tiny_teacher, tiny_student, blocks, tmp_path / "work", config())
-    with pytest.raises(UserError, match="the student has other weights"):
-        run(tiny_teacher, converted_anew, blocks, tmp_path / "work", config(), resume=True)
 
 
 # --- watching, and what is left in the end
