@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.5, 0.25, 0.125, 0.0625, 0.03125])
     parser.add_argument("--bits", nargs="*", default=["mix", "16", "8", "4", "2"])
     parser.add_argument("--kivi", type=int, nargs="*", default=[4, 2])
+    parser.add_argument("--students", nargs="*", default=[], help="folders of students with this window, healed or not")
     parser.add_argument("--figure", type=Path, help="draw all rows of --out")
     asked = parser.parse_args()
 
@@ -147,6 +148,9 @@ def main() -> None:
     near_only = judged(near_only_perplexity(teacher, held_out, **settings))
     context = counted_context(teacher.config)
     original = predicted_cache_bytes(teacher.config, batch=1, tokens=context, element_size=2)
+
+    def share_of(student: PreTrainedModel) -> float:
+        return predicted_cache_bytes(student.config, batch=1, tokens=context, element_size=2) / original
 
     def write(label: str, share: float, found: Perplexity, **more: object) -> None:
         row = {
@@ -169,9 +173,11 @@ def main() -> None:
                 print(f"{budget:g} {bits}: {error}", flush=True)
                 continue
             student = student_of(teacher, statistics, spent)
-            share = predicted_cache_bytes(student.config, batch=1, tokens=context, element_size=2) / original
             found = judged(perplexity(student, held_out, **settings))
-            write(f"{budget:g} {bits}", share, found, expected=spent.expected_loss)
+            write(f"{budget:g} {bits}", share_of(student), found, expected=spent.expected_loss)
+    for folder in asked.students:
+        student = load_model(folder, dtype="float32")[0]
+        write(folder, share_of(student), judged(perplexity(student, held_out, **settings)))
     for bits in asked.kivi:
         dim = head_dim_of(teacher.config)
         student = convert(teacher, d_qk=dim, d_vo=dim, statistics=statistics)
