@@ -133,8 +133,8 @@ def test_queries_that_ask_from_further_on_are_those_of_tokens_that_stand_there(
     assert not torch.allclose(observer.queries(index, hidden, here, 9), wanted)
 
 
-def test_expected_attention_is_that_of_turned_queries(
-    models: Models, text: Tensor, monkeypatch: pytest.MonkeyPatch
+def test_expected_attention_is_that_of_turned_queries_and_of_the_newest_where_it_stands(
+    models: Models, text: Tensor
 ) -> None:
     model, n = models("stock"), 100
     plain = DynamicCache(config=model.config)
@@ -144,15 +144,18 @@ def test_expected_attention_is_that_of_turned_queries(
     attention = model.model.layers[0].self_attn
     hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(text[:1, :n]))
     q = attention.q_proj(hidden).view(n, 4, 16).transpose(0, 1)
-    cos, sin = model.model.rotary_emb(hidden, 128 + torch.arange(n)[None])
-    q = q * cos[0] + torch.cat((-q[..., 8:], q[..., :8]), dim=-1) * sin[0]
+    causal = torch.ones(n, n).tril().bool()
+
+    def attended(head: int, ahead: int) -> Tensor:
+        """Maps of the two query heads that share a head of keys, summed."""
+        cos, sin = model.model.rotary_emb(hidden, ahead + torch.arange(n)[None])
+        turned = q * cos[0] + torch.cat((-q[..., 8:], q[..., :8]), dim=-1) * sin[0]
+        logits = turned[2 * head : 2 * head + 2] @ keys[head].T * 16**-0.5
+        return logits.masked_fill(~causal, -torch.inf).softmax(-1).sum(0)
+
     keys = plain.layers[0].keys[0]
     for head in range(2):
-        maps = [
-            (q[h] @ keys[head].T * 16**-0.5).masked_fill(~torch.ones(n, n).tril().bool(), -torch.inf).softmax(-1)
-            for h in (2 * head, 2 * head + 1)
-        ]
-        worth = sum(maps).mean(0)[: n - 15]
+        worth = (attended(head, 128).mean(0) + attended(head, 0)[-1])[: n - 15]
         stays = sorted([*worth.topk(15).indices.tolist(), *range(n - 15, n)])
         torch.testing.assert_close(cache.layers[0].keys[0, head], keys[head, stays])
 

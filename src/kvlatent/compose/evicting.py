@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from kvlatent.compose.attended import causal
+from kvlatent.compose.attended import Received, causal
 from kvlatent.compose.coded_layer import CodedLayer
 from kvlatent.compose.hooks import Hooks
 from kvlatent.compose.layers import EvictingLayer, EvictingWindowLayer, to_the_right
@@ -200,12 +200,28 @@ class PolicyCache(DynamicCache):
         weights = torch.zeros(len(tokens), most, device=hidden.device)
         for row, count in enumerate(looked):
             weights[row, most - count :] = self.policy.weights(count)
-        mask = kwargs.get("attention_mask")
-        mask = None if mask is None else allowed(mask)[:, :, -most:]
-        queries = self.hooks.observer.queries(index, hidden, kwargs, most, ahead=self.policy.ahead)
-        received = self.hooks.observer.received(index, layer, queries, weights, mask)
+        received = self._received(index, layer, hidden, kwargs, weights, ahead=self.policy.ahead)
+        if self.policy.ahead:
+            newest = torch.ones(len(tokens), 1, device=hidden.device)
+            received = received + self._received(index, layer, hidden, kwargs, newest, ahead=0)
         stays = slots >= layer.slots - torch.tensor(last, device=hidden.device)[:, None]
         return self.policy.rank(received.masked_fill(stays[:, None, None], 0.0))
+
+    def _received(
+        self,
+        index: int,
+        layer: Any,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+        weights: Float[Tensor, "batch count"],
+        *,
+        ahead: int,
+    ) -> Received:
+        """Attention to a layer's slots of as many newest queries as there are weights."""
+        count, mask = weights.shape[1], kwargs.get("attention_mask")
+        mask = None if mask is None else allowed(mask)[:, :, -count:]
+        queries = self.hooks.observer.queries(index, hidden, kwargs, count, ahead=ahead)
+        return self.hooks.observer.received(index, layer, queries, weights, mask)
 
     def _keep_of_generated(
         self, index: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any], looked_at: int, stay: int

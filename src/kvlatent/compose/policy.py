@@ -38,7 +38,7 @@ class Policy:
     shortens: ClassVar[bool] = False
     """Whether later layers never see what a layer drops of the first forward pass, which is the shorter for it."""
     ahead: ClassVar[int] = 0
-    """From how many positions further on the queries ask that choose."""
+    """From how many positions further on the queries ask that choose; above 0 the newest also asks from its own."""
     similar: ClassVar[tuple[float, float] | None] = None
     """The least cosines of keys before RoPE, and of values, with the code words that they become, if they do."""
 

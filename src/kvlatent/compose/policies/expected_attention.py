@@ -1,7 +1,8 @@
 """Expected Attention (arXiv:2510.00636): what the text to come is expected to attend to.
 
 The paper takes future queries for normally distributed, as those of the text are before RoPE, and turns their mean and
-covariance to the positions ahead; here the newest queries themselves are turned, which needs no distribution.
+covariance to the positions ahead; here the newest queries themselves are turned, which needs no distribution. To their
+mean the newest query's own attention is added, which knows what is asked for at once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ QUERIES, WINDOW = 128, 32
 
 @dataclass(frozen=True, kw_only=True)
 class ExpectedAttention(Policy):
-    """Keep what the newest 128 queries would attend to from 128 positions further on, and the newest 32 tokens."""
+    """Keep what the newest query attends to and 128 would from 128 positions further on, and the newest 32 tokens."""
 
     name: ClassVar[str] = "expected-attention"
     ahead: ClassVar[int] = QUERIES
