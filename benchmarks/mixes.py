@@ -11,7 +11,7 @@ or `STUDENT` with all tokens; a student is a budget, or the folder of one with t
 budget of 1 is the teacher, which has no window:
 
     … --cells 1:pyramid-infer:0.5 0.5 0.5:pyramid-infer:0.5 0.25 1:pyramid-infer:0.25 --out table4.jsonl
-    … --cells 0.1004:tova:0.25 healed healed:tova:0.25 --out healed.jsonl
+    … --cells 0.1004:tova:0.25 healed healed:expected-attention:0.25 --out healed.jsonl
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def main() -> None:
     """Measure, and append a line of JSON for every cell."""
     parser = arguments(__doc__)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.125, 0.0625, 0.03125])
-    parser.add_argument("--policy", default="tova")
+    parser.add_argument("--policy", default="expected-attention")
     parser.add_argument("--keep", type=float, nargs="+", default=[1, 0.5, 0.25])
     parser.add_argument("--cells", type=cell_of, nargs="+")
     parser.add_argument("--context", type=int, default=1024, help="tokens of the prompts")
